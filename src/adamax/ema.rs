@@ -1,0 +1,65 @@
+//! The moving average of the weights, as Keras 3 keeps it.
+
+use super::{Adamax, Param};
+use crate::error::{Error, Result};
+use crate::kernel::{self, Average, Task};
+use crate::params::Ema;
+use crate::state::Buffer;
+
+/// What the averages of a call need, allocated before anything is written.
+pub(super) struct Averages {
+    /// For each variable without an average, an empty one.
+    fresh: Vec<Option<Buffer>>,
+}
+
+impl Averages {
+    pub(super) fn prepare(params: &[Param], ema: Option<Ema>) -> Result<Self> {
+        let fresh = |param: &Param| match (ema, &param.ema) {
+            (Some(_), None) => Buffer::zeros(&param.var, param.state.exp_avg.place()).map(Some),
+            _ => Ok(None),
+        };
+        Ok(Self { fresh: params.iter().map(fresh).collect::<Result<_>>()? })
+    }
+
+    /// Moves every average towards its variable; `update` is the number of updates before this call.
+    ///
+    /// The average is a copy of the variable in all calls of the first update, and in the first call of a variable
+    /// that came later.
+    pub(super) fn advance(self, params: &mut [Param], ema: Option<Ema>, update: u64) -> Result<()> {
+        let Some(Ema { momentum, overwrite_frequency }) = ema else { return Ok(()) };
+        let overwrite = overwrite_frequency.is_some_and(|frequency| (update + 1).is_multiple_of(frequency));
+        let mut tasks = Vec::with_capacity(params.len());
+        for (param, fresh) in params.iter_mut().zip(self.fresh) {
+            let momentum = if update == 0 || fresh.is_some() { 0.0 } else { momentum };
+            param.ema = fresh.or(param.ema.take());
+            let Some(average) = &mut param.ema else { continue };
+            let kind = Average { momentum, overwrite, average };
+            tasks.push(Task { lent: Some(param.var.as_tensor()), read: None, kind });
+        }
+        kernel::average(tasks)
+    }
+}
+
+impl Adamax {
+    /// Replaces every weight by its moving average: Keras's `finalize_variable_values`, for the end of training.
+    ///
+    /// A variable that has no average yet stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// No moving average is kept ([`ParamsAdamax::ema`](crate::ParamsAdamax::ema) is `None`).
+    pub fn finalize_ema(&mut self) -> Result<()> {
+        if self.params.ema.is_none() {
+            let error = Error::invalid("ema", "a moving average to finalize with", "none");
+            return Err(error.of_optimizer(&self.params.name));
+        }
+        let mut tasks = Vec::with_capacity(self.vars.len());
+        for param in &mut self.vars {
+            let Some(average) = &mut param.ema else { continue };
+            // With momentum 1 the average stays, and the weight becomes it.
+            let kind = Average { momentum: 1.0, overwrite: true, average };
+            tasks.push(Task { lent: Some(param.var.as_tensor()), read: None, kind });
+        }
+        kernel::average(tasks)
+    }
+}

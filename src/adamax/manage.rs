@@ -1,0 +1,265 @@
+//! Variables, groups and settings of an optimizer: in, out and about.
+
+use std::collections::HashMap;
+use std::fmt;
+
+use candle_core::Var;
+
+use super::{Adamax, Param, Report};
+use crate::checkpoint::Counters;
+use crate::error::{Error, ErrorKind, Result};
+use crate::group::{DEFAULT_GROUP, GroupSettings, ParamGroup};
+use crate::kernel::lend::storage_address;
+use crate::kernel::{Kernel, is_supported};
+use crate::params::ParamsAdamax;
+use crate::state::{Buffer, ParamState};
+
+impl Adamax {
+    pub(super) fn without_vars(params: ParamsAdamax) -> Result<Self> {
+        params.validate()?;
+        Ok(Self {
+            params,
+            groups: vec![GroupSettings::new(DEFAULT_GROUP)],
+            vars: Vec::new(),
+            storages: HashMap::new(),
+            counters: Counters::default(),
+            kernel: Kernel::Auto,
+            report: Report::default(),
+        })
+    }
+
+    /// Adds a variable to the group "default". Its moments begin with zero; its bias correction follows
+    /// [`StepCount`](crate::StepCount).
+    ///
+    /// # Errors
+    ///
+    /// The name or the variable is there already, or its float dtype is not supported. A variable that is not
+    /// floating point is left out without an error, as everywhere in candle.
+    pub fn add_var(&mut self, name: impl Into<String>, var: Var) -> Result<()> {
+        self.insert_named(0, vec![(name.into(), var)]).map_err(|error| self.own(error))
+    }
+
+    /// Adds a group and its variables.
+    ///
+    /// # Errors
+    ///
+    /// As [`add_var`](Self::add_var), for the group's name, too; and settings that are not allowed. Nothing is added
+    /// then.
+    pub fn add_group(&mut self, group: ParamGroup) -> Result<()> {
+        self.try_add_group(group).map_err(|error| self.own(error))
+    }
+
+    fn try_add_group(&mut self, group: ParamGroup) -> Result<()> {
+        let ParamGroup { settings, vars } = group;
+        settings.validate()?;
+        if self.groups.iter().any(|known| known.name == settings.name) {
+            return Err(ErrorKind::DuplicateName(settings.name).into());
+        }
+        self.insert_named(self.groups.len(), vars)?;
+        self.groups.push(settings);
+        Ok(())
+    }
+
+    /// Takes a variable out, with its state.
+    ///
+    /// # Errors
+    ///
+    /// No variable has this name.
+    pub fn remove_var(&mut self, name: &str) -> Result<Var> {
+        let index = self.index_of(name)?;
+        let param = self.vars.remove(index);
+        self.storages.remove(&storage_address(&param.var));
+        // Its indices are no longer those of the variables.
+        self.report.missing.clear();
+        Ok(param.var)
+    }
+
+    /// The names of the variables, in alphabetical order; "var.I" for the I-th of those without one.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.vars.iter().map(|param| param.name.as_str())
+    }
+
+    /// The settings.
+    pub fn params(&self) -> &ParamsAdamax {
+        &self.params
+    }
+
+    /// Replaces the settings, from the next call on.
+    ///
+    /// # Errors
+    ///
+    /// A setting that is not allowed; another [`epsilon`](ParamsAdamax::epsilon) after the first update, since u holds
+    /// something else then; another number of accumulation steps while gradients wait. Nothing has changed then.
+    pub fn set_params(&mut self, params: ParamsAdamax) -> Result<()> {
+        params.validate()?;
+        if params.epsilon != self.params.epsilon && self.counters.updates > 0 {
+            let expected = format!("{:?} as before, since u is made for it", self.params.epsilon);
+            return Err(self.own(Error::invalid("epsilon", expected, format!("{:?}", params.epsilon))));
+        }
+        let steps = self.params.gradient_accumulation_steps;
+        if params.gradient_accumulation_steps != steps && self.counters.pending > 0 {
+            let expected = format!("{steps} until the accumulated gradients are used");
+            let got = params.gradient_accumulation_steps;
+            return Err(self.own(Error::invalid("gradient_accumulation_steps", expected, got)));
+        }
+        for param in &mut self.vars {
+            param.decays = params.decays(&param.name);
+            if params.ema.is_none() {
+                param.ema = None;
+            }
+        }
+        self.params = params;
+        Ok(())
+    }
+
+    /// The settings of the groups; the first one is "default".
+    pub fn groups(&self) -> &[GroupSettings] {
+        &self.groups
+    }
+
+    /// Replaces the settings of the group of the same name.
+    ///
+    /// # Errors
+    ///
+    /// No group has this name, or a setting is not allowed.
+    pub fn set_group(&mut self, settings: GroupSettings) -> Result<()> {
+        settings.validate().map_err(|error| self.own(error))?;
+        match self.groups.iter_mut().find(|group| group.name == settings.name) {
+            Some(group) => {
+                *group = settings;
+                Ok(())
+            }
+            None => {
+                let names = self.groups.iter().map(|group| group.name.as_str());
+                Err(self.own(unknown("group", &settings.name, names)))
+            }
+        }
+    }
+
+    /// How many calls of `step` counted, that is, were neither skipped nor failed. Schedules count them.
+    pub fn calls(&self) -> u64 {
+        self.counters.calls
+    }
+
+    /// How many updates there were: the calls, divided by the accumulation steps.
+    pub fn updates(&self) -> u64 {
+        self.counters.updates
+    }
+
+    /// How many calls were skipped because something was not finite.
+    pub fn skipped(&self) -> u64 {
+        self.counters.skipped
+    }
+
+    /// Chooses another kernel and moves the state to where it needs it.
+    ///
+    /// # Errors
+    ///
+    /// The device has no memory for the state; nothing has changed then.
+    pub fn set_kernel(&mut self, kernel: Kernel) -> Result<()> {
+        let mut moved = Vec::with_capacity(self.vars.len());
+        for param in &self.vars {
+            let place = kernel.place(&param.var);
+            let buffer = |buffer: &Buffer| -> Result<Buffer> {
+                Buffer::from_tensor(&buffer.to_tensor(param.var.shape())?, &param.var, place)
+            };
+            let (exp_avg, exp_inf) = (buffer(&param.state.exp_avg)?, buffer(&param.state.exp_inf)?);
+            let sum = param.accumulated.as_ref().map(|accumulated| buffer(&accumulated.sum)).transpose()?;
+            let ema = param.ema.as_ref().map(buffer).transpose()?;
+            moved.push((ParamState { exp_avg, exp_inf, step: param.state.step }, sum, ema));
+        }
+        for (param, (state, sum, ema)) in self.vars.iter_mut().zip(moved) {
+            param.state = state;
+            param.ema = ema;
+            if let (Some(accumulated), Some(sum)) = (&mut param.accumulated, sum) {
+                accumulated.sum = sum;
+            }
+        }
+        self.kernel = kernel;
+        Ok(())
+    }
+
+    /// Adds variables to a group, all or none.
+    pub(super) fn insert_named(&mut self, group: usize, vars: Vec<(String, Var)>) -> Result<()> {
+        self.insert(group, vars.into_iter().map(|(name, var)| (name, None, var)).collect())
+    }
+
+    /// Adds variables to a group, all or none: names, positions of those without a name, variables.
+    pub(super) fn insert(&mut self, group: usize, vars: Vec<(String, Option<usize>, Var)>) -> Result<()> {
+        let mut storages: HashMap<usize, String> = HashMap::new();
+        let mut names: HashMap<String, ()> = HashMap::new();
+        let mut new = Vec::with_capacity(vars.len());
+        for (name, unnamed, var) in vars {
+            if !var.dtype().is_float() {
+                continue;
+            }
+            if !is_supported(var.dtype()) {
+                let (expected, got) = ("F64, F32, F16 or BF16".to_owned(), var.dtype());
+                return Err(self.own(ErrorKind::DTypeMismatch { what: "var", name, expected, got }.into()));
+            }
+            let address = storage_address(&var);
+            if let Some(first) = self.storages.get(&address).or(storages.get(&address)) {
+                let (first, second) = (first.clone(), name);
+                return Err(self.own(ErrorKind::DuplicateVar { first, second }.into()));
+            }
+            if self.index_of(&name).is_ok() || names.insert(name.clone(), ()).is_some() {
+                return Err(self.own(ErrorKind::DuplicateName(name).into()));
+            }
+            storages.insert(address, name.clone());
+            let state = ParamState::zeros(&var, self.kernel.place(&var))?;
+            let decays = self.params.decays(&name);
+            new.push(Param { name, unnamed, group, decays, var, state, accumulated: None, ema: None });
+        }
+        self.storages.extend(storages);
+        self.vars.extend(new);
+        self.vars.sort_by(|a, b| a.name.cmp(&b.name));
+        self.report.missing.clear();
+        Ok(())
+    }
+
+    /// The variable of this name.
+    pub(super) fn index_of(&self, name: &str) -> Result<usize> {
+        let index = self.vars.binary_search_by(|param| param.name.as_str().cmp(name));
+        index.map_err(|_| self.unknown_var(name))
+    }
+
+    pub(super) fn unknown_var(&self, name: &str) -> Error {
+        self.own(unknown("var", name, self.names()))
+    }
+
+    /// The error, as one of this optimizer.
+    pub(super) fn own(&self, error: Error) -> Error {
+        error.of_optimizer(&self.params.name)
+    }
+}
+
+fn unknown<'a>(what: &'static str, name: &str, known: impl Iterator<Item = &'a str>) -> Error {
+    const SHOWN: usize = 5;
+    let mut known: Vec<&str> = known.take(SHOWN + 1).collect();
+    if known.len() > SHOWN {
+        known[SHOWN] = "...";
+    }
+    let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+    ErrorKind::Unknown { what, name: name.to_owned(), known }.into()
+}
+
+impl fmt::Display for Adamax {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ParamsAdamax { name, lr, beta1, beta2, eps, .. } = &self.params;
+        let (vars, updates) = (self.vars.len(), self.counters.updates);
+        write!(f, "{name}(lr: {lr}, beta1: {beta1}, beta2: {beta2}, eps: {eps}, vars: {vars}, updates: {updates})")
+    }
+}
+
+impl fmt::Debug for Adamax {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Adamax")
+            .field("params", &self.params)
+            .field("groups", &self.groups)
+            .field("vars", &self.names().collect::<Vec<_>>())
+            .field("counters", &self.counters)
+            .field("kernel", &self.kernel)
+            .field("report", &self.report())
+            .finish()
+    }
+}

@@ -1,0 +1,382 @@
+//! The optimizer. [`Adamax::step`](candle_nn::Optimizer::step) reads as the picture of one step, top to bottom:
+//! collect, check, accumulate, summary, coefficients, kernel, average.
+//!
+//! Invariant: variables are kept in the order of their names, so that nothing depends on the order in which a
+//! `VarMap` happens to give them; and whatever can fail comes before the first write.
+
+mod collect;
+mod ema;
+mod manage;
+mod report;
+mod snapshot;
+
+use std::collections::HashMap;
+
+use candle_core::backprop::GradStore;
+use candle_core::{Tensor, Var};
+use candle_nn::{Optimizer, VarMap};
+
+use self::collect::{Collected, collect};
+use self::ema::Averages;
+pub use self::report::StepReport;
+use self::report::{Outcome, Report};
+pub use self::snapshot::State;
+use crate::checkpoint::Counters;
+use crate::error::{Error, ErrorKind, Result};
+use crate::gradient::Summary;
+use crate::group::{DEFAULT_GROUP, GroupSettings, ParamGroup};
+use crate::kernel::{self, Accumulate, Kernel, Source, Task, Update};
+use crate::params::{ParamsAdamax, StepCount};
+use crate::rule::{Coefficients, Hyperparameters, WeightDecay};
+use crate::schedule::LearningRate;
+use crate::state::{Buffer, ParamState, Place};
+
+/// The Adamax optimizer (Kingma & Ba 2015, section 7.1) for candle's variables.
+///
+/// ```text
+/// m  = beta1 * m + (1 - beta1) * g
+/// u  = max(beta2 * u, |g|)
+/// w  = w - lr / (1 - beta1^t) * m / (u + eps)
+/// ```
+///
+/// It updates f64, f32, f16 and bf16 variables of any shape. The moments m and u are f32 (f64 for f64) in buffers of the
+/// optimizer's own, and so is the arithmetic. Variables that are not floating point are left out; a variable without
+/// a gradient is skipped and [reported](Self::report). [`ParamsAdamax`] has the settings.
+///
+/// The order of each call of `step`: divide by `loss_scale_factor`; check that all is finite, if asked to; accumulate;
+/// and on the N-th call divide by N, measure norms, clip, negate if `maximize`, decay, update, count the update. On
+/// every call then: move the averages, count the call. The bias correction's t counts updates, a schedule counts calls.
+///
+/// ```
+/// use candle_adamax::{Adamax, ParamsAdamax};
+/// use candle_core::{Device, Var};
+/// use candle_nn::Optimizer;
+///
+/// let w = Var::new(&[3.0f32, -2.0], &Device::Cpu)?;
+/// let mut optimizer = Adamax::from_named([("w", w.clone())], ParamsAdamax { lr: 0.1.into(), ..Default::default() })?;
+/// for _ in 0..200 {
+///     optimizer.backward_step(&w.sqr()?.sum_all()?)?;
+/// }
+/// assert!(w.to_vec1::<f32>()?.iter().all(|x| x.abs() < 1e-2));
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub struct Adamax {
+    params: ParamsAdamax,
+    groups: Vec<GroupSettings>,
+    vars: Vec<Param>,
+    /// The memory of every variable, and whose it is.
+    storages: HashMap<usize, String>,
+    counters: Counters,
+    kernel: Kernel,
+    report: Report,
+}
+
+/// One variable and all that the optimizer keeps for it.
+struct Param {
+    name: String,
+    /// Its position, if it was given without a name and `name` was made up.
+    unnamed: Option<usize>,
+    group: usize,
+    decays: bool,
+    var: Var,
+    state: ParamState,
+    accumulated: Option<Accumulated>,
+    ema: Option<Buffer>,
+}
+
+/// The sum of unscaled gradients since the last update.
+struct Accumulated {
+    sum: Buffer,
+    /// In how many calls the variable had a gradient; the sum counts for nothing if there was none.
+    calls: u64,
+}
+
+impl Param {
+    /// Where its state lives.
+    fn place(&self) -> Place {
+        self.state.exp_avg.place()
+    }
+}
+
+impl Accumulated {
+    /// The sum, if there is one.
+    fn sum(&self) -> Option<&Buffer> {
+        (self.calls > 0).then_some(&self.sum)
+    }
+}
+
+impl Optimizer for Adamax {
+    type Config = ParamsAdamax;
+
+    /// An optimizer of variables without names. It cannot be saved to a file: [`Adamax::from_varmap`] can.
+    ///
+    /// # Errors
+    ///
+    /// A setting that is not allowed; a variable that is given twice or has an unsupported float dtype.
+    fn new(vars: Vec<Var>, params: ParamsAdamax) -> candle_core::Result<Self> {
+        let mut adamax = Self::without_vars(params)?;
+        let vars = vars.into_iter().enumerate().map(|(i, var)| (format!("var.{i}"), Some(i), var)).collect();
+        adamax.insert(0, vars)?;
+        Ok(adamax)
+    }
+
+    /// One call: see [`Adamax`] for what happens in which order.
+    ///
+    /// # Errors
+    ///
+    /// A gradient of the wrong shape, dtype or device, or one that shares a variable's memory; no gradient at all;
+    /// a learning rate that is not a finite number of at least 0. Nothing has changed then.
+    fn step(&mut self, grads: &GradStore) -> candle_core::Result<()> {
+        Ok(self.call(|var| grads.get(var))?)
+    }
+
+    /// The learning rate of the next call; NaN where a tensor or a custom schedule gives no valid one.
+    fn learning_rate(&self) -> f64 {
+        self.params.lr.at(self.counters.calls).unwrap_or(f64::NAN)
+    }
+
+    /// From now on the learning rate is `lr`, also in place of a schedule. An invalid one is an error of the next step.
+    fn set_learning_rate(&mut self, lr: f64) {
+        self.params.lr = LearningRate::Constant(lr);
+    }
+}
+
+impl Adamax {
+    /// An optimizer with Keras's defaults but for the learning rate; variables have no names.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Optimizer::new).
+    pub fn new_lr(vars: Vec<Var>, lr: f64) -> Result<Self> {
+        Ok(<Self as Optimizer>::new(vars, ParamsAdamax { lr: lr.into(), ..ParamsAdamax::default() })?)
+    }
+
+    /// An optimizer of all variables in a `VarMap`, under their names there.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Optimizer::new).
+    pub fn from_varmap(varmap: &VarMap, params: ParamsAdamax) -> Result<Self> {
+        let vars = varmap.data().lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        Self::from_named(vars.iter().map(|(name, var)| (name.clone(), var.clone())), params)
+    }
+
+    /// An optimizer of named variables.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Optimizer::new), and a name that is given twice.
+    pub fn from_named<S: Into<String>>(vars: impl IntoIterator<Item = (S, Var)>, params: ParamsAdamax) -> Result<Self> {
+        Self::from_groups([ParamGroup::new(DEFAULT_GROUP).vars(vars)], params)
+    }
+
+    /// An optimizer of groups of variables with settings of their own. A group named "default" takes the place of the
+    /// one for variables that are [added](Self::add_var) later.
+    ///
+    /// # Errors
+    ///
+    /// As [`from_named`](Self::from_named), for the names of groups, too.
+    pub fn from_groups(groups: impl IntoIterator<Item = ParamGroup>, params: ParamsAdamax) -> Result<Self> {
+        let mut adamax = Self::without_vars(params)?;
+        let mut groups: Vec<_> = groups.into_iter().collect();
+        if let Some(index) = groups.iter().position(|group| group.settings.name == DEFAULT_GROUP) {
+            let ParamGroup { settings, vars } = groups.remove(index);
+            adamax.set_group(settings)?;
+            adamax.insert_named(0, vars)?;
+        }
+        groups.into_iter().try_for_each(|group| adamax.add_group(group))?;
+        Ok(adamax)
+    }
+
+    /// Updates from pairs of a variable and its gradient, for those who have no `GradStore`. It is a call of `step`.
+    ///
+    /// # Errors
+    ///
+    /// As [`step`](Optimizer::step); and a variable that is not the optimizer's, or that is given twice.
+    pub fn apply_gradients<'a>(&mut self, pairs: impl IntoIterator<Item = (&'a Var, &'a Tensor)>) -> Result<()> {
+        let names: HashMap<_, &str> = self.vars.iter().map(|param| (param.var.id(), param.name.as_str())).collect();
+        let mut grads = HashMap::new();
+        for (var, grad) in pairs {
+            let error: Error = match names.get(&var.id()) {
+                None => self.unknown_var(&format!("of shape {:?} in pair {}", var.dims(), grads.len())),
+                Some(name) if grads.insert(var.id(), grad).is_some() => {
+                    ErrorKind::DuplicateVar { first: name.to_string(), second: name.to_string() }.into()
+                }
+                Some(_) => continue,
+            };
+            return Err(error.of_optimizer(&self.params.name));
+        }
+        self.call(|var| grads.get(&var.id()).copied())
+    }
+
+    /// One call, with gradients from anywhere.
+    fn call<'g>(&mut self, lookup: impl Fn(&Tensor) -> Option<&'g Tensor>) -> Result<()> {
+        self.run(lookup).map_err(|error| error.of_optimizer(&self.params.name))
+    }
+
+    fn run<'g>(&mut self, lookup: impl Fn(&Tensor) -> Option<&'g Tensor>) -> Result<()> {
+        let collected = collect(&self.vars, &self.storages, lookup)?;
+        if collected.is_empty() && !self.params.allow_no_gradients {
+            return Err(ErrorKind::NoGradients { vars: self.vars.len() }.into());
+        }
+        let rates = Rates::of_call(&self.params, &self.groups, self.counters.calls)?;
+        let averages = Averages::prepare(&self.vars, self.params.ema)?;
+        let updates_before = self.counters.updates;
+        let outcome = match self.params.gradient_accumulation_steps {
+            1 => self.update(Gradients::OfThisCall(&collected), &rates)?,
+            steps => self.accumulate(&collected, steps, &rates)?,
+        };
+        self.report = Report { lr: rates.base, outcome, missing: collected.missing() };
+        if outcome == Outcome::Skipped {
+            self.counters.skipped += 1;
+            return Ok(());
+        }
+        averages.advance(&mut self.vars, self.params.ema, updates_before)?;
+        self.counters.calls += 1;
+        Ok(())
+    }
+
+    /// Adds the gradients to what was accumulated, and updates with the mean on the last of `steps` calls.
+    fn accumulate(&mut self, collected: &Collected<'_>, steps: u64, rates: &Rates) -> Result<Outcome> {
+        if self.params.skip_nonfinite && !Summary::check(&Gradients::OfThisCall(collected).sources(&self.vars))? {
+            return Ok(Outcome::Skipped);
+        }
+        let unscale = self.unscale();
+        let mut tasks = Vec::with_capacity(self.vars.len());
+        for (index, param) in self.vars.iter_mut().enumerate() {
+            let Some(grad) = collected.get(index) else { continue };
+            let accumulated = match param.accumulated.take() {
+                Some(accumulated) => accumulated,
+                None => Accumulated { sum: Buffer::zeros(&param.var, param.place())?, calls: 0 },
+            };
+            let sum = &mut param.accumulated.insert(accumulated).sum;
+            tasks.push(Task { lent: None, read: Some(Source::Tensor(grad)), kind: Accumulate { unscale, sum } });
+        }
+        kernel::accumulate(tasks)?;
+        for (index, param) in self.vars.iter_mut().enumerate() {
+            if let (Some(_), Some(accumulated)) = (collected.get(index), &mut param.accumulated) {
+                accumulated.calls += 1;
+            }
+        }
+        if self.counters.pending + 1 < steps {
+            self.counters.pending += 1;
+            return Ok(Outcome::Accumulated);
+        }
+        // A sum that has overflowed cannot be mended: where that is skipped, the calls before go with it.
+        let outcome = self.update(Gradients::Accumulated { steps }, rates)?;
+        self.counters.pending = 0;
+        for accumulated in self.vars.iter_mut().filter_map(|param| param.accumulated.as_mut()) {
+            if std::mem::take(&mut accumulated.calls) > 0 {
+                accumulated.sum.clear()?;
+            }
+        }
+        Ok(outcome)
+    }
+
+    /// The update, unless it is skipped.
+    fn update(&mut self, gradients: Gradients<'_>, rates: &Rates) -> Result<Outcome> {
+        let unscale = match gradients {
+            Gradients::OfThisCall(_) => self.unscale(),
+            Gradients::Accumulated { steps } => 1.0 / steps as f64,
+        };
+        let summary = Summary::measure(&gradients.sources(&self.vars), &self.params, unscale)?;
+        if self.params.skip_nonfinite && !summary.is_finite() {
+            return Ok(Outcome::Skipped);
+        }
+        let update = self.counters.updates + 1;
+        let sign = if self.params.maximize { -1.0 } else { 1.0 };
+        let mut last = None;
+        let mut tasks = Vec::with_capacity(self.vars.len());
+        for (index, param) in self.vars.iter_mut().enumerate() {
+            let Some(read) = gradients.of(index, param.accumulated.as_ref()) else { continue };
+            let t = match self.params.step_count {
+                StepCount::Shared => update,
+                StepCount::PerVar => param.state.step + 1,
+            };
+            let coefficients = Coefficients {
+                grad_scale: sign * summary.grad_scale(tasks.len()),
+                clamp: self.params.clip_value.unwrap_or(f64::INFINITY),
+                ..rates.coefficients(param.group, param.decays, t, &mut last)
+            };
+            let kind = Update { coefficients, state: &mut param.state };
+            tasks.push(Task { lent: Some(param.var.as_tensor()), read: Some(read), kind });
+        }
+        kernel::update(tasks)?;
+        for (index, param) in self.vars.iter_mut().enumerate() {
+            param.state.step += u64::from(gradients.of(index, param.accumulated.as_ref()).is_some());
+        }
+        self.counters.updates = update;
+        Ok(Outcome::Updated { total_norm: summary.total_norm() })
+    }
+
+    /// What gradients are multiplied by to undo the scaling of the loss.
+    fn unscale(&self) -> f64 {
+        1.0 / self.params.loss_scale_factor.unwrap_or(1.0)
+    }
+}
+
+/// Which gradients an update is made of.
+#[derive(Clone, Copy)]
+enum Gradients<'c> {
+    /// Those of this call.
+    OfThisCall(&'c Collected<'c>),
+    /// The sums of the last `steps` calls.
+    Accumulated { steps: u64 },
+}
+
+impl<'c> Gradients<'c> {
+    /// The gradient of variable `index`, for which `accumulated` was accumulated.
+    fn of<'s>(self, index: usize, accumulated: Option<&'s Accumulated>) -> Option<Source<'s>>
+    where
+        'c: 's,
+    {
+        match self {
+            Self::OfThisCall(collected) => collected.get(index).map(Source::Tensor),
+            Self::Accumulated { .. } => accumulated.and_then(Accumulated::sum).map(Source::Buffer),
+        }
+    }
+
+    /// All there are, with the place of their variables' state.
+    fn sources<'s>(self, vars: &'s [Param]) -> Vec<(Source<'s>, Place)>
+    where
+        'c: 's,
+    {
+        let source =
+            |(index, param): (usize, &'s Param)| Some((self.of(index, param.accumulated.as_ref())?, param.place()));
+        vars.iter().enumerate().filter_map(source).collect()
+    }
+}
+
+/// The learning rate of one call, for the optimizer and for each group, with the group's other numbers.
+struct Rates {
+    base: f64,
+    groups: Vec<(f64, Hyperparameters)>,
+}
+
+/// The coefficients that were asked for last, and for what.
+type Last = Option<((usize, bool, u64), Coefficients<f64>)>;
+
+impl Rates {
+    fn of_call(params: &ParamsAdamax, groups: &[GroupSettings], call: u64) -> Result<Self> {
+        let base = params.lr.at(call)?;
+        let groups = groups.iter().map(|group| Ok((group.lr(base, call)?, group.hyperparameters(params))));
+        Ok(Self { base, groups: groups.collect::<Result<_>>()? })
+    }
+
+    /// The coefficients of update `t` in a group. Neighbors mostly ask for the same, which `last` remembers.
+    fn coefficients(&self, group: usize, decays: bool, t: u64, last: &mut Last) -> Coefficients<f64> {
+        let key = (group, decays, t);
+        if let Some((of, coefficients)) = *last
+            && of == key
+        {
+            return coefficients;
+        }
+        let (lr, mut hyper) = self.groups[group];
+        if !decays {
+            hyper.weight_decay = WeightDecay::None;
+        }
+        let coefficients = Coefficients::of_update(&hyper, lr, t);
+        *last = Some((key, coefficients));
+        coefficients
+    }
+}

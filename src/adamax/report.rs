@@ -1,0 +1,99 @@
+//! What the last call did.
+
+use super::{Adamax, Param};
+
+/// What became of a call.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) enum Outcome {
+    /// There was none yet.
+    #[default]
+    None,
+    /// The gradients wait for the calls to come.
+    Accumulated,
+    /// The variables were updated.
+    Updated { total_norm: Option<f64> },
+    /// Something was not finite; nothing has changed.
+    Skipped,
+}
+
+/// What the last call did, by indices of variables.
+#[derive(Debug, Default)]
+pub(super) struct Report {
+    pub(super) lr: f64,
+    pub(super) outcome: Outcome,
+    pub(super) missing: Vec<usize>,
+}
+
+/// What the last call of `step` did; see [`Adamax::report`].
+#[derive(Clone, Copy)]
+pub struct StepReport<'a> {
+    report: &'a Report,
+    vars: &'a [Param],
+}
+
+impl<'a> StepReport<'a> {
+    /// The learning rate of the call, before groups; 0 before the first call.
+    pub fn lr(&self) -> f64 {
+        self.report.lr
+    }
+
+    /// Whether variables were updated: not if the gradients were only accumulated, nor if the call was skipped.
+    pub fn updated(&self) -> bool {
+        matches!(self.report.outcome, Outcome::Updated { .. })
+    }
+
+    /// Whether the call was skipped because something was not finite.
+    pub fn skipped(&self) -> bool {
+        self.report.outcome == Outcome::Skipped
+    }
+
+    /// The norm of all gradients together before clipping, in the norm that clipping asks for (L2 for each variable's
+    /// own norm). `None` if clipping does not measure one or if there was no update.
+    pub fn total_norm(&self) -> Option<f64> {
+        match self.report.outcome {
+            Outcome::Updated { total_norm } => total_norm,
+            _ => None,
+        }
+    }
+
+    /// The names of the variables that had no gradient, in alphabetical order.
+    pub fn missing(&self) -> impl Iterator<Item = &'a str> + use<'a> {
+        let vars = self.vars;
+        self.report.missing.iter().filter_map(move |&index| vars.get(index)).map(|param| param.name.as_str())
+    }
+}
+
+impl std::fmt::Debug for StepReport<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StepReport")
+            .field("lr", &self.lr())
+            .field("updated", &self.updated())
+            .field("skipped", &self.skipped())
+            .field("total_norm", &self.total_norm())
+            .field("missing", &self.missing().collect::<Vec<_>>())
+            .finish()
+    }
+}
+
+impl Adamax {
+    /// What the last call of `step` did: its learning rate, the total norm, and which variables had no gradient.
+    ///
+    /// ```
+    /// use candle_adamax::{Adamax, ParamsAdamax};
+    /// use candle_core::{Device, Var};
+    /// use candle_nn::Optimizer;
+    ///
+    /// let used = Var::new(&[3.0f32, 4.0], &Device::Cpu)?;
+    /// let unused = Var::new(1.0f32, &Device::Cpu)?;
+    /// let params = ParamsAdamax { clip_global_norm: Some(1.0), ..Default::default() };
+    /// let mut optimizer = Adamax::from_named([("used", used.clone()), ("unused", unused)], params)?;
+    /// optimizer.backward_step(&(used.sqr()? / 2.0)?.sum_all()?)?;
+    ///
+    /// assert_eq!(optimizer.report().total_norm(), Some(5.0));
+    /// assert_eq!(optimizer.report().missing().collect::<Vec<_>>(), ["unused"]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn report(&self) -> StepReport<'_> {
+        StepReport { report: &self.report, vars: &self.vars }
+    }
+}

@@ -1,0 +1,214 @@
+//! All state as plain data, out of an optimizer and into one; and one variable's state, to look at.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::{DType, Tensor};
+
+use super::{Accumulated, Adamax, Param};
+use crate::checkpoint::{self, Snapshot, VarSnapshot};
+use crate::error::{Error, ErrorKind, Result};
+use crate::group::{GroupLr, GroupSettings};
+use crate::schedule::LearningRate;
+use crate::state::{Buffer, ParamState, arithmetic};
+
+/// The state of one variable: copies, in host memory, in the shape of the variable; f64 for f64 variables, else f32.
+#[derive(Clone, Debug)]
+pub struct State {
+    /// m, the first moment.
+    pub exp_avg: Tensor,
+    /// u, the exponentially weighted infinity norm.
+    pub exp_inf: Tensor,
+    /// How many updates the variable has had.
+    pub step: u64,
+    /// The moving average of the variable, if one is kept.
+    pub ema: Option<Tensor>,
+    /// The sum of the unscaled gradients since the last update, if there are any.
+    pub accumulated: Option<Tensor>,
+}
+
+impl Adamax {
+    /// The state of the variable `name`.
+    ///
+    /// # Errors
+    ///
+    /// No variable has this name.
+    pub fn state(&self, name: &str) -> Result<State> {
+        let param = &self.vars[self.index_of(name)?];
+        let VarSnapshot { step, exp_avg, exp_inf, ema, accumulated, .. } = self.var_snapshot(param)?;
+        Ok(State { exp_avg, exp_inf, step, ema, accumulated: accumulated.map(|(sum, _)| sum) })
+    }
+
+    /// All state as plain data: settings, counters, moments. Nothing is shared with the optimizer; the variables
+    /// themselves are not in it.
+    ///
+    /// # Errors
+    ///
+    /// A device whose memory cannot be read.
+    pub fn snapshot(&self) -> Result<Snapshot> {
+        let vars = self.vars.iter().map(|param| Ok((param.name.clone(), self.var_snapshot(param)?)));
+        Ok(Snapshot {
+            params: self.params.clone(),
+            groups: self.groups.clone(),
+            counters: self.counters,
+            vars: vars.collect::<Result<BTreeMap<_, _>>>()?,
+        })
+    }
+
+    /// Takes all state from a snapshot, its settings included: the learning rate and everything else are as they were
+    /// when it was taken. A learning rate that comes from outside (a tensor or a schedule of the caller's) stays this
+    /// optimizer's own where both have one.
+    ///
+    /// # Errors
+    ///
+    /// A variable or group that is missing, surplus or of another shape, dtype or group; another convention for
+    /// epsilon or the counters than this optimizer's. Nothing has changed then.
+    pub fn restore(&mut self, snapshot: &Snapshot) -> Result<()> {
+        self.try_restore(snapshot).map_err(|error| self.own(error))
+    }
+
+    /// Writes all state to a safetensors file, keyed by the variables' names; the README describes the format. The
+    /// weights are not in it: `VarMap::save` writes them.
+    ///
+    /// The file is complete or it is not there: it is written beside `path`, synced and renamed.
+    ///
+    /// # Errors
+    ///
+    /// Variables that were given without names, by which another process could not know them; the system's errors.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        self.require_names()?;
+        checkpoint::native::write(&self.snapshot()?, path.as_ref()).map_err(|error| self.own(error))
+    }
+
+    /// Takes all state from a file that [`save`](Self::save) wrote, as [`restore`](Self::restore) does. The next steps
+    /// then have the bits that they would have had without the interruption.
+    ///
+    /// # Errors
+    ///
+    /// As [`restore`](Self::restore), and a file that is missing, truncated or not such a checkpoint.
+    pub fn load(&mut self, path: impl AsRef<Path>) -> Result<()> {
+        self.require_names()?;
+        let snapshot = checkpoint::native::read(path.as_ref()).map_err(|error| self.own(error))?;
+        self.restore(&snapshot)
+    }
+
+    fn require_names(&self) -> Result<()> {
+        match self.vars.iter().find_map(|param| param.unnamed) {
+            Some(position) => Err(self.own(ErrorKind::UnnamedVar(position).into())),
+            None => Ok(()),
+        }
+    }
+
+    fn var_snapshot(&self, param: &Param) -> Result<VarSnapshot> {
+        let tensor = |buffer: &Buffer| buffer.to_tensor(param.var.shape());
+        let accumulated = param.accumulated.as_ref().filter(|accumulated| accumulated.calls > 0);
+        Ok(VarSnapshot {
+            group: self.groups[param.group].name.clone(),
+            step: param.state.step,
+            exp_avg: tensor(&param.state.exp_avg)?,
+            exp_inf: tensor(&param.state.exp_inf)?,
+            ema: param.ema.as_ref().map(tensor).transpose()?,
+            accumulated: accumulated.map(|a| Ok::<_, Error>((tensor(&a.sum)?, a.calls))).transpose()?,
+        })
+    }
+
+    fn try_restore(&mut self, snapshot: &Snapshot) -> Result<()> {
+        let Snapshot { params, groups, counters, vars } = snapshot;
+        let convention = |entry: &str, own: &dyn std::fmt::Debug, theirs: &dyn std::fmt::Debug| {
+            let (own, theirs) = (format!("{own:?}"), format!("{theirs:?}"));
+            if own == theirs {
+                Ok(())
+            } else {
+                Err(Error::checkpoint(entry, format!("this optimizer's convention, {own}"), theirs))
+            }
+        };
+        convention("epsilon", &self.params.epsilon, &params.epsilon)?;
+        convention("step_count", &self.params.step_count, &params.step_count)?;
+        let mut params = params.clone();
+        params.lr = merge_lr(&self.params.lr, params.lr);
+        params.validate()?;
+        if counters.pending >= params.gradient_accumulation_steps {
+            let expected = format!("less than the {} accumulation steps", params.gradient_accumulation_steps);
+            return Err(Error::checkpoint("counters.pending", expected, counters.pending));
+        }
+        let groups = self.merge_groups(groups)?;
+        if let Some(surplus) = vars.keys().find(|name| self.index_of(name).is_err()) {
+            return Err(Error::checkpoint(surplus, "no such var", "a surplus one"));
+        }
+        let restored = self.vars.iter().map(|param| self.restore_var(param, vars.get(&param.name)));
+        let restored = restored.collect::<Result<Vec<_>>>()?;
+        for (param, (state, accumulated, ema)) in self.vars.iter_mut().zip(restored) {
+            param.state = state;
+            param.accumulated = accumulated;
+            param.ema = ema;
+            param.decays = params.decays(&param.name);
+        }
+        self.params = params;
+        self.groups = groups;
+        self.counters = *counters;
+        self.report = super::Report::default();
+        Ok(())
+    }
+
+    /// The groups of a snapshot, in this optimizer's order and with its learning rates that come from outside.
+    fn merge_groups(&self, theirs: &[GroupSettings]) -> Result<Vec<GroupSettings>> {
+        if let Some(surplus) = theirs.iter().find(|group| self.groups.iter().all(|own| own.name != group.name)) {
+            return Err(Error::checkpoint(format!("groups.{}", surplus.name), "no such group", "a surplus one"));
+        }
+        let merged = self.groups.iter().map(|own| {
+            let Some(group) = theirs.iter().find(|group| group.name == own.name) else {
+                return Err(Error::checkpoint(format!("groups.{}", own.name), "a group of this name", "none"));
+            };
+            let mut group = group.clone();
+            group.lr = match (&own.lr, group.lr) {
+                (GroupLr::Own(own), GroupLr::Own(theirs)) => GroupLr::Own(merge_lr(own, theirs)),
+                (_, theirs) => theirs,
+            };
+            group.validate()?;
+            Ok(group)
+        });
+        merged.collect()
+    }
+
+    fn restore_var(
+        &self,
+        param: &Param,
+        snapshot: Option<&VarSnapshot>,
+    ) -> Result<(ParamState, Option<Accumulated>, Option<Buffer>)> {
+        let name = &param.name;
+        let Some(snapshot) = snapshot else {
+            return Err(Error::checkpoint(name, "the state of this var", "none"));
+        };
+        let group = &self.groups[param.group].name;
+        if snapshot.group != *group {
+            return Err(Error::checkpoint(name, format!("a var of group `{group}`"), format!("`{}`", snapshot.group)));
+        }
+        let buffer = |what: &'static str, tensor: &Tensor| -> Result<Buffer> {
+            let (name, expected, got) = (name.clone(), param.var.dims().to_vec(), tensor.dims().to_vec());
+            if expected != got {
+                return Err(ErrorKind::ShapeMismatch { what, name, expected, got }.into());
+            }
+            let (expected, got): (DType, DType) = (arithmetic(param.var.dtype()), tensor.dtype());
+            if expected != got {
+                return Err(ErrorKind::DTypeMismatch { what, name, expected: format!("{expected:?}"), got }.into());
+            }
+            Buffer::from_tensor(tensor, &param.var, param.place())
+        };
+        let state = ParamState {
+            exp_avg: buffer("exp_avg", &snapshot.exp_avg)?,
+            exp_inf: buffer("exp_inf", &snapshot.exp_inf)?,
+            step: snapshot.step,
+        };
+        let ema = snapshot.ema.as_ref().map(|ema| buffer("ema", ema)).transpose()?;
+        let accumulated = snapshot.accumulated.as_ref();
+        let accumulated = accumulated
+            .map(|(sum, calls)| Ok::<_, Error>(Accumulated { sum: buffer("accumulated", sum)?, calls: *calls }))
+            .transpose()?;
+        Ok((state, accumulated, ema))
+    }
+}
+
+/// The learning rate of a snapshot, or the optimizer's own where both come from outside.
+fn merge_lr(own: &LearningRate, theirs: LearningRate) -> LearningRate {
+    if own.is_live() && theirs.is_live() { own.clone() } else { theirs }
+}

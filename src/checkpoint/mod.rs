@@ -1,0 +1,57 @@
+//! A snapshot of an optimizer, and its ways into files and back.
+
+mod atomic;
+pub(crate) mod native;
+
+use std::collections::BTreeMap;
+
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+
+use crate::group::GroupSettings;
+use crate::params::ParamsAdamax;
+
+/// What an optimizer has counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Counters {
+    /// Calls of `step` that were neither skipped nor failed.
+    pub calls: u64,
+    /// Updates.
+    pub updates: u64,
+    /// Calls that were skipped because something was not finite.
+    pub skipped: u64,
+    /// Calls since the last update, whose gradients are accumulated.
+    pub pending: u64,
+}
+
+/// All state of an optimizer as plain data; [`Adamax::snapshot`](crate::Adamax::snapshot) makes it and
+/// [`Adamax::restore`](crate::Adamax::restore) takes it.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// The settings.
+    pub params: ParamsAdamax,
+    /// The settings of the groups.
+    pub groups: Vec<GroupSettings>,
+    /// The counters.
+    pub counters: Counters,
+    /// The state of each variable, by name.
+    pub vars: BTreeMap<String, VarSnapshot>,
+}
+
+/// The state of one variable; tensors are in host memory, in the variable's shape, f64 for f64 variables, else f32.
+#[derive(Clone, Debug)]
+pub struct VarSnapshot {
+    /// The name of its group.
+    pub group: String,
+    /// How many updates it has had.
+    pub step: u64,
+    /// m, the first moment.
+    pub exp_avg: Tensor,
+    /// u, the exponentially weighted infinity norm.
+    pub exp_inf: Tensor,
+    /// Its moving average, if one is kept.
+    pub ema: Option<Tensor>,
+    /// The sum of its unscaled gradients since the last update, and of how many calls they are.
+    pub accumulated: Option<(Tensor, u64)>,
+}

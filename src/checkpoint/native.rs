@@ -1,0 +1,135 @@
+//! The crate's own format: a safetensors file. Its tensors are `NAME.exp_avg`, `NAME.exp_inf` and, where there is one,
+//! `NAME.ema` and `NAME.accumulated`; everything else is one JSON text in its metadata, under `candle_adamax`.
+//!
+//! Invariant: reading accepts exactly what writing makes. Whatever is missing or surplus is an error that names it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use candle_core::safetensors::Load;
+use candle_core::{Device, Tensor};
+use safetensors::{SafeTensorError, SafeTensors};
+use serde::{Deserialize, Serialize};
+
+use super::atomic::{self, failed};
+use super::{Counters, Snapshot, VarSnapshot};
+use crate::error::{Error, ErrorKind, Result};
+use crate::group::GroupSettings;
+use crate::params::ParamsAdamax;
+
+/// The key of the JSON text in the metadata.
+const METADATA: &str = "candle_adamax";
+/// Raised when an older reader would misunderstand the file.
+const FORMAT_VERSION: u64 = 1;
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Header {
+    format_version: u64,
+    params: ParamsAdamax,
+    groups: Vec<GroupSettings>,
+    counters: Counters,
+    vars: BTreeMap<String, VarHeader>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct VarHeader {
+    group: String,
+    step: u64,
+    ema: bool,
+    /// Of how many calls the accumulated gradient is; there is none if 0.
+    accumulated: u64,
+}
+
+/// Reads the format's version and nothing else, whatever that version's header looks like.
+#[derive(Deserialize)]
+struct Version {
+    format_version: u64,
+}
+
+/// Writes a snapshot.
+pub(crate) fn write(snapshot: &Snapshot, path: &Path) -> Result<()> {
+    let Snapshot { params, groups, counters, vars } = snapshot;
+    let mut tensors: Vec<(String, &Tensor)> = Vec::with_capacity(2 * vars.len());
+    let mut headers = BTreeMap::new();
+    for (name, var) in vars {
+        tensors.push((format!("{name}.exp_avg"), &var.exp_avg));
+        tensors.push((format!("{name}.exp_inf"), &var.exp_inf));
+        tensors.extend(var.ema.iter().map(|ema| (format!("{name}.ema"), ema)));
+        tensors.extend(var.accumulated.iter().map(|(sum, _)| (format!("{name}.accumulated"), sum)));
+        let accumulated = var.accumulated.as_ref().map_or(0, |(_, calls)| *calls);
+        let header = VarHeader { group: var.group.clone(), step: var.step, ema: var.ema.is_some(), accumulated };
+        headers.insert(name.clone(), header);
+    }
+    let header = Header {
+        format_version: FORMAT_VERSION,
+        params: params.clone(),
+        groups: groups.clone(),
+        counters: *counters,
+        vars: headers,
+    };
+    let json = serde_json::to_string(&header)
+        .map_err(|error| Error::checkpoint(METADATA, "settings that JSON can hold", error))?;
+    let metadata = HashMap::from([(METADATA.to_owned(), json)]);
+    atomic::write(path, |file| {
+        safetensors::serialize_to_file(tensors, Some(metadata), file).map_err(|error| unreadable(path, error))
+    })
+}
+
+/// Reads what [`write`] has written.
+pub(crate) fn read(path: &Path) -> Result<Snapshot> {
+    let bytes = std::fs::read(path).map_err(failed("reading", path))?;
+    let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|error| unreadable(path, error))?;
+    let tensors = SafeTensors::deserialize(&bytes).map_err(|error| unreadable(path, error))?;
+    let Some(json) = metadata.metadata().as_ref().and_then(|metadata| metadata.get(METADATA)) else {
+        return Err(Error::checkpoint(METADATA, "metadata of a checkpoint of this crate", "none"));
+    };
+    let malformed = |error| Error::checkpoint(METADATA, "the header of a checkpoint", error);
+    let Version { format_version } = serde_json::from_str(json).map_err(malformed)?;
+    if format_version != FORMAT_VERSION {
+        return Err(Error::checkpoint("format_version", format!("{FORMAT_VERSION}"), format_version));
+    }
+    let header: Header = serde_json::from_str(json).map_err(malformed)?;
+
+    let mut expected = Vec::with_capacity(2 * header.vars.len());
+    let mut take = |name: &str, what: &str| -> Result<Tensor> {
+        let key = format!("{name}.{what}");
+        let view = match tensors.tensor(&key) {
+            Ok(view) => view,
+            Err(SafeTensorError::TensorNotFound(_)) => return Err(Error::checkpoint(key, "a tensor", "none")),
+            Err(error) => return Err(unreadable(path, error)),
+        };
+        expected.push(key);
+        Ok(view.load(&Device::Cpu)?)
+    };
+    let mut vars = BTreeMap::new();
+    for (name, VarHeader { group, step, ema, accumulated }) in header.vars {
+        let var = VarSnapshot {
+            group,
+            step,
+            exp_avg: take(&name, "exp_avg")?,
+            exp_inf: take(&name, "exp_inf")?,
+            ema: ema.then(|| take(&name, "ema")).transpose()?,
+            accumulated: (accumulated > 0)
+                .then(|| Ok::<_, Error>((take(&name, "accumulated")?, accumulated)))
+                .transpose()?,
+        };
+        vars.insert(name, var);
+    }
+    expected.sort_unstable();
+    if let Some(surplus) =
+        tensors.names().into_iter().find(|name| expected.binary_search_by(|e| e.as_str().cmp(name)).is_err())
+    {
+        return Err(Error::checkpoint(surplus, "no such tensor", "a surplus one"));
+    }
+    Ok(Snapshot { params: header.params, groups: header.groups, counters: header.counters, vars })
+}
+
+fn unreadable(path: &Path, source: SafeTensorError) -> Error {
+    let path = path.to_owned();
+    match source {
+        SafeTensorError::IoError(source) => ErrorKind::Io { action: "writing", path, source }.into(),
+        source => ErrorKind::SafeTensors { path, source }.into(),
+    }
+}

@@ -1,0 +1,255 @@
+//! What can go wrong, one variant per cause; every message names the parameter, the value and what is allowed.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use candle_core::{DType, DeviceLocation};
+
+/// The crate's result type.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// An error of this crate: its [kind](ErrorKind) and, where an optimizer raised it, that optimizer's name.
+///
+/// It converts into [`candle_core::Error`] with `?`, so that functions with candle's signatures can pass it on.
+///
+/// ```
+/// use candle_adamax::{Adamax, ErrorKind, ParamsAdamax};
+///
+/// let error = Adamax::from_named::<&str>([], ParamsAdamax { beta1: 1.0, ..Default::default() }).unwrap_err();
+/// assert!(matches!(error.kind(), ErrorKind::InvalidArgument { field, .. } if field == "beta1"));
+/// assert_eq!(error.to_string(), "Adamax: invalid `beta1`: expected a number in [0, 1), got 1");
+/// ```
+#[derive(Debug)]
+pub struct Error {
+    kind: Box<ErrorKind>,
+    optimizer: Option<String>,
+}
+
+impl Error {
+    /// The cause.
+    pub fn kind(&self) -> &ErrorKind {
+        &self.kind
+    }
+
+    /// The name of the optimizer that raised the error.
+    pub fn optimizer(&self) -> Option<&str> {
+        self.optimizer.as_deref()
+    }
+
+    /// The same error, as raised by the optimizer `name`.
+    pub(crate) fn of_optimizer(mut self, name: &str) -> Self {
+        self.optimizer.get_or_insert_with(|| name.to_owned());
+        self
+    }
+
+    /// The same error, with its field as one of the group `name`.
+    pub(crate) fn in_group(mut self, name: &str) -> Self {
+        if let ErrorKind::InvalidArgument { field, .. } = &mut *self.kind {
+            *field = format!("groups.{name}.{field}");
+        }
+        self
+    }
+
+    /// An argument that is outside of what is allowed.
+    pub(crate) fn invalid(field: impl Into<String>, expected: impl Into<String>, got: impl fmt::Display) -> Self {
+        ErrorKind::InvalidArgument { field: field.into(), expected: expected.into(), got: got.to_string() }.into()
+    }
+
+    /// A checkpoint that cannot be taken over.
+    pub(crate) fn checkpoint(entry: impl Into<String>, expected: impl Into<String>, got: impl fmt::Display) -> Self {
+        ErrorKind::Checkpoint { entry: entry.into(), expected: expected.into(), got: got.to_string() }.into()
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.optimizer {
+            Some(name) => write!(f, "{name}: {}", self.kind),
+            None => self.kind.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        std::error::Error::source(&*self.kind)
+    }
+}
+
+impl From<ErrorKind> for Error {
+    fn from(kind: ErrorKind) -> Self {
+        Self { kind: Box::new(kind), optimizer: None }
+    }
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        ErrorKind::Candle(error).into()
+    }
+}
+
+impl From<Error> for candle_core::Error {
+    fn from(error: Error) -> Self {
+        match *error.kind {
+            ErrorKind::Candle(inner) => inner,
+            kind => candle_core::Error::wrap(Error { kind: Box::new(kind), optimizer: error.optimizer }),
+        }
+    }
+}
+
+/// The causes of an [`Error`].
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    // === Configuration ===
+    /// A setting is outside of its range.
+    #[error("invalid `{field}`: expected {expected}, got {got}")]
+    InvalidArgument {
+        /// The setting, as it is spelled in the structure that holds it.
+        field: String,
+        /// What is allowed.
+        expected: String,
+        /// What was given.
+        got: String,
+    },
+
+    /// Two settings exclude each other.
+    #[error("`{first}` and `{second}` exclude each other: set at most one of {allowed}")]
+    Exclusive {
+        /// One setting.
+        first: &'static str,
+        /// The other one.
+        second: &'static str,
+        /// All settings of which at most one may be set.
+        allowed: &'static str,
+    },
+
+    // === Variables ===
+    /// A variable was given twice, or two variables share their memory.
+    #[error("var given twice: `{first}` and `{second}` are the same memory; give each var once")]
+    DuplicateVar {
+        /// The name it was given first.
+        first: String,
+        /// The name it was given again.
+        second: String,
+    },
+
+    /// Two variables have the same name.
+    #[error("name given twice: `{0}`; names are the keys of the state and must differ")]
+    DuplicateName(String),
+
+    /// No variable, or no group, of that name.
+    #[error("unknown {what} `{name}`; known are: {known}")]
+    Unknown {
+        /// What was looked for, "var" or "group".
+        what: &'static str,
+        /// The name that was looked for.
+        name: String,
+        /// The first few names that exist.
+        known: String,
+    },
+
+    /// A checkpoint needs names, and this variable was given without one.
+    #[error(
+        "var {0} has no name, so a file cannot be matched to it; make the optimizer with `from_varmap` or `from_named`"
+    )]
+    UnnamedVar(usize),
+
+    // === Gradients ===
+    /// A gradient, or a tensor of a snapshot, has the wrong shape.
+    #[error("{what} shape mismatch for `{name}`: expected {expected:?}, got {got:?}")]
+    ShapeMismatch {
+        /// Which tensor, for instance "gradient".
+        what: &'static str,
+        /// The variable's name.
+        name: String,
+        /// The variable's dimensions.
+        expected: Vec<usize>,
+        /// The tensor's dimensions.
+        got: Vec<usize>,
+    },
+
+    /// A gradient, or a tensor of a snapshot, has the wrong dtype.
+    #[error("{what} dtype mismatch for `{name}`: expected {expected}, got {got:?}")]
+    DTypeMismatch {
+        /// Which tensor, for instance "gradient".
+        what: &'static str,
+        /// The variable's name.
+        name: String,
+        /// The dtypes that are allowed.
+        expected: String,
+        /// The tensor's dtype.
+        got: DType,
+    },
+
+    /// A gradient is on another device than its variable.
+    #[error("{what} device mismatch for `{name}`: expected {expected:?}, got {got:?}")]
+    DeviceMismatch {
+        /// Which tensor, for instance "gradient".
+        what: &'static str,
+        /// The variable's name.
+        name: String,
+        /// The variable's device.
+        expected: DeviceLocation,
+        /// The tensor's device.
+        got: DeviceLocation,
+    },
+
+    /// A gradient lives in the memory of a variable, which the update writes.
+    #[error(
+        "the gradient of `{name}` shares the storage of the var `{owner}`: expected a tensor of its own, such as `grad.copy()`"
+    )]
+    SharedStorage {
+        /// The variable whose gradient it is.
+        name: String,
+        /// The variable whose memory it is.
+        owner: String,
+    },
+
+    /// Not one of the variables had a gradient.
+    #[error(
+        "none of the {vars} vars had a gradient: is the loss computed from them, through operations that have a \
+         backward pass? (set `allow_no_gradients` where this is meant)"
+    )]
+    NoGradients {
+        /// How many variables the optimizer has.
+        vars: usize,
+    },
+
+    // === Checkpoints ===
+    /// An entry of a checkpoint or snapshot is missing, surplus or does not fit.
+    #[error("checkpoint entry `{entry}`: expected {expected}, got {got}")]
+    Checkpoint {
+        /// The entry.
+        entry: String,
+        /// What this optimizer needs.
+        expected: String,
+        /// What was found.
+        got: String,
+    },
+
+    /// A file could not be read or written.
+    #[error("{action} {path:?}: {source}")]
+    Io {
+        /// What was being done.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The system's error.
+        source: std::io::Error,
+    },
+
+    /// A file is not a readable safetensors file.
+    #[error("{path:?} is not a readable safetensors file: {source}")]
+    SafeTensors {
+        /// The file.
+        path: PathBuf,
+        /// The reader's error.
+        source: safetensors::SafeTensorError,
+    },
+
+    // === Wrapped ===
+    /// An error of candle.
+    #[error(transparent)]
+    Candle(candle_core::Error),
+}

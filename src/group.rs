@@ -1,0 +1,170 @@
+//! Groups of variables, and what they override. Every optimizer has the group "default", which overrides nothing.
+
+use candle_core::Var;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::params::{ParamsAdamax, check_beta, check_decay, check_eps, not_negative};
+use crate::rule::{Hyperparameters, WeightDecay};
+use crate::schedule::LearningRate;
+
+/// The name of the group of variables that were given without one.
+pub(crate) const DEFAULT_GROUP: &str = "default";
+
+/// The learning rate of a group.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub enum GroupLr {
+    /// The optimizer's.
+    #[default]
+    Inherit,
+    /// The optimizer's, times a factor that is not negative.
+    Factor(f64),
+    /// Its own, which `set_learning_rate` does not touch.
+    Own(LearningRate),
+}
+
+/// What a group of variables overrides; `None` is the optimizer's own setting.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GroupSettings {
+    /// The group's name, which is its key in checkpoints.
+    pub name: String,
+    /// Its learning rate.
+    pub lr: GroupLr,
+    /// Its beta1, in `[0, 1)`.
+    pub beta1: Option<f64>,
+    /// Its beta2, in `[0, 1)`.
+    pub beta2: Option<f64>,
+    /// Its epsilon, not negative; it stands where the optimizer's stands.
+    pub eps: Option<f64>,
+    /// Its decay; the optimizer's `no_decay` spares names here, too.
+    pub weight_decay: Option<WeightDecay>,
+}
+
+impl GroupSettings {
+    /// A group that overrides nothing.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self { name: name.into(), lr: GroupLr::Inherit, beta1: None, beta2: None, eps: None, weight_decay: None }
+    }
+
+    /// Checks every setting.
+    ///
+    /// # Errors
+    ///
+    /// The first one that is not allowed, as `groups.NAME.FIELD`.
+    pub fn validate(&self) -> Result<()> {
+        let field = |field: &str| format!("groups.{}.{field}", self.name);
+        if self.name.is_empty() {
+            return Err(Error::invalid("groups", "a name for every group", "an empty one"));
+        }
+        match &self.lr {
+            GroupLr::Inherit => {}
+            GroupLr::Factor(factor) => not_negative(&field("lr factor"), *factor)?,
+            GroupLr::Own(lr) => lr.validate().map_err(|error| error.in_group(&self.name))?,
+        }
+        self.beta1.map_or(Ok(()), |beta1| check_beta(&field("beta1"), beta1))?;
+        self.beta2.map_or(Ok(()), |beta2| check_beta(&field("beta2"), beta2))?;
+        self.eps.map_or(Ok(()), |eps| check_eps(&field("eps"), eps))?;
+        self.weight_decay.map_or(Ok(()), |decay| check_decay(&field("weight_decay"), decay))
+    }
+
+    /// The optimizer's numbers with this group's overrides.
+    pub(crate) fn hyperparameters(&self, params: &ParamsAdamax) -> Hyperparameters {
+        let base = params.hyperparameters();
+        Hyperparameters {
+            beta1: self.beta1.unwrap_or(base.beta1),
+            beta2: self.beta2.unwrap_or(base.beta2),
+            eps: self.eps.unwrap_or(base.eps),
+            epsilon: base.epsilon,
+            weight_decay: self.weight_decay.unwrap_or(base.weight_decay),
+        }
+    }
+
+    /// This group's learning rate in call `call`, where the optimizer's is `base`.
+    pub(crate) fn lr(&self, base: f64, call: u64) -> Result<f64> {
+        match &self.lr {
+            GroupLr::Inherit => Ok(base),
+            GroupLr::Factor(factor) => Ok(base * factor),
+            GroupLr::Own(lr) => lr.at(call).map_err(|error| error.in_group(&self.name)),
+        }
+    }
+}
+
+/// Named variables and what they override: `param_groups` of PyTorch.
+///
+/// ```
+/// use candle_adamax::{Adamax, ParamGroup, ParamsAdamax, WeightDecay};
+/// use candle_core::{DType, Device, Var};
+///
+/// let weight = Var::zeros((4, 4), DType::F32, &Device::Cpu)?;
+/// let bias = Var::zeros(4, DType::F32, &Device::Cpu)?;
+/// let optimizer = Adamax::from_groups(
+///     [
+///         ParamGroup::new("weights").var("fc.weight", &weight).weight_decay(WeightDecay::Decoupled(0.01)),
+///         ParamGroup::new("biases").var("fc.bias", &bias).lr_factor(2.0),
+///     ],
+///     ParamsAdamax::default(),
+/// )?;
+/// assert_eq!(optimizer.groups().len(), 3); // with "default", which is empty here
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct ParamGroup {
+    pub(crate) settings: GroupSettings,
+    pub(crate) vars: Vec<(String, Var)>,
+}
+
+impl ParamGroup {
+    /// A group without variables that overrides nothing.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self { settings: GroupSettings::new(name), vars: Vec::new() }
+    }
+
+    /// Adds one variable.
+    pub fn var(mut self, name: impl Into<String>, var: &Var) -> Self {
+        self.vars.push((name.into(), var.clone()));
+        self
+    }
+
+    /// Adds several.
+    pub fn vars<S: Into<String>>(mut self, vars: impl IntoIterator<Item = (S, Var)>) -> Self {
+        self.vars.extend(vars.into_iter().map(|(name, var)| (name.into(), var)));
+        self
+    }
+
+    /// A learning rate of its own.
+    pub fn lr(mut self, lr: impl Into<LearningRate>) -> Self {
+        self.settings.lr = GroupLr::Own(lr.into());
+        self
+    }
+
+    /// The optimizer's learning rate times a factor.
+    pub fn lr_factor(mut self, factor: f64) -> Self {
+        self.settings.lr = GroupLr::Factor(factor);
+        self
+    }
+
+    /// Its own beta1.
+    pub fn beta1(mut self, beta1: f64) -> Self {
+        self.settings.beta1 = Some(beta1);
+        self
+    }
+
+    /// Its own beta2.
+    pub fn beta2(mut self, beta2: f64) -> Self {
+        self.settings.beta2 = Some(beta2);
+        self
+    }
+
+    /// Its own epsilon.
+    pub fn eps(mut self, eps: f64) -> Self {
+        self.settings.eps = Some(eps);
+        self
+    }
+
+    /// Its own decay.
+    pub fn weight_decay(mut self, decay: WeightDecay) -> Self {
+        self.settings.weight_decay = Some(decay);
+        self
+    }
+}

@@ -1,0 +1,105 @@
+//! One algorithm, several vector widths: a pass is written once, in plain Rust, and compiled once for each instruction
+//! set. rustc never contracts `a * b + c`, so the wider the registers, the faster, and the bits stay the same.
+
+/// A loop over elements. Implementations are `#[inline(always)]`, so that each [`Isa`] compiles its own copy.
+pub(crate) trait Pass {
+    type Output;
+
+    fn run(self) -> Self::Output;
+}
+
+/// An instruction set that this CPU has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Isa {
+    /// What the target guarantees: SSE2 on x86-64, NEON on AArch64.
+    Baseline,
+    /// 256 bits.
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
+    /// 512 bits.
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
+}
+
+impl Isa {
+    /// The widest one.
+    pub(crate) fn detect() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(avx512) = Avx512::detect() {
+            return Self::Avx512(avx512);
+        } else if let Some(avx2) = Avx2::detect() {
+            return Self::Avx2(avx2);
+        }
+        Self::Baseline
+    }
+
+    /// Every one that this CPU has.
+    #[cfg(test)]
+    pub(crate) fn all() -> Vec<Self> {
+        #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut, reason = "there is one"))]
+        let mut all = vec![Self::Baseline];
+        #[cfg(target_arch = "x86_64")]
+        {
+            all.extend(Avx2::detect().map(Self::Avx2));
+            all.extend(Avx512::detect().map(Self::Avx512));
+        }
+        all
+    }
+
+    /// Runs the pass as compiled for this instruction set.
+    #[inline]
+    pub(crate) fn run<P: Pass>(self, pass: P) -> P::Output {
+        match self {
+            Self::Baseline => pass.run(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(avx2) => avx2.run(pass),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(avx512) => avx512.run(pass),
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use x86::{Avx2, Avx512};
+
+#[cfg(target_arch = "x86_64")]
+#[expect(unsafe_code, reason = "a function for an instruction set may be called only where the CPU has it")]
+mod x86 {
+    use super::Pass;
+
+    macro_rules! instruction_set {
+        ($(#[$doc:meta])* $name:ident, $call:ident, $($feature:tt),+) => {
+            $(#[$doc])*
+            #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+            pub(crate) struct $name(());
+
+            impl $name {
+                /// The proof, if this CPU has the instruction set; the answer never changes in a process.
+                pub(crate) fn detect() -> Option<Self> {
+                    ($(is_x86_feature_detected!($feature))&&+).then_some(Self(()))
+                }
+
+                #[inline]
+                pub(crate) fn run<P: Pass>(self, pass: P) -> P::Output {
+                    // SAFETY: a value of this type comes from `detect` alone, which has found every feature that the
+                    // function is compiled for.
+                    unsafe { $call(pass) }
+                }
+            }
+
+            $(#[target_feature(enable = $feature)])+
+            fn $call<P: Pass>(pass: P) -> P::Output {
+                pass.run()
+            }
+        };
+    }
+
+    instruction_set! {
+        /// Proof that this CPU has AVX2.
+        Avx2, run_avx2, "avx2"
+    }
+    instruction_set! {
+        /// Proof that this CPU has AVX-512.
+        Avx512, run_avx512, "avx512f", "avx512bw", "avx512dq", "avx512vl"
+    }
+}

@@ -1,0 +1,144 @@
+//! The rule in candle's tensor operations: for any device that candle has, and the oracle of the tests.
+//!
+//! It shares no arithmetic with the kernels on purpose. Invariant: all results are computed before the first one is
+//! written, so that an operation that fails has changed nothing.
+
+use candle_core::{DType, Result, Tensor};
+
+use super::cpu::{Accumulate, Average, Task, Update};
+use super::lend::Source;
+use crate::reduce::NormType;
+use crate::rule::Coefficients;
+use crate::state::{Buffer, arithmetic};
+
+pub(super) fn update(tasks: Vec<Task<'_, Update<'_>>>) -> Result<()> {
+    let mut results = Vec::with_capacity(tasks.len());
+    for task in tasks {
+        let (Some(var), Some(read)) = (task.lent, task.read) else { continue };
+        let Update { coefficients, state } = task.kind;
+        let (m, u) = (tensor(&state.exp_avg)?, tensor(&state.exp_inf)?);
+        let (next_w, next_m, next_u) = update_one(&coefficients, var, gradient(read)?, m, u)?;
+        results.push((var, state, next_w, next_m, next_u));
+    }
+    for (var, state, next_w, next_m, next_u) in results {
+        set(var, &next_w)?;
+        state.exp_avg = Buffer::Tensor(next_m);
+        state.exp_inf = Buffer::Tensor(next_u);
+    }
+    Ok(())
+}
+
+pub(super) fn accumulate(tasks: Vec<Task<'_, Accumulate<'_>>>) -> Result<()> {
+    let mut results = Vec::with_capacity(tasks.len());
+    for task in tasks {
+        let Some(read) = task.read else { continue };
+        let sum = tensor(task.kind.sum)?;
+        let next = (sum + gradient(read)?.to_dtype(sum.dtype())?.affine(task.kind.unscale, 0.0)?)?;
+        results.push((task.kind.sum, next));
+    }
+    for (sum, next) in results {
+        *sum = Buffer::Tensor(next);
+    }
+    Ok(())
+}
+
+pub(super) fn average(tasks: Vec<Task<'_, Average<'_>>>) -> Result<()> {
+    let mut results = Vec::with_capacity(tasks.len());
+    for task in tasks {
+        let Some(var) = task.lent else { continue };
+        let Average { momentum, overwrite, average } = task.kind;
+        let old = tensor(average)?;
+        let next = ((old * momentum)? + (var.to_dtype(old.dtype())? * (1.0 - momentum))?)?;
+        results.push((var, average, next, overwrite));
+    }
+    for (var, average, next, overwrite) in results {
+        if overwrite {
+            set(var, &next.to_dtype(var.dtype())?)?;
+        }
+        *average = Buffer::Tensor(next);
+    }
+    Ok(())
+}
+
+/// The norm of one gradient; waits for the device. Everything is divided by the largest magnitude first, because not
+/// every device has f64 to hold squares in.
+pub(super) fn measure(grad: Source<'_>, norm: NormType) -> Result<f64> {
+    let grad = gradient(grad)?;
+    if grad.elem_count() == 0 {
+        return Ok(0.0);
+    }
+    let magnitudes = grad.to_dtype(arithmetic(grad.dtype()))?.abs()?.flatten_all()?;
+    // A maximum may pass over a NaN; a sum does not.
+    if number(&magnitudes.sum(0)?)?.is_nan() {
+        return Ok(f64::NAN);
+    }
+    let largest = number(&magnitudes.max(0)?)?;
+    if norm == NormType::Inf || largest == 0.0 || largest.is_infinite() {
+        return Ok(largest);
+    }
+    let scaled = magnitudes.broadcast_div(&magnitudes.max(0)?)?;
+    Ok(largest
+        * match norm {
+            NormType::L2 => number(&scaled.sqr()?.sum(0)?)?.sqrt(),
+            _ => number(&scaled.sum(0)?)?,
+        })
+}
+
+fn update_one(
+    c: &Coefficients<f64>,
+    var: &Tensor,
+    grad: &Tensor,
+    exp_avg: &Tensor,
+    exp_inf: &Tensor,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let w = var.to_dtype(exp_avg.dtype())?;
+    let mut g = (grad.to_dtype(exp_avg.dtype())? * c.grad_scale)?;
+    if c.clamp.is_finite() {
+        let limit = g.ones_like()?.affine(c.clamp, 0.0)?;
+        g = g.gt(&limit)?.where_cond(&limit, &g)?;
+        let limit = limit.neg()?;
+        g = g.lt(&limit)?.where_cond(&limit, &g)?;
+    }
+    if c.l2 != 0.0 {
+        g = (g + (&w * c.l2)?)?;
+    }
+    let m = ((exp_avg * c.beta1)? + (&g * c.one_minus_beta1)?)?;
+    let seen = (g.abs()? + c.eps_inside)?;
+    let u = maximum(&(exp_inf * c.beta2)?, &seen)?;
+    let denominator = (&u + c.eps_outside)?;
+    let zero = denominator.eq(&denominator.zeros_like()?)?;
+    let ratio = zero.where_cond(&denominator.zeros_like()?, &(&m / &denominator)?)?;
+    let decayed = if c.decay == 0.0 { w } else { (&w - (&w * c.decay)?)? };
+    let w = (decayed - (ratio * c.step_size)?)?;
+    Ok((w.to_dtype(var.dtype())?, m, u))
+}
+
+/// The larger of each pair; NaN where one is NaN, which candle's own `maximum` does not promise.
+fn maximum(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let larger = a.ge(b)?.where_cond(a, b)?;
+    // Only a NaN differs from itself. If b is NaN, the comparison above has chosen it already.
+    a.ne(a)?.where_cond(a, &larger)
+}
+
+/// `Var::set`, for the tensor inside of a `Var`.
+fn set(var: &Tensor, value: &Tensor) -> Result<()> {
+    candle_core::Var::from_tensor(var)?.set(value)
+}
+
+fn gradient(source: Source<'_>) -> Result<&Tensor> {
+    match source {
+        Source::Tensor(grad) => Ok(grad),
+        Source::Buffer(buffer) => tensor(buffer),
+    }
+}
+
+fn tensor(buffer: &Buffer) -> Result<&Tensor> {
+    match buffer {
+        Buffer::Tensor(tensor) => Ok(tensor),
+        _ => candle_core::bail!("expected a buffer on the variable's device"),
+    }
+}
+
+fn number(scalar: &Tensor) -> Result<f64> {
+    scalar.to_device(&candle_core::Device::Cpu)?.to_dtype(DType::F64)?.to_scalar()
+}

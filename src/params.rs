@@ -1,0 +1,289 @@
+//! The settings of an optimizer, the presets of the frameworks, and what is allowed.
+
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::reduce::NormType;
+use crate::rule::{Epsilon, Hyperparameters, WeightDecay};
+use crate::schedule::{LearningRate, scalar};
+
+/// What the bias correction `1 - beta1^t` of a variable counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StepCount {
+    /// All updates of the optimizer, also those in which the variable had no gradient. Keras, optax.
+    #[default]
+    Shared,
+    /// The variable's own updates. PyTorch.
+    PerVar,
+}
+
+/// PyTorch's `clip_grad_norm_`: all gradients are multiplied by `min(max_norm / (total_norm + 1e-6), 1)`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClipGradNorm {
+    /// The norm that is allowed.
+    pub max_norm: f64,
+    /// Which norm.
+    pub norm_type: NormType,
+}
+
+/// Keras 3's moving average of the weights.
+///
+/// After every call of `step`: `average = momentum * average + (1 - momentum) * w`; during the first update the
+/// average is a copy of the weights. With `overwrite_frequency` f, every f-th update ends with `w = average`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ema {
+    /// The share that the average keeps, in `[0, 1]`; Keras's default is 0.99.
+    pub momentum: f64,
+    /// After how many updates the weights are replaced by their average; never if `None`.
+    pub overwrite_frequency: Option<u64>,
+}
+
+impl Default for Ema {
+    fn default() -> Self {
+        Self { momentum: 0.99, overwrite_frequency: None }
+    }
+}
+
+/// The settings of [`Adamax`](crate::Adamax). The default is Keras's optimizer, [`pytorch`](Self::pytorch) is
+/// PyTorch's; every setting stands alone, so that others can be mixed.
+///
+/// ```text
+/// g  = gradient / loss_scale_factor, accumulated, clipped, negated if maximize, + lambda * w for L2
+/// m  = beta1 * m + (1 - beta1) * g
+/// u  = max(beta2 * u, |g|)                               with Epsilon::Inside: max(beta2 * u, |g| + eps)
+/// w  = w - lr * lambda * w for Decoupled - lr / (1 - beta1^t) * m / (u + eps)      Epsilon::Inside: / u
+/// ```
+///
+/// (Kingma & Ba 2015, section 7.1; `tf.keras.optimizers.Adamax`; `torch.optim.Adamax`.)
+///
+/// ```
+/// use candle_adamax::{CosineDecay, ParamsAdamax, WeightDecay};
+///
+/// let params = ParamsAdamax {
+///     lr: CosineDecay::new(2e-3, 10_000).into(),
+///     weight_decay: WeightDecay::Decoupled(0.01),
+///     no_decay: vec!["bias".into(), "norm".into()],
+///     clip_global_norm: Some(1.0),
+///     ..Default::default()
+/// };
+/// params.validate()?;
+/// # Ok::<(), candle_adamax::Error>(())
+/// ```
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ParamsAdamax {
+    /// What this optimizer is called in checkpoints, `Display` and errors. Default: "Adamax".
+    pub name: String,
+    /// The learning rate: a number, a schedule, a scalar tensor that is read at each step; `.into()` makes each one.
+    /// Not negative. Default: 1e-3.
+    pub lr: LearningRate,
+    /// How much of m remains each update, in `[0, 1)`. Default: 0.9.
+    pub beta1: f64,
+    /// How much of u remains each update, in `[0, 1)`. Default: 0.999.
+    pub beta2: f64,
+    /// Keeps the quotient finite; not negative, and where it is 0, `0 / 0` counts as 0. Default: 1e-7.
+    pub eps: f64,
+    /// Where `eps` stands. Default: [`Epsilon::Outside`], of Keras.
+    pub epsilon: Epsilon,
+    /// How weights decay. Default: not at all.
+    pub weight_decay: WeightDecay,
+    /// Variables whose name contains one of these parts are spared from decay. Default: none.
+    pub no_decay: Vec<String>,
+    /// What t counts. Default: [`StepCount::Shared`], of Keras.
+    pub step_count: StepCount,
+    /// Go up the gradient instead of down. Default: false.
+    pub maximize: bool,
+    /// Clip every element of a gradient to `[-c, c]` (Keras `clipvalue`). At most one of the four clips may be set.
+    pub clip_value: Option<f64>,
+    /// Clip the L2 norm of each variable's gradient, `g * c / max(|g|, c)` (Keras `clipnorm`).
+    pub clip_norm: Option<f64>,
+    /// Clip the L2 norm of all gradients together, `g * c / max(|all|, c)` (Keras `global_clipnorm`); a norm that is
+    /// not finite makes every gradient NaN, as there.
+    pub clip_global_norm: Option<f64>,
+    /// Clip as PyTorch's `clip_grad_norm_`, in one of three norms.
+    pub clip_grad_norm: Option<ClipGradNorm>,
+    /// What the loss was multiplied by, which gradients are divided by before anything else; positive.
+    pub loss_scale_factor: Option<f64>,
+    /// Keep a moving average of the weights. Default: none.
+    pub ema: Option<Ema>,
+    /// Update once in so many calls of `step`, with the mean of their gradients; at least 1. Default: 1.
+    pub gradient_accumulation_steps: u64,
+    /// Skip a call in which a gradient, or the norm to clip by, is not finite: it changes nothing, and is counted by
+    /// [`Adamax::skipped`](crate::Adamax::skipped). Default: false, so that NaN propagates and shows itself.
+    pub skip_nonfinite: bool,
+    /// Whether a step in which no variable had a gradient is fine. Default: false, an error: a graph that is cut
+    /// without a word is a common mistake.
+    pub allow_no_gradients: bool,
+}
+
+impl Default for ParamsAdamax {
+    /// Keras's defaults: lr 1e-3, betas 0.9 and 0.999, epsilon 1e-7 outside.
+    fn default() -> Self {
+        Self {
+            name: "Adamax".to_owned(),
+            lr: 1e-3.into(),
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-7,
+            epsilon: Epsilon::Outside,
+            weight_decay: WeightDecay::None,
+            no_decay: Vec::new(),
+            step_count: StepCount::Shared,
+            maximize: false,
+            clip_value: None,
+            clip_norm: None,
+            clip_global_norm: None,
+            clip_grad_norm: None,
+            loss_scale_factor: None,
+            ema: None,
+            gradient_accumulation_steps: 1,
+            skip_nonfinite: false,
+            allow_no_gradients: false,
+        }
+    }
+}
+
+impl ParamsAdamax {
+    /// PyTorch's defaults: lr 2e-3, betas 0.9 and 0.999, epsilon 1e-8 inside of the maximum, own counters.
+    ///
+    /// `torch.optim.Adamax(weight_decay=x)` is [`WeightDecay::L2`]`(x)`.
+    pub fn pytorch() -> Self {
+        Self { lr: 2e-3.into(), eps: 1e-8, epsilon: Epsilon::Inside, step_count: StepCount::PerVar, ..Self::default() }
+    }
+
+    /// The same settings with `beta1` from a tensor with one element, which is read now and not again.
+    ///
+    /// # Errors
+    ///
+    /// The tensor has not exactly one element, or is not of a floating-point dtype.
+    pub fn beta1_from(self, beta1: &Tensor) -> Result<Self> {
+        Ok(Self { beta1: scalar("beta1", beta1)?, ..self })
+    }
+
+    /// The same settings with `beta2` from a tensor with one element, which is read now and not again.
+    ///
+    /// # Errors
+    ///
+    /// As [`beta1_from`](Self::beta1_from).
+    pub fn beta2_from(self, beta2: &Tensor) -> Result<Self> {
+        Ok(Self { beta2: scalar("beta2", beta2)?, ..self })
+    }
+
+    /// Checks every setting; [`Adamax::new`](candle_nn::Optimizer::new) does so too.
+    ///
+    /// # Errors
+    ///
+    /// The first setting that is not allowed, with its name, its value and what is allowed.
+    pub fn validate(&self) -> Result<()> {
+        self.validate_settings().map_err(|error| error.of_optimizer(&self.name))
+    }
+
+    fn validate_settings(&self) -> Result<()> {
+        self.lr.validate()?;
+        check_beta("beta1", self.beta1)?;
+        check_beta("beta2", self.beta2)?;
+        check_eps("eps", self.eps)?;
+        check_decay("weight_decay", self.weight_decay)?;
+        if let Some(part) = self.no_decay.iter().find(|part| part.is_empty()) {
+            return Err(Error::invalid(
+                "no_decay",
+                "parts of names, not empty (which is part of all)",
+                format!("{part:?}"),
+            ));
+        }
+        self.validate_clips()?;
+        if let Some(factor) = self.loss_scale_factor {
+            check_positive("loss_scale_factor", factor)?;
+        }
+        if let Some(ema) = self.ema {
+            if !(0.0..=1.0).contains(&ema.momentum) {
+                return Err(Error::invalid("ema.momentum", "a number in [0, 1]", ema.momentum));
+            }
+            if ema.overwrite_frequency == Some(0) {
+                return Err(Error::invalid("ema.overwrite_frequency", "at least 1, or none", 0));
+            }
+        }
+        if self.gradient_accumulation_steps == 0 {
+            return Err(Error::invalid("gradient_accumulation_steps", "at least 1", 0));
+        }
+        Ok(())
+    }
+
+    fn validate_clips(&self) -> Result<()> {
+        let clips = [
+            ("clip_value", self.clip_value),
+            ("clip_norm", self.clip_norm),
+            ("clip_global_norm", self.clip_global_norm),
+            ("clip_grad_norm", self.clip_grad_norm.map(|clip| clip.max_norm)),
+        ];
+        let mut set = None;
+        for (field, clip) in clips {
+            let Some(limit) = clip else { continue };
+            let field_of_limit = if field == "clip_grad_norm" { "clip_grad_norm.max_norm" } else { field };
+            check_positive(field_of_limit, limit)?;
+            if let Some(first) = set.replace(field) {
+                return Err(ErrorKind::Exclusive {
+                    first,
+                    second: field,
+                    allowed: "`clip_value`, `clip_norm`, `clip_global_norm`, `clip_grad_norm`",
+                }
+                .into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Which norm clipping asks for.
+    pub(crate) fn norm_type(&self) -> Option<NormType> {
+        match self.clip_grad_norm {
+            Some(clip) => Some(clip.norm_type),
+            None => self.clip_norm.or(self.clip_global_norm).map(|_| NormType::L2),
+        }
+    }
+
+    /// The numbers that groups may override.
+    pub(crate) fn hyperparameters(&self) -> Hyperparameters {
+        Hyperparameters {
+            beta1: self.beta1,
+            beta2: self.beta2,
+            eps: self.eps,
+            epsilon: self.epsilon,
+            weight_decay: self.weight_decay,
+        }
+    }
+
+    /// Whether a variable of this name decays.
+    pub(crate) fn decays(&self, name: &str) -> bool {
+        !self.no_decay.iter().any(|part| name.contains(part.as_str()))
+    }
+}
+
+pub(crate) fn check_beta(field: &str, beta: f64) -> Result<()> {
+    if (0.0..1.0).contains(&beta) { Ok(()) } else { Err(Error::invalid(field, "a number in [0, 1)", beta)) }
+}
+
+pub(crate) fn check_eps(field: &str, eps: f64) -> Result<()> {
+    not_negative(field, eps)
+}
+
+pub(crate) fn check_decay(field: &str, decay: WeightDecay) -> Result<()> {
+    match decay {
+        WeightDecay::None => Ok(()),
+        WeightDecay::L2(lambda) | WeightDecay::Decoupled(lambda) => not_negative(field, lambda),
+    }
+}
+
+pub(crate) fn not_negative(field: &str, x: f64) -> Result<()> {
+    if x >= 0.0 && x.is_finite() {
+        Ok(())
+    } else {
+        Err(Error::invalid(field, "a finite number that is not negative", x))
+    }
+}
+
+fn check_positive(field: &str, x: f64) -> Result<()> {
+    if x > 0.0 && x.is_finite() { Ok(()) } else { Err(Error::invalid(field, "a finite number above 0", x)) }
+}
