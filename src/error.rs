@@ -42,10 +42,10 @@ impl Error {
         self
     }
 
-    /// The same error, with its field as one of the group `name`.
-    pub(crate) fn in_group(mut self, name: &str) -> Self {
+    /// The same error about something that the field `parent` holds: it names `parent.field`.
+    pub(crate) fn within(mut self, parent: impl fmt::Display) -> Self {
         if let ErrorKind::InvalidArgument { field, .. } = &mut *self.kind {
-            *field = format!("groups.{name}.{field}");
+            *field = format!("{parent}.{field}");
         }
         self
     }

@@ -3,8 +3,9 @@
 use candle_core::Var;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result};
-use crate::params::{ParamsAdamax, check_beta, check_decay, check_eps, not_negative};
+use crate::check;
+use crate::error::Result;
+use crate::params::{ParamsAdamax, check_beta, check_decay};
 use crate::rule::{Hyperparameters, WeightDecay};
 use crate::schedule::LearningRate;
 
@@ -53,19 +54,20 @@ impl GroupSettings {
     ///
     /// The first one that is not allowed, as `groups.NAME.FIELD`.
     pub fn validate(&self) -> Result<()> {
-        let field = |field: &str| format!("groups.{}.{field}", self.name);
-        if self.name.is_empty() {
-            return Err(Error::invalid("groups", "a name for every group", "an empty one"));
-        }
+        check::require(!self.name.is_empty(), "groups", "a name for every group", "an empty one")?;
+        self.validate_settings().map_err(|error| error.within(format_args!("groups.{}", self.name)))
+    }
+
+    fn validate_settings(&self) -> Result<()> {
         match &self.lr {
             GroupLr::Inherit => {}
-            GroupLr::Factor(factor) => not_negative(&field("lr factor"), *factor)?,
-            GroupLr::Own(lr) => lr.validate().map_err(|error| error.in_group(&self.name))?,
+            GroupLr::Factor(factor) => check::not_negative("lr_factor", *factor)?,
+            GroupLr::Own(lr) => lr.validate()?,
         }
-        self.beta1.map_or(Ok(()), |beta1| check_beta(&field("beta1"), beta1))?;
-        self.beta2.map_or(Ok(()), |beta2| check_beta(&field("beta2"), beta2))?;
-        self.eps.map_or(Ok(()), |eps| check_eps(&field("eps"), eps))?;
-        self.weight_decay.map_or(Ok(()), |decay| check_decay(&field("weight_decay"), decay))
+        self.beta1.map_or(Ok(()), |beta1| check_beta("beta1", beta1))?;
+        self.beta2.map_or(Ok(()), |beta2| check_beta("beta2", beta2))?;
+        self.eps.map_or(Ok(()), |eps| check::not_negative("eps", eps))?;
+        self.weight_decay.map_or(Ok(()), check_decay)
     }
 
     /// The optimizer's numbers with this group's overrides.
@@ -85,7 +87,7 @@ impl GroupSettings {
         match &self.lr {
             GroupLr::Inherit => Ok(base),
             GroupLr::Factor(factor) => Ok(base * factor),
-            GroupLr::Own(lr) => lr.at(call).map_err(|error| error.in_group(&self.name)),
+            GroupLr::Own(lr) => lr.at(call).map_err(|error| error.within(format_args!("groups.{}", self.name))),
         }
     }
 }

@@ -1,7 +1,70 @@
-//! Adamax for candle.
+//! The Adamax optimizer (Kingma & Ba 2015, section 7.1) for [candle](candle_core): the numbers of Keras or of PyTorch,
+//! in one pass over memory a step.
+//!
+//! ```
+//! use candle_adamax::{Adamax, CosineDecay, ParamsAdamax};
+//! use candle_core::{DType, Device, Tensor};
+//! use candle_nn::{Module, Optimizer, VarBuilder, VarMap, linear, loss};
+//!
+//! let device = Device::Cpu;
+//! let varmap = VarMap::new();
+//! let model = linear(3, 1, VarBuilder::from_varmap(&varmap, DType::F32, &device))?;
+//! let x = Tensor::randn(0f32, 1.0, (64, 3), &device)?;
+//! let y = x.matmul(&Tensor::new(&[[1f32], [-2.0], [0.5]], &device)?)?;
+//!
+//! let params = ParamsAdamax { lr: CosineDecay::new(0.05, 300).into(), ..Default::default() };
+//! let mut optimizer = Adamax::from_varmap(&varmap, params)?;
+//! for _ in 0..300 {
+//!     let loss = loss::mse(&model.forward(&x)?, &y)?;
+//!     optimizer.backward_step(&loss)?;
+//! }
+//! assert!(loss::mse(&model.forward(&x)?, &y)?.to_scalar::<f32>()? < 1e-3);
+//! # Ok::<(), candle_core::Error>(())
+//! ```
+//!
+//! Where to look:
+//!
+//! | for | see |
+//! | --- | --- |
+//! | the optimizer: making one, stepping, saving | [`Adamax`] |
+//! | its settings, and the conventions of the frameworks | [`ParamsAdamax`], [`Epsilon`], [`WeightDecay`], [`StepCount`] |
+//! | learning rates that change | [`LearningRate`], [`Schedule`], [`LearningRateSchedule`] |
+//! | settings of some variables | [`ParamGroup`] |
+//! | what a step did | [`StepReport`] |
+//! | state in memory | [`Snapshot`], [`State`] |
+//! | what goes wrong | [`Error`], [`ErrorKind`] |
+//!
+//! # Numerics
+//!
+//! Arithmetic and moments are f32 for f32, f16 and bf16 variables and f64 for f64. Coefficients such as
+//! `lr / (1 - beta1^t)` are computed in f64 and rounded once. No operation is fused and none is reordered, so the number
+//! of threads and the width of the CPU's vectors do not change a bit of the result. NaN propagates into the moments and
+//! the weights unless [`skip_nonfinite`](ParamsAdamax::skip_nonfinite) is set.
+//!
+//! # How the source is laid out
+//!
+//! A module uses only modules further down:
+//!
+//! | module | what lives there |
+//! | --- | --- |
+//! | `adamax` | the optimizer; `step` reads as the list of what it does |
+//! | `checkpoint` | a snapshot of all state, and its way into a file and back |
+//! | `gradient` | norms of gradients, and what clipping makes of them |
+//! | `group`, `params` | settings, presets, what is allowed |
+//! | `schedule` | learning rates: pure functions of the count of calls |
+//! | `kernel` | which kernel runs; the one for the CPU, the one of tensor operations |
+//! | `kernel::lend` | the only place that takes slices out of candle's tensors |
+//! | `kernel::plan` | sizes of tensors become equal pieces of work; pure |
+//! | `state` | the moments of one variable |
+//! | `reduce` | the one tree by which norms are summed; pure |
+//! | `rule` | **the formula**; pure |
+//! | `element` | f64, f32, f16, bf16 and the type of their arithmetic; pure |
+//! | `check`, `error` | what is allowed, and what can go wrong |
+
 #![deny(unsafe_code)]
 
 mod adamax;
+mod check;
 mod checkpoint;
 mod element;
 mod error;
@@ -26,3 +89,8 @@ pub use schedule::{
     CosineDecay, CosineDecayRestarts, ExponentialDecay, InverseTimeDecay, Join, LearningRate, LearningRateSchedule,
     LinearWarmup, PiecewiseConstantDecay, PolynomialDecay, Schedule,
 };
+
+/// Compiles and runs the examples of the README.
+#[doc = include_str!("../README.md")]
+#[cfg(doctest)]
+pub struct ReadmeDoctests;

@@ -3,7 +3,8 @@
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::check;
+use crate::error::{ErrorKind, Result};
 use crate::reduce::NormType;
 use crate::rule::{Epsilon, Hyperparameters, WeightDecay};
 use crate::schedule::{LearningRate, scalar};
@@ -185,31 +186,19 @@ impl ParamsAdamax {
         self.lr.validate()?;
         check_beta("beta1", self.beta1)?;
         check_beta("beta2", self.beta2)?;
-        check_eps("eps", self.eps)?;
-        check_decay("weight_decay", self.weight_decay)?;
-        if let Some(part) = self.no_decay.iter().find(|part| part.is_empty()) {
-            return Err(Error::invalid(
-                "no_decay",
-                "parts of names, not empty (which is part of all)",
-                format!("{part:?}"),
-            ));
-        }
+        check::not_negative("eps", self.eps)?;
+        check_decay(self.weight_decay)?;
+        let no_empty_part = self.no_decay.iter().all(|part| !part.is_empty());
+        check::require(no_empty_part, "no_decay", "parts of names", "an empty one, which is part of every name")?;
         self.validate_clips()?;
         if let Some(factor) = self.loss_scale_factor {
             check_positive("loss_scale_factor", factor)?;
         }
-        if let Some(ema) = self.ema {
-            if !(0.0..=1.0).contains(&ema.momentum) {
-                return Err(Error::invalid("ema.momentum", "a number in [0, 1]", ema.momentum));
-            }
-            if ema.overwrite_frequency == Some(0) {
-                return Err(Error::invalid("ema.overwrite_frequency", "at least 1, or none", 0));
-            }
+        if let Some(Ema { momentum, overwrite_frequency }) = self.ema {
+            check::share("ema.momentum", momentum)?;
+            check::at_least_one("ema.overwrite_frequency", overwrite_frequency.unwrap_or(1))?;
         }
-        if self.gradient_accumulation_steps == 0 {
-            return Err(Error::invalid("gradient_accumulation_steps", "at least 1", 0));
-        }
-        Ok(())
+        check::at_least_one("gradient_accumulation_steps", self.gradient_accumulation_steps)
     }
 
     fn validate_clips(&self) -> Result<()> {
@@ -262,28 +251,16 @@ impl ParamsAdamax {
 }
 
 pub(crate) fn check_beta(field: &str, beta: f64) -> Result<()> {
-    if (0.0..1.0).contains(&beta) { Ok(()) } else { Err(Error::invalid(field, "a number in [0, 1)", beta)) }
+    check::require((0.0..1.0).contains(&beta), field, "a number in [0, 1)", beta)
 }
 
-pub(crate) fn check_eps(field: &str, eps: f64) -> Result<()> {
-    not_negative(field, eps)
-}
-
-pub(crate) fn check_decay(field: &str, decay: WeightDecay) -> Result<()> {
+pub(crate) fn check_decay(decay: WeightDecay) -> Result<()> {
     match decay {
         WeightDecay::None => Ok(()),
-        WeightDecay::L2(lambda) | WeightDecay::Decoupled(lambda) => not_negative(field, lambda),
-    }
-}
-
-pub(crate) fn not_negative(field: &str, x: f64) -> Result<()> {
-    if x >= 0.0 && x.is_finite() {
-        Ok(())
-    } else {
-        Err(Error::invalid(field, "a finite number that is not negative", x))
+        WeightDecay::L2(lambda) | WeightDecay::Decoupled(lambda) => check::not_negative("weight_decay", lambda),
     }
 }
 
 fn check_positive(field: &str, x: f64) -> Result<()> {
-    if x > 0.0 && x.is_finite() { Ok(()) } else { Err(Error::invalid(field, "a finite number above 0", x)) }
+    check::require(x > 0.0 && x.is_finite(), field, "a finite number above 0", x)
 }

@@ -168,8 +168,9 @@ mod tests {
             let got = NormType::L2.finish(norm::<Squares>(&[scale; 4]));
             assert_eq!(got, 2.0 * f64::from(scale));
         }
-        assert_eq!(NormType::L2.join(&[3e200, 4e200]), 5e200);
-        assert_eq!(NormType::L2.join(&[3e-200, 4e-200]), 5e-200);
+        for scale in [2f64.powi(900), 2f64.powi(-900), f64::MIN_POSITIVE / 1024.0] {
+            assert_eq!(NormType::L2.join(&[3.0 * scale, 4.0 * scale]), 5.0 * scale);
+        }
     }
 
     #[test]

@@ -6,7 +6,8 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::decay::power;
-use super::{LearningRateSchedule, LinearWarmup, check, wire};
+use super::{LearningRateSchedule, LinearWarmup, wire};
+use crate::check;
 use crate::error::Result;
 
 /// A learning rate that falls along half a cosine wave to a share of its peak, with or without a linear warm-up.

@@ -5,7 +5,8 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::warmup::lerp;
-use super::{LearningRateSchedule, check, wire};
+use super::{LearningRateSchedule, wire};
+use crate::check;
 use crate::error::Result;
 
 /// A learning rate that is multiplied by a factor every so many steps.

@@ -4,7 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{LearningRateSchedule, Schedule, check};
+use super::{LearningRateSchedule, Schedule};
+use crate::check;
 use crate::error::Result;
 
 /// Schedules one after another, each of which counts its steps from where it begins.
@@ -59,10 +60,9 @@ impl LearningRateSchedule for Join {
             self.boundaries.len(),
         )?;
         check::strictly_increasing(&self.boundaries)?;
-        self.schedules
-            .iter()
-            .enumerate()
-            .try_for_each(|(index, schedule)| check::within(format_args!("schedules[{index}]"), schedule.validate()))
+        self.schedules.iter().enumerate().try_for_each(|(index, schedule)| {
+            schedule.validate().map_err(|error| error.within(format_args!("schedules[{index}]")))
+        })
     }
 }
 

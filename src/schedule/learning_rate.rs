@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::wire::Object;
-use super::{LearningRateSchedule, Schedule, check};
+use super::{LearningRateSchedule, Schedule};
+use crate::check;
 use crate::error::{Error, Result};
 
 const TENSOR: &str = "Tensor";
@@ -126,18 +127,22 @@ impl LearningRate {
             Self::Schedule(schedule) => schedule.validate(),
             Self::Custom(schedule) => schedule.validate(),
         };
-        check::within("lr", settings)
+        settings.map_err(|error| error.within("lr"))
     }
 }
 
-/// The number in a tensor of one element, which is given as the setting `field`.
+/// The number in a tensor of one element, which is the setting `field`.
 pub(crate) fn scalar(field: &str, tensor: &Tensor) -> Result<f64> {
-    let (dims, dtype) = (tensor.dims(), tensor.dtype().as_str());
+    let dims = tensor.dims();
     check::require(tensor.elem_count() == 1, field, "a tensor of one element", format_args!("one of shape {dims:?}"))?;
-    check::require(tensor.dtype().is_float(), field, "a tensor of a floating dtype", format_args!("one of {dtype}"))?;
-    // To the CPU first: not every device has f64.
-    let values = tensor.detach().flatten_all()?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
-    Ok(values.get(0)?.to_scalar()?)
+    let dtype = tensor.dtype();
+    check::require(dtype.is_float(), field, "a tensor of a floating dtype", format_args!("one of {}", dtype.as_str()))?;
+    let value = tensor.detach().flatten_all()?.get(0)?;
+    Ok(match dtype {
+        DType::F64 => value.to_scalar()?,
+        // All the others fit into an f32, which every device has. (In candle 0.11.1, F8E4M3 to f64 never returns.)
+        _ => value.to_dtype(DType::F32)?.to_scalar::<f32>()?.into(),
+    })
 }
 
 impl From<f64> for LearningRate {

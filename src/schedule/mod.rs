@@ -4,7 +4,6 @@
 //! are those of Keras in f64. Where Keras's rounding decides on which side of a boundary a step falls, whole numbers
 //! decide here: a staircase, a cycle or a restart begins at its step on every machine.
 
-mod check;
 mod cosine;
 mod decay;
 mod join;

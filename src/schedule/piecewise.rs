@@ -4,7 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{LearningRateSchedule, check};
+use super::LearningRateSchedule;
+use crate::check;
 use crate::error::Result;
 
 /// A learning rate that is constant up to and including each boundary.

@@ -4,7 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{LearningRateSchedule, check, wire};
+use super::{LearningRateSchedule, wire};
+use crate::check;
 use crate::error::Result;
 
 /// A straight line from one learning rate to another, which then stays.

@@ -125,3 +125,95 @@ fn run_alone<'a, K: Kind<'a>>(task: Task<'a, K>, isa: Isa) -> candle_core::Resul
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device, Result, Var};
+
+    use super::*;
+    use crate::rule::{Coefficients, Epsilon, Hyperparameters, WeightDecay};
+    use crate::state::{Buffer, ParamState, Place};
+
+    /// Values of all magnitudes, with zeros and denormals, and a NaN and an infinity near the end of long ones.
+    fn wild(n: usize, seed: u64) -> Vec<f64> {
+        let mut x = seed;
+        let mut next = || {
+            x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (x >> 33) as f64 / f64::from(1u32 << 31) - 0.5
+        };
+        let mut values: Vec<f64> = (0..n).map(|i| next() * 10f64.powi(i as i32 % 83 - 41)).collect();
+        for (i, special) in [0.0, -0.0, 1e-42, f64::NAN, f64::NEG_INFINITY].into_iter().enumerate() {
+            if n > 10 * (i + 1) {
+                values[n - 3 * (i + 1)] = special;
+            }
+        }
+        values
+    }
+
+    /// Three updates of tensors of these sizes; the bits of all parameters and moments.
+    fn bits(sizes: &[usize], dtypes: (DType, DType), decay: WeightDecay, isa: Isa, threads: usize) -> Result<Vec<u64>> {
+        let hyper =
+            Hyperparameters { beta1: 0.9, beta2: 0.999, eps: 1e-7, epsilon: Epsilon::Outside, weight_decay: decay };
+        let (param_dtype, grad_dtype) = dtypes;
+        let tensor = |n, seed, dtype| Tensor::from_vec(wild(n, seed), n, &Device::Cpu)?.to_dtype(dtype);
+        let mut vars = Vec::new();
+        for (i, &n) in sizes.iter().enumerate() {
+            let var = Var::from_tensor(&tensor(n, i as u64, param_dtype)?)?;
+            let state = ParamState::zeros(&var, Place::Host).map_err(candle_core::Error::from)?;
+            vars.push((var, state));
+        }
+        for t in 1..=3 {
+            let grads = sizes.iter().map(|&n| tensor(n, 99 + t, grad_dtype)).collect::<Result<Vec<_>>>()?;
+            let coefficients = Coefficients { clamp: 1e30, ..Coefficients::of_update(&hyper, 0.01, t) };
+            let tasks = vars.iter_mut().zip(&grads).map(|((var, state), grad)| Task {
+                lent: Some(var.as_tensor()),
+                read: Some(Source::Tensor(grad)),
+                kind: Update { coefficients, state },
+            });
+            run_with(tasks.collect(), isa, threads)?;
+        }
+        // Any NaN equals any other.
+        let bits = |x: f64| if x.is_nan() { u64::MAX } else { x.to_bits() };
+        let mut all = Vec::new();
+        for (var, state) in &vars {
+            all.extend(var.to_dtype(DType::F64)?.to_vec1::<f64>()?.into_iter().map(bits));
+            for buffer in [&state.exp_avg, &state.exp_inf] {
+                match buffer {
+                    Buffer::F32(values) => all.extend(values.iter().map(|&x| bits(f64::from(x)))),
+                    Buffer::F64(values) => all.extend(values.iter().map(|&x| bits(x))),
+                    Buffer::Tensor(_) => candle_core::bail!("expected host memory"),
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    #[test]
+    fn bits_do_not_depend_on_vector_width_or_threads() -> Result<()> {
+        use DType::{BF16, F16, F32, F64};
+        let sizes = [0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 1000, 70_001, 40_000];
+        for dtypes in [(F64, F64), (F32, F32), (F16, F16), (F16, F32), (BF16, BF16), (BF16, F32)] {
+            for decay in [WeightDecay::None, WeightDecay::L2(0.1), WeightDecay::Decoupled(0.1)] {
+                let expected = bits(&sizes, dtypes, decay, Isa::Baseline, 1)?;
+                for isa in Isa::all() {
+                    for threads in [1, 3] {
+                        let got = bits(&sizes, dtypes, decay, isa, threads)?;
+                        assert!(got == expected, "{dtypes:?} {decay:?} {isa:?} {threads} threads");
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn more_large_variables_than_are_lent_at_once() -> Result<()> {
+        let sizes = vec![17_000; LENT_AT_ONCE + 7];
+        let plan = Plan::new(&sizes, 64);
+        assert!(plan.cut.len() > LENT_AT_ONCE, "the test is for a second group");
+        let dtypes = (DType::F32, DType::F32);
+        let isa = Isa::detect();
+        assert!(bits(&sizes, dtypes, WeightDecay::None, isa, 64)? == bits(&sizes, dtypes, WeightDecay::None, isa, 1)?);
+        Ok(())
+    }
+}
