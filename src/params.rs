@@ -60,6 +60,8 @@ impl Default for Ema {
 ///
 /// (Kingma & Ba 2015, section 7.1; `tf.keras.optimizers.Adamax`; `torch.optim.Adamax`.)
 ///
+/// With serde, a field that is left out has its default, and an unknown one is an error.
+///
 /// ```
 /// use candle_adamax::{CosineDecay, ParamsAdamax, WeightDecay};
 ///
@@ -74,7 +76,7 @@ impl Default for Ema {
 /// # Ok::<(), candle_adamax::Error>(())
 /// ```
 #[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(default, deny_unknown_fields)]
 pub struct ParamsAdamax {
     /// What this optimizer is called in checkpoints, `Display` and errors. Default: "Adamax".
     pub name: String,

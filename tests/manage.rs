@@ -1,0 +1,280 @@
+//! Variables, groups and settings: in, out and changed between steps.
+
+use candle_adamax::{
+    Adamax, Ema, Epsilon, ErrorKind, ExponentialDecay, GroupLr, ParamGroup, ParamsAdamax, StepCount, WeightDecay,
+};
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_nn::{Optimizer, VarMap};
+
+fn var(values: &[f64]) -> Var {
+    Var::new(values, &Device::Cpu).unwrap()
+}
+
+fn values(var: &Var) -> Vec<f64> {
+    var.to_vec1().unwrap()
+}
+
+/// The same gradient for each variable.
+fn grads(vars: &[&Var], grad: &[f64]) -> GradStore {
+    let mut store = GradStore::default();
+    for var in vars {
+        store.insert(var, Tensor::new(grad, &Device::Cpu).unwrap());
+    }
+    store
+}
+
+/// Settings under which the first update moves a weight by exactly `lr` against the gradient's sign.
+fn plain(lr: f64) -> ParamsAdamax {
+    ParamsAdamax { lr: lr.into(), beta1: 0.5, beta2: 0.5, eps: 0.0, ..Default::default() }
+}
+
+#[test]
+fn a_var_that_is_added_later_counts_as_it_is_told() -> Result<()> {
+    for (step_count, expected) in [(StepCount::PerVar, -1.0), (StepCount::Shared, -0.5 / 0.75)] {
+        let (a, b) = (var(&[0.0]), var(&[0.0]));
+        let mut adamax = Adamax::from_named([("a", a.clone())], ParamsAdamax { step_count, ..plain(1.0) })?;
+        adamax.step(&grads(&[&a, &b], &[3.0]))?;
+        assert_eq!(values(&b), [0.0]);
+        adamax.add_var("b", b.clone())?;
+        adamax.step(&grads(&[&a, &b], &[3.0]))?;
+        assert_eq!(values(&b), [expected], "{step_count:?}");
+        assert_eq!((adamax.state("a")?.step, adamax.state("b")?.step, adamax.updates()), (2, 1, 2));
+    }
+    Ok(())
+}
+
+#[test]
+fn a_var_that_is_removed_rests_and_comes_back_fresh() -> Result<()> {
+    let (a, b) = (var(&[0.0]), var(&[0.0]));
+    let mut adamax = Adamax::from_named([("b", b.clone()), ("a", a.clone())], plain(1.0))?;
+    assert_eq!(adamax.names().collect::<Vec<_>>(), ["a", "b"]);
+    adamax.step(&grads(&[&a, &b], &[1.0]))?;
+    assert_eq!(adamax.remove_var("b")?.id(), b.id());
+    let error = adamax.remove_var("b").unwrap_err();
+    assert_eq!(error.to_string(), "Adamax: unknown var `b`; known are: a");
+    let before = values(&b);
+    adamax.step(&grads(&[&a, &b], &[1.0]))?;
+    assert_eq!(values(&b), before);
+    adamax.add_var("b", b)?;
+    let state = adamax.state("b")?;
+    assert_eq!(
+        (state.step, state.exp_avg.to_vec1::<f64>()?, state.exp_inf.to_vec1::<f64>()?),
+        (0, vec![0.0], vec![0.0])
+    );
+    Ok(())
+}
+
+#[test]
+fn a_group_is_added_whole_or_not_at_all() -> Result<()> {
+    let (a, b) = (var(&[0.0]), var(&[0.0]));
+    let mut adamax = Adamax::from_named([("a", a.clone())], plain(1.0))?;
+    for group in [
+        ParamGroup::new("new").var("b", &b).var("c", &a),
+        ParamGroup::new("new").var("b", &b).var("a", &var(&[1.0])),
+        ParamGroup::new("new").var("b", &b).beta2(1.0),
+        ParamGroup::new("default").var("b", &b),
+        ParamGroup::new("").var("b", &b),
+    ] {
+        assert!(adamax.add_group(group).is_err());
+        assert_eq!((adamax.names().count(), adamax.groups().len()), (1, 1));
+    }
+    adamax.add_group(ParamGroup::new("new").var("b", &b))?;
+    assert_eq!((adamax.names().count(), adamax.groups().len()), (2, 2));
+    Ok(())
+}
+
+#[test]
+fn groups_override_what_they_say() -> Result<()> {
+    let vars: Vec<Var> = (0..5).map(|_| var(&[8.0])).collect();
+    let [inherit, factor, own, schedule, decay] = &vars[..] else { unreachable!() };
+    let groups = [
+        ParamGroup::new("default").var("inherit", inherit),
+        ParamGroup::new("factor").var("factor", factor).lr_factor(0.5),
+        ParamGroup::new("own").var("own", own).lr(0.25),
+        ParamGroup::new("schedule").var("schedule", schedule).lr(ExponentialDecay::new(1.0, 1, 0.5)),
+        ParamGroup::new("decay").var("decay", decay).weight_decay(WeightDecay::Decoupled(0.25)),
+    ];
+    let mut adamax = Adamax::from_groups(groups, plain(1.0))?;
+    let store = grads(&vars.iter().collect::<Vec<_>>(), &[4.0]);
+    adamax.step(&store)?;
+    let now: Vec<f64> = vars.iter().map(|var| values(var)[0]).collect();
+    assert_eq!(now, [7.0, 7.5, 7.75, 7.0, 5.0]);
+
+    // The optimizer's learning rate moves those that follow it.
+    adamax.set_learning_rate(2.0);
+    assert_eq!(adamax.learning_rate(), 2.0);
+    adamax.step(&store)?;
+    let now: Vec<f64> = vars.iter().map(|var| values(var)[0]).collect();
+    assert_eq!(now, [5.0, 6.5, 7.5, 6.5, 5.0 - 2.5 - 2.0]);
+
+    // And so do settings that are replaced later.
+    let mut settings = adamax.groups()[2].clone();
+    assert_eq!(settings.name, "own");
+    settings.lr = GroupLr::Factor(0.0);
+    adamax.set_group(settings.clone())?;
+    adamax.step(&store)?;
+    assert_eq!(values(own), [7.5]);
+    settings.name = "nobody".to_owned();
+    let error = adamax.set_group(settings).unwrap_err();
+    assert_eq!(error.to_string(), "Adamax: unknown group `nobody`; known are: default, factor, own, schedule, decay");
+    Ok(())
+}
+
+#[test]
+fn names_with_these_parts_are_spared_from_decay() -> Result<()> {
+    let (weight, bias) = (var(&[8.0]), var(&[8.0]));
+    let params =
+        ParamsAdamax { weight_decay: WeightDecay::Decoupled(0.25), no_decay: vec!["bias".to_owned()], ..plain(1.0) };
+    let mut adamax = Adamax::from_named([("fc.weight", weight.clone()), ("fc.bias", bias.clone())], params.clone())?;
+    adamax.step(&grads(&[&weight, &bias], &[4.0]))?;
+    assert_eq!((values(&weight), values(&bias)), (vec![5.0], vec![7.0]));
+    adamax.set_params(ParamsAdamax { no_decay: vec!["fc.".to_owned()], ..params })?;
+    adamax.step(&grads(&[&weight, &bias], &[4.0]))?;
+    assert_eq!((values(&weight), values(&bias)), (vec![4.0], vec![6.0]));
+    Ok(())
+}
+
+#[test]
+fn vars_that_are_not_floating_point_are_left_out() -> Result<()> {
+    let ids = Var::zeros(3, DType::U32, &Device::Cpu)?;
+    let w = var(&[1.0]);
+    let mut adamax = Adamax::new(vec![ids, w.clone()], plain(1.0))?;
+    assert_eq!(adamax.names().collect::<Vec<_>>(), ["var.1"]);
+    adamax.step(&grads(&[&w], &[1.0]))?;
+    assert_eq!(values(&w), [0.0]);
+    Ok(())
+}
+
+#[test]
+fn a_varmap_gives_its_names() -> Result<()> {
+    let varmap = VarMap::new();
+    for name in ["z", "layer.1.weight", "layer.0.weight"] {
+        varmap.get((2, 2), name, candle_nn::Init::Const(1.0), DType::F32, &Device::Cpu)?;
+    }
+    let adamax = Adamax::from_varmap(&varmap, ParamsAdamax::default())?;
+    assert_eq!(adamax.names().collect::<Vec<_>>(), ["layer.0.weight", "layer.1.weight", "z"]);
+    Ok(())
+}
+
+#[test]
+fn scalars_come_from_tensors() -> Result<()> {
+    let device = Device::Cpu;
+    let (lr, w) = (Var::new(1f32, &device)?, var(&[8.0]));
+    let beta = Var::new(&[0.5f64], &device)?;
+    let params = ParamsAdamax { lr: (&lr).into(), eps: 0.0, ..Default::default() };
+    let params = params.beta1_from(&beta)?.beta2_from(&beta)?;
+    // The betas are read once, the learning rate at each step.
+    beta.set(&Tensor::new(&[0.9f64], &device)?)?;
+    let mut adamax = Adamax::from_named([("w", w.clone())], params)?;
+    assert_eq!((adamax.params().beta1, adamax.params().beta2), (0.5, 0.5));
+    adamax.step(&grads(&[&w], &[1.0]))?;
+    assert_eq!(values(&w), [7.0]);
+    lr.set(&Tensor::new(0.25f32, &device)?)?;
+    assert_eq!(adamax.learning_rate(), 0.25);
+    adamax.step(&grads(&[&w], &[1.0]))?;
+    assert_eq!((values(&w), adamax.report().lr()), (vec![6.75], 0.25));
+
+    let error = ParamsAdamax::default().beta1_from(&Tensor::new(&[0.5f64, 0.5], &device)?).unwrap_err();
+    assert_eq!(error.to_string(), "invalid `beta1`: expected a tensor of one element, got one of shape [2]");
+    Ok(())
+}
+
+#[test]
+fn settings_can_be_replaced_where_the_state_allows() -> Result<()> {
+    let w = var(&[8.0]);
+    let mut adamax = Adamax::from_named([("w", w.clone())], plain(1.0))?;
+    let inside = ParamsAdamax { epsilon: Epsilon::Inside, ..plain(1.0) };
+    adamax.set_params(inside.clone())?;
+    adamax.set_params(ParamsAdamax { ema: Some(Ema::default()), ..plain(1.0) })?;
+    adamax.step(&grads(&[&w], &[1.0]))?;
+    assert!(adamax.state("w")?.ema.is_some());
+
+    let error = adamax.set_params(inside).unwrap_err();
+    let expected = "Adamax: invalid `epsilon`: expected Outside as before, since u is made for it, got Inside";
+    assert_eq!(error.to_string(), expected);
+    assert!(adamax.set_params(ParamsAdamax { beta1: -0.1, ..plain(1.0) }).is_err());
+    assert_eq!((adamax.params().beta1, adamax.params().ema), (0.5, Some(Ema::default())));
+
+    adamax.set_params(ParamsAdamax { gradient_accumulation_steps: 2, ..plain(1.0) })?;
+    assert!(adamax.state("w")?.ema.is_none());
+    assert!(adamax.finalize_ema().unwrap_err().to_string().starts_with("Adamax: invalid `ema`"));
+    adamax.step(&grads(&[&w], &[1.0]))?;
+    assert!(!adamax.report().updated());
+    let error = adamax.set_params(plain(1.0)).unwrap_err();
+    let field = "gradient_accumulation_steps";
+    assert!(matches!(error.kind(), ErrorKind::InvalidArgument { field: f, .. } if f == field), "{error}");
+    adamax.step(&grads(&[&w], &[1.0]))?;
+    assert!(adamax.report().updated());
+    adamax.set_params(plain(1.0))?;
+    Ok(())
+}
+
+#[test]
+fn accumulation_uses_what_a_var_had_in_any_of_the_calls() -> Result<()> {
+    let (a, b) = (var(&[0.0]), var(&[0.0]));
+    let params = ParamsAdamax { gradient_accumulation_steps: 4, beta1: 0.0, ..plain(1.0) };
+    let mut adamax = Adamax::from_named([("a", a.clone()), ("b", b.clone())], params)?;
+    adamax.step(&grads(&[&a, &b], &[2.0]))?;
+    assert_eq!(adamax.state("b")?.accumulated.map(|sum| sum.to_vec1::<f64>()).transpose()?, Some(vec![2.0]));
+    for _ in 0..3 {
+        adamax.step(&grads(&[&a], &[2.0]))?;
+        assert_eq!(adamax.report().missing().collect::<Vec<_>>(), ["b"]);
+    }
+    // The sum is divided by the number of calls, not by the number of gradients.
+    assert_eq!(adamax.state("a")?.exp_avg.to_vec1::<f64>()?, [2.0]);
+    assert_eq!(adamax.state("b")?.exp_avg.to_vec1::<f64>()?, [0.5]);
+    assert_eq!((adamax.calls(), adamax.updates()), (4, 1));
+    assert!(adamax.state("a")?.accumulated.is_none());
+    // Nothing of it is left for the next update.
+    for _ in 0..4 {
+        adamax.step(&grads(&[&a], &[1.0]))?;
+    }
+    assert_eq!((adamax.state("a")?.step, adamax.state("b")?.step), (2, 1));
+    assert_eq!(adamax.state("a")?.exp_avg.to_vec1::<f64>()?, [1.0]);
+    Ok(())
+}
+
+#[test]
+fn pairs_are_a_step() -> Result<()> {
+    let (a, b) = (var(&[1.0, 2.0]), var(&[1.0, 2.0]));
+    let mut by_store = Adamax::from_named([("w", a.clone())], ParamsAdamax::pytorch())?;
+    let mut by_pairs = Adamax::from_named([("w", b.clone())], ParamsAdamax::pytorch())?;
+    for i in 0..5 {
+        let grad = [f64::from(i) - 2.0, 0.3];
+        by_store.step(&grads(&[&a], &grad))?;
+        by_pairs.apply_gradients([(&b, &Tensor::new(&grad, &Device::Cpu)?)])?;
+    }
+    assert_eq!(values(&a), values(&b));
+    assert_eq!(by_pairs.calls(), 5);
+    Ok(())
+}
+
+#[test]
+fn settings_go_through_json() -> anyhow::Result<()> {
+    let params = ParamsAdamax {
+        lr: ExponentialDecay::new(0.1, 10, 0.3).into(),
+        weight_decay: WeightDecay::L2(1e-17),
+        ema: Some(Ema { momentum: 0.1 + 0.2, overwrite_frequency: Some(7) }),
+        ..ParamsAdamax::pytorch()
+    };
+    let json = serde_json::to_string(&params)?;
+    let back: ParamsAdamax = serde_json::from_str(&json)?;
+    assert_eq!(format!("{back:?}"), format!("{params:?}"));
+
+    let partial: ParamsAdamax = serde_json::from_str(r#"{"lr": 0.5, "clip_norm": 2.0}"#)?;
+    assert_eq!((partial.lr.at(0)?, partial.clip_norm, partial.eps), (0.5, Some(2.0), 1e-7));
+    let error = serde_json::from_str::<ParamsAdamax>(r#"{"learning_rate": 0.5}"#).unwrap_err();
+    assert!(error.to_string().contains("unknown field `learning_rate`"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn an_optimizer_says_what_it_is() -> Result<()> {
+    let params = ParamsAdamax { name: "tables".to_owned(), ..Default::default() };
+    let adamax = Adamax::from_named([("w", var(&[1.0; 1000]))], params)?;
+    let text = "tables(lr: 0.001, beta1: 0.9, beta2: 0.999, eps: 0.0000001, vars: 1, updates: 0)";
+    assert_eq!(adamax.to_string(), text);
+    assert!(format!("{adamax:?}").len() < 2000, "the moments are not for printing");
+    Ok(())
+}
