@@ -273,7 +273,7 @@ fn settings_go_through_json() -> anyhow::Result<()> {
 fn an_optimizer_says_what_it_is() -> Result<()> {
     let params = ParamsAdamax { name: "tables".to_owned(), ..Default::default() };
     let adamax = Adamax::from_named([("w", var(&[1.0; 1000]))], params)?;
-    let text = "tables(lr: 0.001, beta1: 0.9, beta2: 0.999, eps: 0.0000001, vars: 1, updates: 0)";
+    let text = "tables(lr: 0.001, beta1: 0.9, beta2: 0.999, eps: 1e-7, vars: 1, updates: 0)";
     assert_eq!(adamax.to_string(), text);
     assert!(format!("{adamax:?}").len() < 2000, "the moments are not for printing");
     Ok(())

@@ -247,7 +247,7 @@ impl fmt::Display for Adamax {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ParamsAdamax { name, lr, beta1, beta2, eps, .. } = &self.params;
         let (vars, updates) = (self.vars.len(), self.counters.updates);
-        write!(f, "{name}(lr: {lr}, beta1: {beta1}, beta2: {beta2}, eps: {eps}, vars: {vars}, updates: {updates})")
+        write!(f, "{name}(lr: {lr}, beta1: {beta1}, beta2: {beta2}, eps: {eps:e}, vars: {vars}, updates: {updates})")
     }
 }
 
