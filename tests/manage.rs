@@ -1,5 +1,7 @@
 //! Variables, groups and settings: in, out and changed between steps.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 use candle_adamax::{
     Adamax, Ema, Epsilon, ErrorKind, ExponentialDecay, GroupLr, ParamGroup, ParamsAdamax, StepCount, WeightDecay,
 };

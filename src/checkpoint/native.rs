@@ -77,7 +77,7 @@ pub(crate) fn write(snapshot: &Snapshot, path: &Path) -> Result<()> {
     })
 }
 
-/// Reads what [`write`] has written.
+/// Reads what [`write()`] has written.
 pub(crate) fn read(path: &Path) -> Result<Snapshot> {
     let bytes = std::fs::read(path).map_err(failed("reading", path))?;
     let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|error| unreadable(path, error))?;
