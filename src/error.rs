@@ -149,6 +149,15 @@ pub enum ErrorKind {
         known: String,
     },
 
+    /// A pair of a variable and its gradient, of which the optimizer does not have the variable.
+    #[error("the var of pair {position}, of shape {shape:?}, is not one of this optimizer's; add it first")]
+    UnknownPair {
+        /// The pair's position, from 0.
+        position: usize,
+        /// The variable's dimensions.
+        shape: Vec<usize>,
+    },
+
     /// A checkpoint needs names, and this variable was given without one.
     #[error(
         "var {0} has no name, so a file cannot be matched to it; make the optimizer with `from_varmap` or `from_named`"

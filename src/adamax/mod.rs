@@ -196,9 +196,9 @@ impl Adamax {
     pub fn apply_gradients<'a>(&mut self, pairs: impl IntoIterator<Item = (&'a Var, &'a Tensor)>) -> Result<()> {
         let names: HashMap<_, &str> = self.vars.iter().map(|param| (param.var.id(), param.name.as_str())).collect();
         let mut grads = HashMap::new();
-        for (var, grad) in pairs {
+        for (position, (var, grad)) in pairs.into_iter().enumerate() {
             let error: Error = match names.get(&var.id()) {
-                None => self.unknown_var(&format!("of shape {:?} in pair {}", var.dims(), grads.len())),
+                None => ErrorKind::UnknownPair { position, shape: var.dims().to_vec() }.into(),
                 Some(name) if grads.insert(var.id(), grad).is_some() => {
                     ErrorKind::DuplicateVar { first: name.to_string(), second: name.to_string() }.into()
                 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use candle_core::{DType, Tensor};
 
 use super::{Accumulated, Adamax, Param};
-use crate::checkpoint::{self, Snapshot, VarSnapshot};
+use crate::checkpoint::{self, Counters, Snapshot, VarSnapshot};
 use crate::error::{Error, ErrorKind, Result};
 use crate::group::{GroupLr, GroupSettings};
 use crate::schedule::LearningRate;
@@ -127,15 +127,12 @@ impl Adamax {
         let mut params = params.clone();
         params.lr = merge_lr(&self.params.lr, params.lr);
         params.validate()?;
-        if counters.pending >= params.gradient_accumulation_steps {
-            let expected = format!("less than the {} accumulation steps", params.gradient_accumulation_steps);
-            return Err(Error::checkpoint("counters.pending", expected, counters.pending));
-        }
+        check_counters(counters, params.gradient_accumulation_steps)?;
         let groups = self.merge_groups(groups)?;
         if let Some(surplus) = vars.keys().find(|name| self.index_of(name).is_err()) {
             return Err(Error::checkpoint(surplus, "no such var", "a surplus one"));
         }
-        let restored = self.vars.iter().map(|param| self.restore_var(param, vars.get(&param.name)));
+        let restored = self.vars.iter().map(|param| self.restore_var(param, counters, vars.get(&param.name)));
         let restored = restored.collect::<Result<Vec<_>>>()?;
         for (param, (state, accumulated, ema)) in self.vars.iter_mut().zip(restored) {
             param.state = state;
@@ -155,6 +152,11 @@ impl Adamax {
         if let Some(surplus) = theirs.iter().find(|group| self.groups.iter().all(|own| own.name != group.name)) {
             return Err(Error::checkpoint(format!("groups.{}", surplus.name), "no such group", "a surplus one"));
         }
+        if let Some((_, twice)) =
+            theirs.iter().enumerate().find(|(i, group)| theirs[..*i].iter().any(|other| other.name == group.name))
+        {
+            return Err(Error::checkpoint(format!("groups.{}", twice.name), "one group of this name", "another one"));
+        }
         let merged = self.groups.iter().map(|own| {
             let Some(group) = theirs.iter().find(|group| group.name == own.name) else {
                 return Err(Error::checkpoint(format!("groups.{}", own.name), "a group of this name", "none"));
@@ -173,6 +175,7 @@ impl Adamax {
     fn restore_var(
         &self,
         param: &Param,
+        counters: &Counters,
         snapshot: Option<&VarSnapshot>,
     ) -> Result<(ParamState, Option<Accumulated>, Option<Buffer>)> {
         let name = &param.name;
@@ -194,18 +197,44 @@ impl Adamax {
             }
             Buffer::from_tensor(tensor, &param.var, param.place())
         };
+        let Counters { updates, pending, .. } = *counters;
+        if snapshot.step > updates {
+            let (entry, expected) = (format!("{name}.step"), format!("at most the {updates} updates of the optimizer"));
+            return Err(Error::checkpoint(entry, expected, snapshot.step));
+        }
         let state = ParamState {
             exp_avg: buffer("exp_avg", &snapshot.exp_avg)?,
             exp_inf: buffer("exp_inf", &snapshot.exp_inf)?,
             step: snapshot.step,
         };
         let ema = snapshot.ema.as_ref().map(|ema| buffer("ema", ema)).transpose()?;
-        let accumulated = snapshot.accumulated.as_ref();
+        // The sum of no calls counts for nothing, whatever is in it.
+        let accumulated = snapshot.accumulated.as_ref().filter(|(_, calls)| *calls > 0);
+        if let Some((_, calls)) = accumulated.filter(|(_, calls)| *calls > pending) {
+            let (entry, expected) = (format!("{name}.accumulated"), format!("gradients of at most {pending} calls"));
+            return Err(Error::checkpoint(entry, expected, calls));
+        }
         let accumulated = accumulated
             .map(|(sum, calls)| Ok::<_, Error>(Accumulated { sum: buffer("accumulated", sum)?, calls: *calls }))
             .transpose()?;
         Ok((state, accumulated, ema))
     }
+}
+
+/// Counters that a run can have; what follows counts on without an overflow then.
+fn check_counters(counters: &Counters, accumulation_steps: u64) -> Result<()> {
+    let Counters { calls, updates, skipped, pending } = *counters;
+    for (entry, value, limit, what) in [
+        ("calls", calls, u64::MAX / 2, "more would overflow"),
+        ("skipped", skipped, u64::MAX / 2, "more would overflow"),
+        ("updates", updates, u64::MAX / 2, "more would overflow"),
+        ("pending", pending, accumulation_steps - 1, "one less than the accumulation steps"),
+    ] {
+        if value > limit {
+            return Err(Error::checkpoint(format!("counters.{entry}"), format!("at most {limit} ({what})"), value));
+        }
+    }
+    Ok(())
 }
 
 /// The learning rate of a snapshot, or the optimizer's own where both come from outside.

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use crate::error::{ErrorKind, Result};
 
@@ -27,14 +28,23 @@ pub(super) fn write(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Res
     folder_name.push(name);
     folder_name.push(".saving");
     let folder = parent.join(folder_name);
-    fs::create_dir_all(&folder).map_err(failed("creating", &folder))?;
-    // Two processes, or threads, that save to the same path at once do not write into each other's file.
+    // One save of this process at a time, since each sweeps the folder that another one would be writing in.
+    static SAVING: Mutex<()> = Mutex::new(());
+    let _saving = SAVING.lock().unwrap_or_else(PoisonError::into_inner);
+    match fs::create_dir(&folder) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed("creating", &folder)(error)),
+        _ => {}
+    }
+    // Two processes that save to the same path at once do not write into each other's file.
     let file: PathBuf = folder.join(format!("{}-{}", std::process::id(), SAVES.fetch_add(1, Ordering::Relaxed)));
-    write(&file)?;
-    File::open(&file).and_then(|file| file.sync_all()).map_err(failed("syncing", &file))?;
-    fs::rename(&file, path).map_err(failed("renaming to", path))?;
-    // What is left in the folder are files of processes that were killed. If it cannot be removed, no harm is done.
+    let written = write(&file).and_then(|()| {
+        File::open(&file).and_then(|file| file.sync_all()).map_err(failed("syncing", &file))?;
+        fs::rename(&file, path).map_err(failed("renaming to", path))
+    });
+    // What is left in the folder are files of processes that were killed, and this one if it could not be written: a
+    // full disk must not stay full. If it cannot be removed, no harm is done.
     let _ = fs::remove_dir_all(&folder);
+    written?;
     sync_folder(parent).map_err(failed("syncing", parent))
 }
 

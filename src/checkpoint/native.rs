@@ -10,6 +10,7 @@ use candle_core::safetensors::Load;
 use candle_core::{Device, Tensor};
 use safetensors::{SafeTensorError, SafeTensors};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::atomic::{self, failed};
 use super::{Counters, Snapshot, VarSnapshot};
@@ -90,6 +91,11 @@ pub(crate) fn read(path: &Path) -> Result<Snapshot> {
     if format_version != FORMAT_VERSION {
         return Err(Error::checkpoint("format_version", format!("{FORMAT_VERSION}"), format_version));
     }
+    let fields: Value = serde_json::from_str(json).map_err(malformed)?;
+    require_fields("params", &fields["params"], &ParamsAdamax::default())?;
+    for group in fields["groups"].as_array().into_iter().flatten() {
+        require_fields("groups", group, &GroupSettings::new(""))?;
+    }
     let header: Header = serde_json::from_str(json).map_err(malformed)?;
 
     let mut expected = Vec::with_capacity(2 * header.vars.len());
@@ -100,8 +106,10 @@ pub(crate) fn read(path: &Path) -> Result<Snapshot> {
             Err(SafeTensorError::TensorNotFound(_)) => return Err(Error::checkpoint(key, "a tensor", "none")),
             Err(error) => return Err(unreadable(path, error)),
         };
+        let tensor = view.load(&Device::Cpu);
+        let tensor = tensor.map_err(|error| Error::checkpoint(&*key, "a tensor of floating-point numbers", error))?;
         expected.push(key);
-        Ok(view.load(&Device::Cpu)?)
+        Ok(tensor)
     };
     let mut vars = BTreeMap::new();
     for (name, VarHeader { group, step, ema, accumulated }) in header.vars {
@@ -124,6 +132,18 @@ pub(crate) fn read(path: &Path) -> Result<Snapshot> {
         return Err(Error::checkpoint(surplus, "no such tensor", "a surplus one"));
     }
     Ok(Snapshot { params: header.params, groups: header.groups, counters: header.counters, vars })
+}
+
+/// Refuses settings in which something is left out. Elsewhere that means its default; here, that something was lost.
+fn require_fields(entry: &str, settings: &Value, complete: &impl Serialize) -> Result<()> {
+    let complete = serde_json::to_value(complete).map_err(|error| Error::checkpoint(entry, "settings", error))?;
+    let (Some(settings), Some(complete)) = (settings.as_object(), complete.as_object()) else {
+        return Ok(()); // of another kind altogether, which is an error of its own
+    };
+    match complete.keys().find(|&field| !settings.contains_key(field)) {
+        Some(field) => Err(Error::checkpoint(format!("{entry}.{field}"), "a setting", "none")),
+        None => Ok(()),
+    }
 }
 
 fn unreadable(path: &Path, source: SafeTensorError) -> Error {

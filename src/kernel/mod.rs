@@ -81,5 +81,9 @@ pub(crate) fn measure(grads: &[(Source<'_>, Place)], norm: NormType) -> Result<V
 }
 
 fn split<T>(tasks: Vec<T>, place: impl Fn(&T) -> Place) -> (Vec<T>, Vec<T>) {
+    // Nearly always all are in one place, and there is nothing to move.
+    if tasks.iter().all(|task| place(task) == Place::Host) {
+        return (tasks, Vec::new());
+    }
     tasks.into_iter().partition(|task| place(task) == Place::Host)
 }

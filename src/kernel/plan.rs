@@ -8,14 +8,16 @@ use crate::reduce::LEAF;
 
 /// Pieces begin at multiples of this many elements, so that a reduction's leaves stay whole.
 const ALIGNMENT: usize = LEAF;
-/// Fewer elements than this cost less than waking another thread does (measured: some 10 us).
-const SEQUENTIAL: usize = 16 * 1024;
+/// Up to so many elements one thread is as fast as two. Measured: after an operation of candle the threads of its own
+/// pool spin for about a millisecond on the cores that others want, so that a thousand tensors of 64 elements take
+/// 0.2 ms with one thread or with two.
+const SEQUENTIAL: usize = 128 * 1024;
 /// More pieces than threads, so that a thread that is late holds up little; few enough to stay cheap.
 const PIECES_PER_THREAD: usize = 8;
 /// A piece is large enough for the memory's prefetchers to run, and small enough to share.
 const PIECE: Range<usize> = 16 * 1024..1024 * 1024;
-/// What finding, locking and starting one tensor costs, in elements.
-const TENSOR_COST: usize = 512;
+/// What finding, locking and starting one tensor costs, in elements. Measured: 0.14 us, and 64 elements take 0.06 us.
+const TENSOR_COST: usize = 128;
 
 /// Who does what in a pass over tensors of given sizes.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -89,6 +91,7 @@ mod tests {
     fn a_thousand_small_ones_are_shared_evenly() {
         let plan = Plan::new(&[64; 1000], 2);
         assert!(plan.cut.is_empty() && plan.bundles.len() >= 4, "{plan:?}");
+        assert!(plan.is_parallel());
         let sizes: Vec<usize> = plan.bundles.iter().map(Vec::len).collect();
         assert!(sizes.iter().max() < sizes.iter().sum::<usize>().checked_div(2).as_ref(), "{sizes:?}");
     }

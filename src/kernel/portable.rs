@@ -48,7 +48,13 @@ pub(super) fn average(tasks: Vec<Task<'_, Average<'_>>>) -> Result<()> {
         let Some(var) = task.lent else { continue };
         let Average { momentum, overwrite, average } = task.kind;
         let old = tensor(average)?;
-        let next = ((old * momentum)? + (var.to_dtype(old.dtype())? * (1.0 - momentum))?)?;
+        let param = var.to_dtype(old.dtype())?;
+        // A share of 0 leaves its term out, whatever it is: 0 times infinity would be NaN.
+        let next = match momentum {
+            0.0 => param.copy()?,
+            1.0 => old.clone(),
+            _ => ((old * momentum)? + (param * (1.0 - momentum))?)?,
+        };
         results.push((var, average, next, overwrite));
     }
     for (var, average, next, overwrite) in results {
@@ -122,6 +128,10 @@ fn maximum(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 
 /// `Var::set`, for the tensor inside of a `Var`.
 fn set(var: &Tensor, value: &Tensor) -> Result<()> {
+    if var.elem_count() == 0 {
+        // candle's operations may return an empty tensor itself, which `Var::set` refuses as a value for it.
+        return Ok(());
+    }
     candle_core::Var::from_tensor(var)?.set(value)
 }
 

@@ -1,0 +1,362 @@
+//! The formulas of the optimizer once more: plain loops in f64, with the error that a faster implementation may make.
+//!
+//! One call is computed from the optimizer's own state before it, so that rounding does not add up over the calls and
+//! the bounds stay as sharp as one rounding is. Written from the frameworks' formulas, not from the crate's source.
+
+use std::collections::BTreeMap;
+
+use candle_adamax::{Epsilon, GroupLr, NormType, ParamsAdamax, Snapshot, StepCount, WeightDecay};
+use candle_core::{DType, Tensor, Var};
+
+use super::values;
+
+/// A number, and how far from it one may be.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bound {
+    pub(crate) value: f64,
+    pub(crate) error: f64,
+}
+
+impl Bound {
+    /// Whether `got` is near enough. What is not finite has to be the same; a NaN error allows everything.
+    pub(crate) fn allows(self, got: f64) -> bool {
+        if self.error.is_nan() {
+            return true;
+        }
+        got == self.value || (got.is_nan() && self.value.is_nan()) || (got - self.value).abs() <= self.error
+    }
+}
+
+/// What one variable and its state should be after the call.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Expected {
+    pub(crate) w: Vec<Bound>,
+    pub(crate) m: Vec<Bound>,
+    pub(crate) u: Vec<Bound>,
+    pub(crate) ema: Option<Vec<Bound>>,
+    pub(crate) accumulated: Option<Vec<Bound>>,
+    pub(crate) step: u64,
+}
+
+/// What the call should leave behind.
+#[derive(Clone, Debug)]
+pub(crate) struct Call {
+    pub(crate) vars: BTreeMap<String, Expected>,
+    pub(crate) total_norm: Option<Bound>,
+    pub(crate) updated: bool,
+}
+
+/// Half a place of `dtype` at `x`, and the smallest number of the arithmetic's type.
+fn rounding(dtype: DType, x: f64) -> f64 {
+    let (bits, smallest) = match dtype {
+        DType::F16 => (11, -24),
+        DType::BF16 => (8, -133),
+        DType::F32 => (24, -149),
+        _ => (53, -1074),
+    };
+    if x == 0.0 || !x.is_finite() {
+        return 0.0;
+    }
+    let exponent = x.abs().log2().floor() as i32;
+    2f64.powi((exponent - bits).max(smallest - 1))
+}
+
+/// The largest number of `dtype`.
+pub(crate) fn largest(dtype: DType) -> f64 {
+    match dtype {
+        DType::F16 => half::f16::MAX.to_f64(),
+        DType::BF16 => half::bf16::MAX.to_f64(),
+        DType::F32 => f64::from(f32::MAX),
+        _ => f64::MAX,
+    }
+}
+
+/// The norm of several tensors together. NaN if one element is NaN.
+pub(crate) fn norm(grads: &[&[f64]], norm_type: NormType) -> f64 {
+    let all = || grads.iter().flat_map(|grad| grad.iter());
+    match norm_type {
+        NormType::L1 => sum(all().map(|g| g.abs())),
+        NormType::L2 => sum(all().map(|g| g * g)).sqrt(),
+        NormType::Inf => all().fold(0.0, |a: f64, g| if a.is_nan() || g.is_nan() { f64::NAN } else { a.max(g.abs()) }),
+    }
+}
+
+/// A sum whose rounding does not grow with the number of its terms (Kahan, Neumaier).
+fn sum(terms: impl Iterator<Item = f64>) -> f64 {
+    let (mut sum, mut lost) = (0.0f64, 0.0);
+    for x in terms {
+        let next = sum + x;
+        lost += if sum.abs() >= x.abs() { (sum - next) + x } else { (x - next) + sum };
+        sum = next;
+    }
+    if sum.is_finite() { sum + lost } else { sum }
+}
+
+/// One clipped gradient: what `clip_value` or the other settings make of `g`, of a variable with the norm `own`.
+pub(crate) fn clipped(params: &ParamsAdamax, g: f64, own: f64, total: f64) -> f64 {
+    if let Some(c) = params.clip_value {
+        return if g.is_nan() { g } else { g.max(-c).min(c) };
+    }
+    if let Some(c) = params.clip_norm {
+        return if own <= c { g } else { g * (c / own) };
+    }
+    if let Some(c) = params.clip_global_norm {
+        return match total {
+            total if !total.is_finite() => f64::NAN,
+            total if total <= c => g,
+            total => g * (c / total),
+        };
+    }
+    if let Some(clip) = params.clip_grad_norm {
+        let factor = clip.max_norm / (total + 1e-6);
+        return if factor > 1.0 { g } else { g * factor };
+    }
+    g
+}
+
+/// A gradient of a call: its value and the size of what it was summed up from.
+#[derive(Clone, Copy)]
+struct Gradient {
+    g: f64,
+    size: f64,
+}
+
+/// One call of `step`, from the state in `before`.
+///
+/// `norm_error` is the relative error that a norm may have (candle sums f32 in f32).
+pub(crate) fn call(
+    before: &Snapshot,
+    weights: &BTreeMap<String, Var>,
+    grads: &BTreeMap<String, Tensor>,
+    norm_error: f64,
+) -> Call {
+    let Snapshot { params, groups, counters, vars } = before;
+    let lr = params.lr.at(counters.calls).unwrap();
+    let unscale = 1.0 / params.loss_scale_factor.unwrap_or(1.0);
+    let steps = params.gradient_accumulation_steps;
+    let updated = counters.pending + 1 == steps;
+
+    // Unscale and accumulate.
+    let mut mean: BTreeMap<&str, Vec<Gradient>> = BTreeMap::new();
+    let mut expected: BTreeMap<String, Expected> = BTreeMap::new();
+    for (name, state) in vars {
+        let eps = epsilon_of(weights[name].dtype());
+        let grad = grads.get(name).map(values);
+        let sum = state.accumulated.as_ref().map(|(sum, _)| values(sum));
+        let n = weights[name].elem_count();
+        let gradient = |i: usize| {
+            let (g, sum) = (grad.as_ref().map_or(0.0, |g| g[i] * unscale), sum.as_ref().map_or(0.0, |sum| sum[i]));
+            Gradient { g: (g + sum) / steps as f64, size: (g.abs() + sum.abs()) / steps as f64 }
+        };
+        let entry = expected.entry(name.clone()).or_default();
+        if grad.is_none() && sum.is_none() {
+            continue;
+        }
+        let gradients: Vec<Gradient> = (0..n).map(gradient).collect();
+        if updated {
+            mean.insert(name, gradients);
+        } else {
+            let n = steps as f64;
+            let of = |x: &Gradient| Bound { value: x.g * n, error: 4.0 * eps * x.size * n + 1e-44 };
+            entry.accumulated = Some(gradients.iter().map(of).collect());
+        }
+    }
+
+    // Norms.
+    let plain: BTreeMap<&str, Vec<f64>> =
+        mean.iter().map(|(name, grad)| (*name, grad.iter().map(|x| x.g).collect())).collect();
+    let norm_type = match params.clip_grad_norm {
+        Some(clip) => Some(clip.norm_type),
+        None => params.clip_norm.or(params.clip_global_norm).map(|_| NormType::L2),
+    };
+    let all: Vec<&[f64]> = plain.values().map(Vec::as_slice).collect();
+    let total = norm(&all, norm_type.unwrap_or_default());
+    // A norm of sums knows them as well only as they were rounded, each in the arithmetic of its own variable.
+    let error_of_norm = |names: &[&str]| {
+        if steps == 1 {
+            return norm_error;
+        }
+        let rounding = |name: &&str| {
+            let eps = epsilon_of(weights[*name].dtype());
+            mean[name].iter().map(|x| eps * x.size).collect::<Vec<f64>>()
+        };
+        let grads: Vec<&[f64]> = names.iter().map(|name| plain[name].as_slice()).collect();
+        let roundings: Vec<Vec<f64>> = names.iter().map(rounding).collect();
+        let roundings: Vec<&[f64]> = roundings.iter().map(Vec::as_slice).collect();
+        let of = |rows: &[&[f64]]| norm(rows, norm_type.unwrap_or_default());
+        let norm = of(&grads);
+        norm_error + if norm == 0.0 { 0.0 } else { 4.0 * of(&roundings) / norm }
+    };
+    let error_of_total =
+        if norm_type.is_some() { error_of_norm(&plain.keys().copied().collect::<Vec<_>>()) } else { 0.0 };
+
+    for (name, state) in vars {
+        let var = &weights[name];
+        let dtype = var.dtype();
+        let eps = epsilon_of(dtype);
+        let tiny = if dtype == DType::F64 { 1e-323 } else { 3e-45 };
+        let group = groups.iter().find(|group| group.name == state.group).unwrap();
+        let lr = match &group.lr {
+            GroupLr::Inherit => lr,
+            GroupLr::Factor(factor) => lr * factor,
+            GroupLr::Own(own) => own.at(counters.calls).unwrap(),
+        };
+        let (beta1, beta2) = (group.beta1.unwrap_or(params.beta1), group.beta2.unwrap_or(params.beta2));
+        let epsilon = group.eps.unwrap_or(params.eps);
+        let (inside, outside) = match params.epsilon {
+            Epsilon::Inside => (epsilon, 0.0),
+            Epsilon::Outside => (0.0, epsilon),
+        };
+        let spared = params.no_decay.iter().any(|part| name.contains(part.as_str()));
+        let (l2, decoupled) = match group.weight_decay.unwrap_or(params.weight_decay) {
+            _ if spared => (0.0, 0.0),
+            WeightDecay::None => (0.0, 0.0),
+            WeightDecay::L2(lambda) => (lambda, 0.0),
+            WeightDecay::Decoupled(lambda) => (0.0, lambda),
+        };
+        let (w, m, u) = (values(var), values(&state.exp_avg), values(&state.exp_inf));
+        let entry = expected.entry(name.clone()).or_default();
+        entry.step = state.step;
+        let exact = |xs: &[f64]| xs.iter().map(|&value| Bound { value, error: 0.0 }).collect::<Vec<_>>();
+        let Some(gradients) = mean.get(name.as_str()) else {
+            (entry.w, entry.m, entry.u) = (exact(&w), exact(&m), exact(&u));
+            continue;
+        };
+        entry.step += 1;
+        let t = match params.step_count {
+            StepCount::Shared => counters.updates + 1,
+            StepCount::PerVar => state.step + 1,
+        };
+        let step_size = lr / (1.0 - (0..t).fold(1.0, |power, _| power * beta1));
+        let own = norm(&[&plain[name.as_str()]], norm_type.unwrap_or_default());
+        let eps_of_g = match norm_type {
+            None => eps,
+            Some(_) if params.clip_norm.is_some() => eps + error_of_norm(&[name.as_str()]),
+            Some(_) => eps + error_of_total,
+        };
+        for i in 0..w.len() {
+            let mut g = clipped(params, gradients[i].g, own, total);
+            // How much of the gradient's size the clip has left.
+            let kept = if gradients[i].g == 0.0 { 1.0 } else { (g / gradients[i].g).abs() };
+            if params.maximize {
+                g = -g;
+            }
+            if l2 != 0.0 {
+                g += l2 * w[i];
+            }
+            let size = gradients[i].size * kept + l2 * w[i].abs();
+            let new_m = beta1 * m[i] + (1.0 - beta1) * g;
+            let m_error = 8.0 * (eps * beta1 * m[i].abs() + eps_of_g * (1.0 - beta1) * size) + tiny;
+            let seen = g.abs() + inside;
+            let decayed = beta2 * u[i];
+            let new_u = if decayed.is_nan() || seen.is_nan() { f64::NAN } else { decayed.max(seen) };
+            let u_error = 8.0 * (eps * new_u + eps_of_g * size) + tiny;
+            let denominator = new_u + outside;
+            let ratio = if denominator == 0.0 { 0.0 } else { new_m / denominator };
+            let kept_w = if decoupled * lr == 0.0 { w[i] } else { w[i] - decoupled * lr * w[i] };
+            let new_w = kept_w - step_size * ratio;
+            let w_error = if u_error >= 0.5 * denominator {
+                // Nothing is known of a quotient of two numbers that are all rounding.
+                f64::NAN
+            } else {
+                let ratio_error = (m_error + ratio.abs() * u_error) / denominator + 8.0 * eps * ratio.abs();
+                8.0 * eps * w[i].abs() * (1.0 + decoupled * lr) + 2.0 * step_size * ratio_error + tiny
+            };
+            let w_error = if step_size == 0.0 && !new_w.is_nan() { 8.0 * eps * w[i].abs() } else { w_error };
+            let w_error = w_error + rounding(dtype, new_w.abs() + w_error);
+            entry.w.push(overflowing(Bound { value: new_w, error: w_error }, dtype));
+            entry.m.push(overflowing(Bound { value: new_m, error: m_error }, accumulator(dtype)));
+            entry.u.push(overflowing(Bound { value: new_u, error: u_error }, accumulator(dtype)));
+        }
+    }
+
+    // Averages: of the weights as they are stored.
+    if let Some(average) = params.ema {
+        for (name, state) in vars {
+            let dtype = weights[name].dtype();
+            let eps = epsilon_of(dtype);
+            let entry = expected.get_mut(name).unwrap();
+            let old = state.ema.as_ref().map(values);
+            let momentum = if counters.updates == 0 || old.is_none() { 0.0 } else { average.momentum };
+            let of = |(i, w): (usize, &Bound)| {
+                let old = old.as_ref().map_or(0.0, |old| old[i]);
+                let value = match momentum {
+                    0.0 => w.value,
+                    1.0 => old,
+                    _ => momentum * old + (1.0 - momentum) * w.value,
+                };
+                let size = momentum * old.abs() + (1.0 - momentum) * w.value.abs();
+                Bound { value, error: 4.0 * eps * size + (1.0 - momentum) * w.error + 1e-44 }
+            };
+            let ema: Vec<Bound> = entry.w.iter().enumerate().map(of).collect();
+            if average.overwrite_frequency.is_some_and(|f| (counters.updates + 1).is_multiple_of(f)) {
+                let rounded = |b: &Bound| Bound { value: b.value, error: b.error + rounding(dtype, b.value) };
+                entry.w = ema.iter().map(rounded).collect();
+            }
+            entry.ema = Some(ema);
+        }
+    }
+    // Where the squares of an f64 vanish, a norm may be 0.
+    let total_norm = Bound { value: total, error: (1e-15 + error_of_total) * total + 1e-150 };
+    Call { vars: expected, total_norm: norm_type.filter(|_| updated).map(|_| total_norm), updated }
+}
+
+/// Half a place of the type that a variable of `dtype` is computed with, relative.
+fn epsilon_of(dtype: DType) -> f64 {
+    match dtype {
+        DType::F64 => f64::EPSILON,
+        _ => f64::from(f32::EPSILON) / 2.0,
+    }
+}
+
+fn accumulator(dtype: DType) -> DType {
+    if dtype == DType::F64 { DType::F64 } else { DType::F32 }
+}
+
+/// Beyond the largest number of a type lies infinity.
+fn overflowing(bound: Bound, dtype: DType) -> Bound {
+    if bound.value.is_finite() && bound.value.abs() > largest(dtype) {
+        Bound { value: f64::INFINITY.copysign(bound.value), error: 0.0 }
+    } else {
+        bound
+    }
+}
+
+impl Call {
+    /// The first thing in which the optimizer's state after the call differs, in words.
+    pub(crate) fn mismatch(&self, after: &Snapshot, weights: &BTreeMap<String, Var>) -> Option<String> {
+        for (name, expected) in &self.vars {
+            let state = &after.vars[name];
+            if state.step != expected.step {
+                return Some(format!("{name}.step: expected {}, got {}", expected.step, state.step));
+            }
+            let mut pairs = vec![
+                ("m", &expected.m, values(&state.exp_avg)),
+                ("u", &expected.u, values(&state.exp_inf)),
+                ("w", &expected.w, values(&weights[name])),
+            ];
+            match (&expected.ema, &state.ema) {
+                (Some(expected), Some(ema)) => pairs.push(("ema", expected, values(ema))),
+                (None, None) => {}
+                _ => return Some(format!("{name}.ema: expected {:?}, got {:?}", expected.ema, state.ema)),
+            }
+            match (&expected.accumulated, &state.accumulated) {
+                (Some(expected), Some((sum, _))) => pairs.push(("accumulated", expected, values(sum))),
+                (None, None) => {}
+                _ => {
+                    return Some(format!("{name}.accumulated: expected {:?}, got {:?}", expected.accumulated, state));
+                }
+            }
+            for (what, bounds, got) in pairs {
+                if bounds.len() != got.len() {
+                    return Some(format!("{name}.{what}: expected {} elements, got {}", bounds.len(), got.len()));
+                }
+                if let Some(i) = (0..got.len()).find(|&i| !bounds[i].allows(got[i])) {
+                    let Bound { value, error } = bounds[i];
+                    return Some(format!("{name}.{what}[{i}]: expected {value:e} +- {error:e}, got {:e}", got[i]));
+                }
+            }
+        }
+        None
+    }
+}

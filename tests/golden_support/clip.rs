@@ -1,0 +1,143 @@
+//! Gradient clipping: one call of the optimizer with `beta1` 0, so that the first moment is the clipped gradient.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use candle_adamax::{Adamax, ClipGradNorm, Kernel, NormType, ParamsAdamax};
+use candle_core::{DType, Var};
+use serde_json::Value;
+
+use super::case::Array;
+use super::compare::{epsilon, same};
+use super::{Case, Outcome, number};
+use crate::common::formulas::{clipped, largest, norm};
+use crate::common::values;
+
+pub(crate) fn run(case: &Case, kernel: Kernel) -> Result<Outcome> {
+    let params = ParamsAdamax { beta1: 0.0, lr: 0.125.into(), ..ParamsAdamax::default() };
+    let Some(params) = with_clip(params, case)? else {
+        return Ok(Outcome::NotCompared("a norm other than L1, L2 and the largest magnitude".into()));
+    };
+    let rtol = case.tolerance("rtol", "")?.context("no tolerance")?;
+    let overflowing = case.get("verified")?.get("differs_from_float64_formula").and_then(Value::as_array);
+    let overflowing: Vec<&str> = overflowing.into_iter().flatten().filter_map(Value::as_str).collect();
+    let mut own: Vec<&str> = Vec::new();
+    let inputs = case.object("inputs")?;
+    for label in inputs.keys() {
+        if case.tensors.contains_key(&format!("{label}.indices")) {
+            continue;
+        }
+        let (grads, recorded) = (list(case, label, "in"), list(case, label, "out"));
+        ensure!(!grads.is_empty() && grads.len() == recorded.len(), "{label}: no gradients");
+        let (clipped, total) = clip(&params, &grads, kernel)?;
+        let (formula, true_total) = formula(&params, &grads);
+        // What overflows in the framework's type was recorded, but is not required: our norms are f64.
+        let recorded_counts = !overflowing.contains(&label.as_str());
+        if !recorded_counts {
+            own.push(label);
+        }
+        // In f64 the portable path scales before it squares, so that its norm holds beyond where squares do.
+        let beyond_squares = ["huge", "tiny"].contains(&label.as_str()) && grads[0].dtype()? == DType::F64;
+        let scaled = beyond_squares && kernel == Kernel::Portable;
+        let expected: Vec<&[f64]> = match recorded_counts {
+            true => recorded.iter().map(|array| array.values.as_slice()).collect(),
+            false => formula.iter().map(Vec::as_slice).collect(),
+        };
+        for (i, (got, expected)) in clipped.iter().zip(&expected).enumerate() {
+            let top = expected.iter().filter(|x| x.is_finite()).fold(0.0, |top: f64, x| top.max(x.abs()));
+            for (j, (&got, &expected)) in got.iter().zip(*expected).enumerate() {
+                let near = same(got, expected) || (got - expected).abs() <= rtol * top;
+                ensure!(near || (scaled && got.is_finite()), "{label}.{i}[{j}]: expected {expected:e}, got {got:e}");
+            }
+        }
+        if let Some(recorded) = case.tensors.get(&format!("{label}.norm")) {
+            let expected = if recorded_counts { recorded.values[0] } else { true_total };
+            let got = total.context("no total norm in the report")?;
+            let near = same(got, expected) || (got - expected).abs() <= rtol * expected.abs();
+            ensure!(near || scaled, "{label}.norm: expected {expected:e}, got {got:e}");
+        }
+    }
+    let sparse = inputs.keys().any(|label| case.tensors.contains_key(&format!("{label}.indices")));
+    Ok(match (own.is_empty(), sparse) {
+        (true, false) => Outcome::Compared,
+        (_, sparse) => {
+            let norms = format!("`{}` by the formula, since our norms are f64", own.join("`, `"));
+            let sparse = sparse.then(|| "`sparse` not yet run: sparse gradients".to_owned());
+            let all: Vec<String> = (!own.is_empty()).then_some(norms).into_iter().chain(sparse).collect();
+            Outcome::Own(format!("compared, but {}", all.join("; ")))
+        }
+    })
+}
+
+/// The settings that do what the recorded function does; none if there are none.
+fn with_clip(params: ParamsAdamax, case: &Case) -> Result<Option<ParamsAdamax>> {
+    let parameters = case.object("parameters")?;
+    let unknown = parameters.keys().find(|key| !["threshold", "max_norm", "norm_type"].contains(&key.as_str()));
+    ensure!(unknown.is_none(), "unknown parameter {unknown:?}");
+    let get = |key: &str| number(parameters.get(key).unwrap_or(&Value::Null));
+    let threshold = get("threshold")?;
+    Ok(Some(match case.text("framework")? {
+        "tf.clip_by_norm" | "keras3._clip_by_norm" => ParamsAdamax { clip_norm: threshold, ..params },
+        "tf.clip_by_value" | "keras3 ops.clip (clipvalue)" => ParamsAdamax { clip_value: threshold, ..params },
+        "tf.clip_by_global_norm" | "keras3.clip_by_global_norm" => {
+            ParamsAdamax { clip_global_norm: threshold, ..params }
+        }
+        "torch.nn.utils.clip_grad_norm_" => {
+            let max_norm = get("max_norm")?.context("no `max_norm`")?;
+            let norm_type = match get("norm_type")?.unwrap_or(2.0) {
+                1.0 => NormType::L1,
+                2.0 => NormType::L2,
+                f64::INFINITY => NormType::Inf,
+                _ => return Ok(None),
+            };
+            ParamsAdamax { clip_grad_norm: Some(ClipGradNorm { max_norm, norm_type }), ..params }
+        }
+        other => bail!("unknown clipping function `{other}`"),
+    }))
+}
+
+/// The tensors `LABEL.WHAT`, or `LABEL.WHAT.0` and so on.
+fn list<'c>(case: &'c Case, label: &str, what: &str) -> Vec<&'c Array> {
+    let one = case.tensors.get(&format!("{label}.{what}"));
+    let many = (0..).map_while(|i| case.tensors.get(&format!("{label}.{what}.{i}")));
+    one.into_iter().chain(many).collect()
+}
+
+/// The clipped gradients and the total norm, by the optimizer.
+fn clip(params: &ParamsAdamax, grads: &[&Array], kernel: Kernel) -> Result<(Vec<Vec<f64>>, Option<f64>)> {
+    let grads = grads.iter().map(|array| array.tensor()).collect::<Result<Vec<_>>>()?;
+    let vars: Vec<(String, Var)> = grads
+        .iter()
+        .enumerate()
+        .map(|(i, grad)| Ok((format!("{i:03}"), Var::from_tensor(&grad.zeros_like()?)?)))
+        .collect::<Result<_>>()?;
+    let mut optimizer = Adamax::from_named(vars.clone(), params.clone())?;
+    optimizer.set_kernel(kernel)?;
+    optimizer.apply_gradients(vars.iter().map(|(_, var)| var).zip(&grads))?;
+    let moments = vars.iter().map(|(name, _)| Ok(values(&optimizer.state(name)?.exp_avg)));
+    Ok((moments.collect::<Result<_>>()?, optimizer.report().total_norm()))
+}
+
+/// The clipped gradients and the total norm, by the formulas in f64.
+fn formula(params: &ParamsAdamax, grads: &[&Array]) -> (Vec<Vec<f64>>, f64) {
+    let norm_type = params.clip_grad_norm.map_or(NormType::L2, |clip| clip.norm_type);
+    let all: Vec<&[f64]> = grads.iter().map(|array| array.values.as_slice()).collect();
+    let total = norm(&all, norm_type);
+    let clip = |grad: &&[f64]| {
+        let own = norm(&[grad], norm_type);
+        grad.iter().map(|&g| clipped(params, g, own, total)).collect()
+    };
+    (all.iter().map(clip).collect(), total)
+}
+
+/// The steps in which the framework's norm, whose squares are summed in `dtype`, is not the true one.
+pub(crate) fn overflows(params: &ParamsAdamax, grads: &BTreeMap<&str, Vec<f64>>, dtype: DType) -> bool {
+    if dtype == DType::F64 {
+        return false;
+    }
+    let too_large = |norm: f64| norm.is_finite() && norm * norm > 0.5 * largest(dtype) * (1.0 - epsilon(dtype));
+    let of_each = || grads.values().map(|grad| norm(&[grad], NormType::L2));
+    let all: Vec<&[f64]> = grads.values().map(Vec::as_slice).collect();
+    (params.clip_norm.is_some() && of_each().any(too_large))
+        || (params.clip_global_norm.is_some() && too_large(norm(&all, NormType::L2)))
+}
