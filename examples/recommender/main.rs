@@ -1,0 +1,156 @@
+//! A neural recommender, trained with Adamax.
+//!
+//! ```text
+//! cargo run --release --example recommender                             ratings that the example makes up
+//! cargo run --release --example recommender -- --data ml-100k/u.data    MovieLens, in any of its three forms
+//! cargo run --release --example recommender -- --help                   all options
+//! ```
+//!
+//! **The task** has two halves: which rating will a user give to an item, and which item will they turn to next? A
+//! model that has only learned the first does not know the second: it has seen nothing but items that somebody chose,
+//! and what it rates highest is often what nobody looks at. So one model has two heads, which share everything below
+//! them, and both losses are minimized at once by one optimizer:
+//!
+//! ```text
+//! loss = mean (rating - predicted rating)^2                         over the ratings of a batch
+//!      + 0.7 * binary cross-entropy (chosen or not, logit)          over the same, and 4 unrated items to each
+//! ```
+//!
+//! The second half is the sampled loss of He et al., "Neural Collaborative Filtering" (2017). Sharing pays: what people
+//! choose says much about how they rate, so that the ratings, too, are predicted better than without it.
+//!
+//! **The evaluation** follows the same paper where it ranks: each user's latest rating is kept out of training, and its
+//! item is ranked among 99 that the user has never rated. HR@10 is the share of users for whom it is among the first
+//! ten, NDCG@10 gives more for a higher place. The baseline ranks the same candidates by how often they occur in the
+//! training data. For the error of ratings (RMSE) a random tenth of them is kept out, too; the baseline there is the
+//! mean with an offset for each user and item. What the table says is said of the last epoch, and no epoch is chosen
+//! by looking at the results.
+//!
+//! **A run can be killed** at any moment, and the same command with `--resume` ends with the same bits as one that
+//! was left alone. See `checkpoint.rs` for what this takes.
+//!
+//! | file | what it does |
+//! | --- | --- |
+//! | `settings.rs` | the options, and the optimizer's settings that follow from them |
+//! | `data.rs`, `synthetic.rs` | ratings, read from a file or made up |
+//! | `split.rs` | what is trained on and what is kept for the evaluation |
+//! | `model.rs` | embeddings, MLP, two heads |
+//! | `train.rs` | one epoch: batches, loss, step |
+//! | `evaluate.rs` | RMSE, HR@10, NDCG@10, and the baselines |
+//! | `checkpoint.rs` | weights and optimizer, together or not at all |
+//! | `report.rs`, `chart.rs` | what is printed, and the learning curves |
+
+mod chart;
+mod checkpoint;
+mod data;
+mod evaluate;
+mod model;
+mod report;
+mod settings;
+mod split;
+mod synthetic;
+mod train;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use indicatif::{ProgressBar, ProgressStyle};
+use rand::{SeedableRng, rngs::StdRng};
+
+use crate::checkpoint::{Checkpoints, Progress};
+use crate::data::Ratings;
+use crate::evaluate::{Baselines, Epoch};
+use crate::settings::Args;
+use crate::split::Split;
+use crate::train::Trainer;
+
+/// candle allocates every intermediate result anew. With the allocator of most systems those of a megabyte and more go
+/// back to the kernel each time, and the page faults of the next one cost more than the arithmetic on it; mimalloc
+/// keeps them.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}"); // on one line, with all its causes
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
+    let settings = &args.settings;
+    let ratings = match &args.data {
+        Some(path) => Ratings::read(path)?,
+        None => synthetic::ratings(),
+    };
+    let split = Split::new(&ratings, &mut random(settings.seed, Stream::Split))?;
+    let baselines = Baselines::new(&ratings, &split);
+    report::data(args.data.as_deref(), &ratings, &split);
+
+    let mut trainer = Trainer::new(settings, &ratings, &split)?;
+    println!("{}\n", trainer.optimizer);
+
+    let checkpoints = Checkpoints::new(&args.out);
+    let mut progress = Progress::new(settings, &ratings);
+    if args.resume {
+        progress = checkpoints.load(progress, &mut trainer.varmap, &mut trainer.optimizer)?;
+        println!("resumed after epoch {} from {}\n", progress.history.len(), args.out.display());
+    }
+
+    let done = progress.history.len();
+    let steps = trainer.steps_per_epoch as u64;
+    let bar = ProgressBar::new(steps * settings.epochs as u64).with_position(steps * done as u64);
+    bar.set_style(ProgressStyle::with_template("{bar:40} {pos}/{len} steps, {eta} left, {msg}")?);
+    report::epoch_header();
+    progress.history.iter().for_each(|epoch| report::epoch(epoch, None));
+    for epoch in done + 1..=settings.epochs {
+        let start = Instant::now();
+        let train_rmse = trainer.epoch(epoch, &bar)?;
+        let lr = trainer.last_lr();
+        progress.history.push(Epoch { epoch, lr, train_rmse, quality: trainer.evaluate()? });
+        checkpoints.save(&progress, &trainer.varmap, &trainer.optimizer)?;
+        bar.suspend(|| report::epoch(&progress.history[epoch - 1], Some(start.elapsed())));
+    }
+    bar.finish_and_clear();
+
+    let mut quality = progress.history.last().context("there is no epoch to report")?.quality;
+    if settings.ema.is_some() {
+        // From here on the weights are their moving averages; the checkpoint still holds both.
+        trainer.optimizer.finalize_ema()?;
+        quality = trainer.evaluate()?;
+    }
+    report::quality(&baselines, quality, settings.ema);
+    report::time(&trainer.laps);
+    report::memory(&trainer.optimizer)?;
+    let curves = args.out.join("learning-curves.svg");
+    chart::draw(&curves, &progress.history, &baselines)?;
+    println!("\nlearning curves: {}", curves.display());
+    Ok(())
+}
+
+/// What random numbers are for. Each purpose has a stream of its own, and each epoch, so that an epoch draws the same
+/// numbers whether or not those before it ran in the same process.
+#[derive(Clone, Copy)]
+enum Stream {
+    Split,
+    Weights,
+    Epoch(usize),
+}
+
+/// The random numbers of one purpose. candle's own on the CPU cannot be seeded.
+fn random(seed: u64, stream: Stream) -> StdRng {
+    let stream = match stream {
+        Stream::Split => 0,
+        Stream::Weights => 1,
+        Stream::Epoch(epoch) => 1 + epoch as u64,
+    };
+    let mut key = [0; 32];
+    key[..8].copy_from_slice(&seed.to_le_bytes());
+    key[8..16].copy_from_slice(&stream.to_le_bytes());
+    StdRng::from_seed(key)
+}

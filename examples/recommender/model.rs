@@ -1,0 +1,111 @@
+//! The model: embeddings of users and items, an MLP on top of them, and two heads.
+//!
+//! ```text
+//! p, q    = user's embedding, item's embedding
+//! x       = MLP([p, q, p * q])                       `*` element by element
+//! rating  = mean + x[0] + user's bias + item's bias
+//! logit   =        x[1] + user's bias + item's bias + sum (p * q)        another two biases
+//! ```
+//!
+//! The sum is the scalar product of plain matrix factorization, which the MLP is bad at learning by itself.
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+use candle_nn::{Activation, Embedding, Init, Linear, Module, Sequential, VarMap, seq};
+use rand::{Rng, rngs::StdRng};
+
+use crate::settings::Settings;
+
+/// Standard deviation of the embeddings at the start.
+const EMBEDDING_DEVIATION: f64 = 0.1;
+
+/// The model. Its weights are variables of the `VarMap` that it was made with.
+pub(crate) struct Recommender {
+    mean: f64,
+    users: Embedding,
+    items: Embedding,
+    /// A column for each head.
+    user_biases: Embedding,
+    item_biases: Embedding,
+    mlp: Sequential,
+}
+
+/// What the model says about pairs of a user and an item; each tensor has one element a pair.
+pub(crate) struct Prediction {
+    /// The rating that the user would give.
+    pub(crate) ratings: Tensor,
+    /// The higher, the likelier the user turns to the item; without a unit.
+    pub(crate) logits: Tensor,
+}
+
+impl Recommender {
+    /// A model for so many users and items, and `mean`, the mean of all ratings.
+    pub(crate) fn new(
+        settings: &Settings,
+        (users, items): (usize, usize),
+        mean: f64,
+        varmap: &VarMap,
+        rng: &mut StdRng,
+    ) -> Result<Self> {
+        let &Settings { dim, hidden, .. } = settings;
+        let half = hidden.div_ceil(2);
+        let mut weights = Weights { varmap: varmap.clone(), rng };
+        let mlp = seq()
+            .add(weights.linear("mlp.0", 3 * dim, hidden, 2.0)?)
+            .add(Activation::Relu)
+            .add(weights.linear("mlp.1", hidden, half, 2.0)?)
+            .add(Activation::Relu)
+            .add(weights.linear("mlp.2", half, 2, 0.25)?);
+        Ok(Self {
+            mean,
+            users: weights.table("users.embedding", users, dim, EMBEDDING_DEVIATION)?,
+            items: weights.table("items.embedding", items, dim, EMBEDDING_DEVIATION)?,
+            user_biases: weights.table("users.bias", users, 2, 0.0)?,
+            item_biases: weights.table("items.bias", items, 2, 0.0)?,
+            mlp,
+        })
+    }
+
+    /// The predictions for pairs of `users` and `items`, both of dimension `N` and dtype u32.
+    pub(crate) fn forward(&self, users: &Tensor, items: &Tensor) -> Result<Prediction> {
+        let (p, q) = (self.users.forward(users)?, self.items.forward(items)?);
+        let product = (&p * &q)?;
+        let heads = self.mlp.forward(&Tensor::cat(&[&p, &q, &product], 1)?)?;
+        let heads = ((heads + self.user_biases.forward(users)?)? + self.item_biases.forward(items)?)?;
+        let head = |index| heads.narrow(1, index, 1)?.squeeze(1);
+        Ok(Prediction { ratings: (head(0)? + self.mean)?, logits: (head(1)? + product.sum(1)?)? })
+    }
+}
+
+/// Makes the layers, with weights that depend on nothing but the seed.
+struct Weights<'r> {
+    varmap: VarMap,
+    rng: &'r mut StdRng,
+}
+
+impl Weights<'_> {
+    /// A table with a row of `dim` numbers for each of `rows` ids.
+    ///
+    /// Every table of the model is made here. candle's `Embedding` gives the optimizer a dense gradient: all rows, most
+    /// of them zero.
+    fn table(&mut self, name: &str, rows: usize, dim: usize, deviation: f64) -> Result<Embedding> {
+        Ok(Embedding::new(self.var(&format!("{name}.weight"), &[rows, dim], deviation)?, dim))
+    }
+
+    /// A layer whose outputs have `gain` times the mean square of its inputs, at the start.
+    fn linear(&mut self, name: &str, inputs: usize, outputs: usize, gain: f64) -> Result<Linear> {
+        let weight = self.var(&format!("{name}.weight"), &[outputs, inputs], (gain / inputs as f64).sqrt())?;
+        let bias = self.var(&format!("{name}.bias"), &[outputs], 0.0)?;
+        Ok(Linear::new(weight, Some(bias)))
+    }
+
+    /// A variable with uniform random numbers of this standard deviation.
+    fn var(&mut self, name: &str, shape: &[usize], deviation: f64) -> Result<Tensor> {
+        let bound = 3f64.sqrt() * deviation;
+        let mut number = || (bound * self.rng.random_range(-1.0..1.0)) as f32;
+        let numbers = (0..shape.iter().product()).map(|_| number()).collect();
+        let var = self.varmap.get(shape, name, Init::Const(0.0), DType::F32, &Device::Cpu)?;
+        self.varmap.set_one(name, Tensor::from_vec(numbers, shape, &Device::Cpu)?)?;
+        Ok(var)
+    }
+}

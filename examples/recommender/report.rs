@@ -1,0 +1,99 @@
+//! What is printed.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Result;
+use candle_adamax::Adamax;
+use candle_core::Tensor;
+
+use crate::data::Ratings;
+use crate::evaluate::{Baselines, Epoch, Quality, RankingQuality};
+use crate::split::Split;
+use crate::train::Laps;
+
+/// What there is to train on.
+pub(crate) fn data(path: Option<&Path>, ratings: &Ratings, split: &Split) {
+    let source = path.map_or("made up".to_owned(), |path| path.display().to_string());
+    let Ratings { list, users, items } = ratings;
+    println!("{} ratings of {} users and {} items: {source}", grouped(list.len()), grouped(*users), grouped(*items));
+    println!(
+        "{} to train on, {} to test the ratings, the latest of {} users to rank",
+        grouped(split.train.len()),
+        grouped(split.test.len()),
+        grouped(split.rankings.len()),
+    );
+}
+
+pub(crate) fn epoch_header() {
+    println!(
+        "{:>5}  {:>8}  {:>10}  {:>9}  {:>6}  {:>7}  {:>7}",
+        "epoch", "lr", "train RMSE", "test RMSE", "HR@10", "NDCG@10", "time"
+    );
+}
+
+/// One line an epoch; one of an earlier run has no `time`.
+pub(crate) fn epoch(epoch: &Epoch, time: Option<Duration>) {
+    let Epoch { epoch, lr, train_rmse, quality: Quality { test_rmse, ranking: RankingQuality { hit_rate, ndcg } } } =
+        epoch;
+    let time = time.map_or("earlier".to_owned(), |time| format!("{:.1} s", time.as_secs_f64()));
+    println!("{epoch:>5}  {lr:>8.6}  {train_rmse:>10.4}  {test_rmse:>9.4}  {hit_rate:>6.4}  {ndcg:>7.4}  {time:>7}");
+}
+
+/// The result.
+pub(crate) fn quality(baselines: &Baselines, quality: Quality, ema: Option<f64>) {
+    let ranking = |ranking: RankingQuality| format!("{:>8.4}  {:>8.4}", ranking.hit_rate, ranking.ndcg);
+    let model = if ema.is_some() { "this model, averaged weights" } else { "this model" };
+    println!("\n{:<30}  {:>9}  {:>8}  {:>8}", "", "test RMSE", "HR@10", "NDCG@10");
+    println!("{:<30}  {:>9.4}", "mean and offsets", baselines.test_rmse);
+    println!("{:<30}  {:>9}  {}", "popularity", "", ranking(baselines.ranking));
+    println!("{model:<30}  {:>9.4}  {}", quality.test_rmse, ranking(quality.ranking));
+}
+
+/// Where the time of the steps went.
+pub(crate) fn time(laps: &Laps) {
+    let parts = [
+        ("batch", &laps.batch),
+        ("forward", &laps.forward),
+        ("backward", &laps.backward),
+        ("step (Adamax)", &laps.step),
+    ];
+    let total: Duration = parts.iter().flat_map(|(_, laps)| laps.iter()).sum();
+    if total.is_zero() {
+        return; // resumed after the last epoch
+    }
+    println!("\n{:<30}  {:>9}  {:>8}  {:>8}", "", "median ms", "total s", "share");
+    for (name, laps) in parts {
+        let mut sorted = laps.clone();
+        sorted.sort_unstable();
+        let median = sorted[sorted.len() / 2].as_secs_f64() * 1e3;
+        let sum = laps.iter().sum::<Duration>().as_secs_f64();
+        println!("{name:<30}  {median:>9.2}  {sum:>8.2}  {:>6.1} %", 100.0 * sum / total.as_secs_f64());
+    }
+}
+
+/// How much there is to update, and what the optimizer keeps for it.
+pub(crate) fn memory(optimizer: &Adamax) -> Result<()> {
+    let vars = optimizer.snapshot()?.vars;
+    let bytes = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
+    let kib = |bytes: usize| format!("{} KiB", grouped(bytes.div_ceil(1024)));
+    println!("\n{:<30}  {:>9}  {:>8}  {:>8}", "", "numbers", "weights", "moments");
+    for (part, is_mlp) in [("embeddings and biases", false), ("MLP and heads", true)] {
+        let (mut numbers, mut moments) = (0, 0);
+        for (_, var) in vars.iter().filter(|(name, _)| name.starts_with("mlp") == is_mlp) {
+            numbers += var.exp_avg.elem_count();
+            moments += bytes(&var.exp_avg) + bytes(&var.exp_inf);
+        }
+        let weights = numbers * size_of::<f32>();
+        println!("{part:<30}  {:>9}  {:>8}  {:>8}", grouped(numbers), kib(weights), kib(moments));
+    }
+    Ok(())
+}
+
+/// `1234567` as `1,234,567`.
+fn grouped(number: usize) -> String {
+    let digits = number.to_string();
+    let groups: Vec<&str> =
+        digits.as_bytes().rchunks(3).rev().filter_map(|group| std::str::from_utf8(group).ok()).collect();
+    groups.join(",")
+}

@@ -1,0 +1,133 @@
+//! The options of the command line, and the optimizer's settings that follow from them.
+
+use std::path::PathBuf;
+
+use candle_adamax::{CosineDecay, Ema, ExponentialDecay, LearningRate, ParamsAdamax, PolynomialDecay, WeightDecay};
+use clap::{Parser, ValueEnum};
+use serde::{Deserialize, Serialize};
+
+/// Trains a neural recommender with Adamax: embeddings of users and items, an MLP, and two heads, one for ratings and
+/// one for what a user turns to next.
+#[derive(Parser)]
+pub(crate) struct Args {
+    /// A file of MovieLens ratings: u.data, ratings.dat or ratings.csv. Without it, ratings are made up.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) data: Option<PathBuf>,
+
+    /// The folder of the checkpoint and the learning curves.
+    #[arg(long, value_name = "DIR", default_value = "recommender-output")]
+    pub(crate) out: PathBuf,
+
+    /// Continue from the checkpoint in the output folder, with the same options and data.
+    #[arg(long)]
+    pub(crate) resume: bool,
+
+    #[command(flatten)]
+    pub(crate) settings: Settings,
+}
+
+/// What a trained model depends on, apart from the data.
+#[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Settings {
+    /// Decides the split, the first weights, the order of the ratings and the unrated items that are sampled.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+
+    /// How often each rating is trained on.
+    #[arg(long, default_value_t = 12, value_parser = at_least_one)]
+    pub(crate) epochs: usize,
+
+    /// Ratings in a batch; the sampled items come on top.
+    #[arg(long, default_value_t = 512, value_parser = at_least_one)]
+    pub(crate) batch: usize,
+
+    /// The learning rate, at its peak. It is high, since a row of a table has a gradient only now and then.
+    #[arg(long, default_value_t = 0.02)]
+    pub(crate) lr: f64,
+
+    /// How the learning rate falls.
+    #[arg(long, value_enum, default_value_t = Schedule::Cosine)]
+    pub(crate) schedule: Schedule,
+
+    /// Decoupled weight decay of all weights but the biases; a step takes lr times this share of them away.
+    #[arg(long, default_value_t = 0.4)]
+    pub(crate) weight_decay: f64,
+
+    /// Clip the gradients to this norm, all of them together.
+    #[arg(long, value_name = "NORM")]
+    pub(crate) clip_norm: Option<f64>,
+
+    /// Evaluate moving averages of the weights at the end, which keep this share of themselves in a step, e.g. 0.999.
+    #[arg(long, value_name = "MOMENTUM")]
+    pub(crate) ema: Option<f64>,
+
+    /// The size of the embeddings.
+    #[arg(long, default_value_t = 32, value_parser = at_least_one)]
+    pub(crate) dim: usize,
+
+    /// The width of the MLP's first layer; the second has half of it.
+    #[arg(long, default_value_t = 64, value_parser = at_least_one)]
+    pub(crate) hidden: usize,
+
+    /// Unrated items that are sampled for each rating.
+    #[arg(long, default_value_t = 4, value_parser = at_least_one)]
+    pub(crate) negatives: usize,
+
+    /// What the loss of the interactions counts for beside that of the ratings.
+    #[arg(long, default_value_t = 0.7)]
+    pub(crate) interaction_weight: f64,
+}
+
+/// How the learning rate changes.
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Schedule {
+    /// It does not.
+    Constant,
+    /// Along half a cosine wave to 0 at the end of the last epoch.
+    Cosine,
+    /// By a fifth in each epoch, a little in each step.
+    Exponential,
+    /// In a straight line to 0 at the end of the last epoch.
+    Linear,
+}
+
+impl Schedule {
+    /// Whether the learning rate of a step depends on how many epochs there will be.
+    pub(crate) fn depends_on_epochs(self) -> bool {
+        matches!(self, Self::Cosine | Self::Linear)
+    }
+}
+
+impl Settings {
+    /// The settings of the optimizer.
+    pub(crate) fn adamax(&self, steps_per_epoch: usize) -> ParamsAdamax {
+        let epoch = steps_per_epoch as u64;
+        let total = epoch * self.epochs as u64;
+        let lr: LearningRate = match self.schedule {
+            Schedule::Constant => self.lr.into(),
+            Schedule::Cosine => CosineDecay::new(self.lr, total).into(),
+            Schedule::Exponential => ExponentialDecay::new(self.lr, epoch, 0.8).into(),
+            Schedule::Linear => {
+                PolynomialDecay { end_learning_rate: 0.0, ..PolynomialDecay::new(self.lr, total) }.into()
+            }
+        };
+        ParamsAdamax {
+            lr,
+            weight_decay: WeightDecay::Decoupled(self.weight_decay),
+            // Also part of the names of the tables of biases.
+            no_decay: vec!["bias".into()],
+            clip_global_norm: self.clip_norm,
+            ema: self.ema.map(|momentum| Ema { momentum, overwrite_frequency: None }),
+            ..Default::default()
+        }
+    }
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("expected at least 1".into()),
+        Ok(number) => Ok(number),
+        Err(error) => Err(format!("expected a whole number, at least 1: {error}")),
+    }
+}

@@ -1,0 +1,133 @@
+//! Which ratings are trained on and which are kept for the evaluation.
+//!
+//! Two sets are kept, and neither is trained on: a random tenth of the ratings, for the error of predicted ratings,
+//! and each user's latest rating, for the ranking (the leave-one-out of He et al., "Neural Collaborative
+//! Filtering", 2017). A rating may be in both.
+
+use anyhow::{Result, ensure};
+use rand::{Rng, rngs::StdRng, seq::SliceRandom};
+
+use crate::data::{Rating, Ratings};
+
+/// How many unrated items the held-out one is ranked among.
+const RIVALS: usize = 99;
+
+/// The ratings, split.
+pub(crate) struct Split {
+    pub(crate) train: Vec<Rating>,
+    pub(crate) test: Vec<Rating>,
+    /// One for each user who has rated at least two items and has left one unrated.
+    pub(crate) rankings: Vec<Ranking>,
+    /// What each user has rated in `train`.
+    pub(crate) trained: ItemSets,
+}
+
+/// A task of the ranking evaluation: `candidates[0]`, which the user chose, among others that they did not.
+pub(crate) struct Ranking {
+    pub(crate) user: u32,
+    pub(crate) candidates: Vec<u32>,
+}
+
+impl Split {
+    /// Splits `ratings` as `rng` decides.
+    ///
+    /// It is an error if they are too few for both evaluations.
+    pub(crate) fn new(ratings: &Ratings, rng: &mut StdRng) -> Result<Self> {
+        let mut order: Vec<usize> = (0..ratings.list.len()).collect();
+        order.shuffle(rng);
+
+        // Many ratings of MovieLens have the time of another; walking in random order breaks such ties at random.
+        let mut latest: Vec<Option<usize>> = vec![None; ratings.users];
+        for &index in &order {
+            let rating = &ratings.list[index];
+            let latest = &mut latest[rating.user as usize];
+            if latest.is_none_or(|latest| ratings.list[latest].time < rating.time) {
+                *latest = Some(index);
+            }
+        }
+
+        let all = ItemSets::new(ratings.users, ratings.items, &ratings.list);
+        let latest: Vec<usize> =
+            latest.into_iter().flatten().filter(|&index| all.of(ratings.list[index].user).len() >= 2).collect();
+
+        let mut kept = vec![false; ratings.list.len()];
+        latest.iter().for_each(|&index| kept[index] = true);
+        let tests = &order[..ratings.list.len() / 10];
+        tests.iter().for_each(|&index| kept[index] = true);
+
+        let train: Vec<Rating> =
+            ratings.list.iter().zip(&kept).filter(|&(_, &kept)| !kept).map(|(&rating, _)| rating).collect();
+        let rankings: Vec<Ranking> = latest
+            .iter()
+            .map(|&index| {
+                let Rating { user, item, .. } = ratings.list[index];
+                let unrated = all.missing(user);
+                let drawn = rand::seq::index::sample(rng, unrated, RIVALS.min(unrated));
+                let rivals = drawn.iter().map(|nth| all.nth_missing(user, nth));
+                Ranking { user, candidates: std::iter::once(item).chain(rivals).collect() }
+            })
+            .filter(|ranking| ranking.candidates.len() > 1)
+            .collect();
+        ensure!(
+            !tests.is_empty() && !train.is_empty() && !rankings.is_empty(),
+            "too few ratings to train on some and to evaluate with others: there are {} of {} users and {} items",
+            ratings.list.len(),
+            ratings.users,
+            ratings.items,
+        );
+        Ok(Self {
+            trained: ItemSets::new(ratings.users, ratings.items, &train),
+            test: tests.iter().map(|&index| ratings.list[index]).collect(),
+            train,
+            rankings,
+        })
+    }
+}
+
+/// A set of items for each user, in one array: the items of user `u` are those from `starts[u]` to `starts[u + 1]`.
+pub(crate) struct ItemSets {
+    items: usize,
+    starts: Vec<usize>,
+    /// Ascending for each user.
+    sorted: Vec<u32>,
+}
+
+impl ItemSets {
+    fn new(users: usize, items: usize, ratings: &[Rating]) -> Self {
+        let mut pairs: Vec<(u32, u32)> = ratings.iter().map(|rating| (rating.user, rating.item)).collect();
+        pairs.sort_unstable();
+        let starts = (0..=users).map(|user| pairs.partition_point(|pair| (pair.0 as usize) < user)).collect();
+        Self { items, starts, sorted: pairs.into_iter().map(|pair| pair.1).collect() }
+    }
+
+    /// The items of `user`, ascending.
+    pub(crate) fn of(&self, user: u32) -> &[u32] {
+        &self.sorted[self.starts[user as usize]..self.starts[user as usize + 1]]
+    }
+
+    /// How many items `user` does not have.
+    pub(crate) fn missing(&self, user: u32) -> usize {
+        self.items - self.of(user).len()
+    }
+
+    /// The `nth` item, from 0, that `user` does not have; so a draw needs no second try, however few there are.
+    pub(crate) fn nth_missing(&self, user: u32, nth: usize) -> u32 {
+        // Before the item at `index` there are `sorted[index] - index` missing ones, which never falls.
+        let items = self.of(user);
+        let (mut low, mut high) = (0, items.len());
+        while low < high {
+            let middle = (low + high) / 2;
+            if items[middle] as usize - middle <= nth {
+                low = middle + 1;
+            } else {
+                high = middle;
+            }
+        }
+        (nth + low) as u32
+    }
+
+    /// A random item that `user` does not have, each with the same probability.
+    pub(crate) fn draw_missing(&self, user: u32, rng: &mut StdRng) -> u32 {
+        self.nth_missing(user, rng.random_range(0..self.missing(user)))
+    }
+}
