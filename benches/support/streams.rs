@@ -10,7 +10,7 @@ use std::ops::BitXorAssign;
 use rayon::prelude::*;
 
 /// As the optimizer's plan: fewer elements than this stay on one thread.
-const SEQUENTIAL: usize = 16 * 1024;
+const SEQUENTIAL: usize = 256 * 1024;
 /// As the optimizer's plan: pieces for each thread, and how small and large a piece may be.
 const PIECES_PER_THREAD: usize = 8;
 const SMALLEST_PIECE: usize = 16 * 1024;
