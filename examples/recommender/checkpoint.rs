@@ -130,7 +130,7 @@ impl Checkpoints {
     }
 }
 
-/// Makes what happened to the entries of a folder last, on systems where that is asked for.
+/// Makes renames in a folder last, on systems where one has to ask for that.
 fn sync_folder(folder: &Path) -> std::io::Result<()> {
     if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
 }

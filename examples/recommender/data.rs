@@ -33,11 +33,15 @@ impl Ratings {
     ///
     /// An error names the file and, where there is one, the line.
     pub(crate) fn read(path: &Path) -> Result<Self> {
-        let name = path.display();
+        let name = path.display().to_string();
         let file = File::open(path).with_context(|| format!("cannot open {name}"))?;
+        Self::parse(&name, BufReader::new(file))
+    }
+
+    fn parse(name: &str, text: impl BufRead) -> Result<Self> {
         let (mut users, mut items) = (Numbering::default(), Numbering::default());
         let (mut list, mut form) = (Vec::new(), None);
-        for (index, line) in BufReader::new(file).lines().enumerate() {
+        for (index, line) in text.lines().enumerate() {
             let at = || format!("{name}:{}", index + 1);
             let line = line.with_context(at)?;
             let form = match form {
@@ -147,4 +151,49 @@ where
 /// What an error message quotes of a line, which may be of any length where the file is of another kind.
 fn shortened(text: &str) -> String {
     text.chars().take(60).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &[u8]) -> Result<Ratings> {
+        Ratings::parse("file", text)
+    }
+
+    #[test]
+    fn the_three_forms_say_the_same() -> Result<()> {
+        let tabs = parse(b"196\t-242\t3\t881250949\n7\t-242\t5\t1\n")?;
+        let colons = parse(b"196::-242::3::881250949\r\n7::-242::5::1")?;
+        let csv = parse(b"userId,movieId,rating,timestamp\n196,-242,3.0,881250949\n7,-242,5.0,1\n")?;
+        let first = Rating { user: 0, item: 0, value: 3.0, time: 881_250_949 };
+        let second = Rating { user: 1, item: 0, value: 5.0, time: 1 };
+        for ratings in [tabs, colons, csv] {
+            assert_eq!((ratings.list.as_slice(), ratings.users, ratings.items), ([first, second].as_slice(), 2, 1));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn errors_name_file_and_line() {
+        for (text, expected) in [
+            ("", "file: there are no ratings"),
+            ("userId,movieId,rating,timestamp\n", "file: there are no ratings"),
+            ("user,item\n", "file:1: expected ratings separated by tabs or `::`, or the header"),
+            ("1\t2\t3\t4\n1\t3\t4\n", r#"file:2: expected 4 fields separated by "\t", got 3 in `1"#),
+            ("1::2::3::4\n1::x::3::4\n", "file:2: the item is not a number: `x`"),
+            ("1::2::3::4\n\n", r#"file:2: expected 4 fields separated by "::", got 1 in ``"#),
+            ("userId,movieId,rating,timestamp\n1,2,NaN,4\n", "file:2: expected a finite rating, got NaN"),
+            ("userId,movieId,rating,timestamp\n1,2,1e39,4\n", "file:2: expected a finite rating, got inf"),
+            (
+                "userId,movieId,rating,timestamp\n1,2,3,4\n1,3,3,4\n1,2,5,6\n",
+                "file:4: this user has rated this item before, on line 2",
+            ),
+        ] {
+            let error = parse(text.as_bytes()).expect_err(text);
+            assert!(format!("{error:#}").starts_with(expected), "{error:#}");
+        }
+        let error = parse(b"1\t2\t3\t4\n\xff\n").expect_err("no text");
+        assert!(format!("{error:#}").starts_with("file:2: "), "{error:#}");
+    }
 }

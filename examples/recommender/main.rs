@@ -17,7 +17,8 @@
 //! ```
 //!
 //! The second half is the sampled loss of He et al., "Neural Collaborative Filtering" (2017). Sharing pays: what people
-//! choose says much about how they rate, so that the ratings, too, are predicted better than without it.
+//! choose says much about how they rate. On MovieLens 100K the error of the ratings is 0.888 with the second half, and
+//! 0.915 without it (each with the weight decay that suits it).
 //!
 //! **The evaluation** follows the same paper where it ranks: each user's latest rating is kept out of training, and its
 //! item is ranked among 99 that the user has never rated. HR@10 is the share of users for whom it is among the first
@@ -66,14 +67,18 @@ use crate::settings::Args;
 use crate::split::Split;
 use crate::train::Trainer;
 
-/// candle allocates every intermediate result anew. With the allocator of most systems those of a megabyte and more go
-/// back to the kernel each time, and the page faults of the next one cost more than the arithmetic on it; mimalloc
+/// candle allocates every intermediate result anew, and most systems' allocators give large ones back to the kernel at
+/// once, so that each step pays for page faults: a backward pass takes 5.1 ms here, and 3.6 ms with mimalloc, which
 /// keeps them.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
+    let args = Args::parse();
+    // candle and rayon ask the environment, once, how many threads to use.
+    // SAFETY: this is the only thread, so nobody reads the environment meanwhile.
+    unsafe { std::env::set_var("RAYON_NUM_THREADS", args.threads.to_string()) };
+    match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}"); // on one line, with all its causes
@@ -153,4 +158,57 @@ fn random(seed: u64, stream: Stream) -> StdRng {
     key[..8].copy_from_slice(&seed.to_le_bytes());
     key[8..16].copy_from_slice(&stream.to_le_bytes());
     StdRng::from_seed(key)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use anyhow::ensure;
+
+    use super::*;
+
+    /// Runs the example on a small file of ratings in `folder`.
+    fn train(folder: &Path, out: &str, options: &[&str]) -> Result<()> {
+        let data = folder.join("u.data");
+        if !data.exists() {
+            // 30 users with 8 ratings each.
+            let line = |i| format!("{}\t{}\t{}\t{i}\n", i / 8, 3 * (i % 8) + i / 8 % 3, 1 + i % 5);
+            fs::write(&data, (0..240).map(line).collect::<String>())?;
+        }
+        let (data, out) = (data.display().to_string(), folder.join(out).display().to_string());
+        let always = ["recommender", "--batch", "32", "--dim", "4", "--hidden", "4", "--data", &data, "--out", &out];
+        run(&Args::try_parse_from(always.iter().chain(options))?)
+    }
+
+    #[test]
+    fn a_resumed_run_has_the_bits_of_an_unbroken_one() -> Result<()> {
+        let folder = std::env::temp_dir().join(format!("candle-adamax-recommender-{}", std::process::id()));
+        fs::create_dir_all(&folder)?;
+        let options = ["--schedule", "exponential", "--ema", "0.9", "--clip-norm", "1"];
+        let epochs = |number, more: &[&'static str]| [options.as_slice(), &["--epochs", number], more].concat();
+
+        train(&folder, "unbroken", &epochs("3", &[]))?;
+        train(&folder, "resumed", &epochs("1", &[]))?;
+        // What a process leaves behind that was killed while it wrote.
+        fs::create_dir(folder.join("resumed/checkpoint-2.partial"))?;
+        fs::write(folder.join("resumed/checkpoint-2.partial/weights.safetensors"), "incomplete")?;
+        train(&folder, "resumed", &epochs("3", &["--resume"]))?;
+
+        for file in
+            ["checkpoint-3/weights.safetensors", "checkpoint-3/optimizer.safetensors", "checkpoint-3/progress.json"]
+        {
+            let read = |out: &str| fs::read(folder.join(out).join(file));
+            ensure!(read("unbroken")? == read("resumed")?, "{file} differs");
+        }
+        ensure!(fs::read_dir(folder.join("resumed"))?.count() == 2, "expected one checkpoint and the curves");
+
+        let error = train(&folder, "resumed", &epochs("3", &["--resume", "--seed", "2"])).expect_err("another seed");
+        ensure!(format!("{error:#}").contains("--seed 1, and this one has --seed 2"), "{error:#}");
+        let error = train(&folder, "nowhere", &epochs("3", &["--resume"])).expect_err("no checkpoint");
+        ensure!(format!("{error:#}").contains("there is no checkpoint"), "{error:#}");
+        fs::remove_dir_all(&folder)?;
+        Ok(())
+    }
 }

@@ -22,6 +22,12 @@ pub(crate) struct Args {
     #[arg(long)]
     pub(crate) resume: bool,
 
+    /// Threads to compute with. The default sizes gain nothing from a second one, and lose much where another program
+    /// has its core, since candle's threads wait for each other at every operation. The results are the same. By
+    /// default as many as RAYON_NUM_THREADS says, or one.
+    #[arg(long, default_value_t = default_threads(), hide_default_value = true, value_parser = at_least_one)]
+    pub(crate) threads: usize,
+
     #[command(flatten)]
     pub(crate) settings: Settings,
 }
@@ -57,7 +63,7 @@ pub(crate) struct Settings {
     #[arg(long, value_name = "NORM")]
     pub(crate) clip_norm: Option<f64>,
 
-    /// Evaluate moving averages of the weights at the end, which keep this share of themselves in a step, e.g. 0.999.
+    /// Evaluate moving averages of the weights at the end, which keep this share of themselves in a step, such as 0.99.
     #[arg(long, value_name = "MOMENTUM")]
     pub(crate) ema: Option<f64>,
 
@@ -122,6 +128,10 @@ impl Settings {
             ..Default::default()
         }
     }
+}
+
+fn default_threads() -> usize {
+    std::env::var("RAYON_NUM_THREADS").ok().and_then(|number| at_least_one(&number).ok()).unwrap_or(1)
 }
 
 fn at_least_one(text: &str) -> Result<usize, String> {

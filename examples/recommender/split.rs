@@ -131,3 +131,41 @@ impl ItemSets {
         self.nth_missing(user, rng.random_range(0..self.missing(user)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+    use crate::{Stream, random, synthetic};
+
+    #[test]
+    fn the_missing_items_are_counted_in_order() {
+        let rating = |user, item| Rating { user, item, value: 3.0, time: 0 };
+        let sets = ItemSets::new(3, 6, &[rating(0, 4), rating(0, 0), rating(0, 1), rating(2, 5)]);
+        let missing = |user| (0..sets.missing(user)).map(|nth| sets.nth_missing(user, nth)).collect::<Vec<_>>();
+        assert_eq!(missing(0), [2, 3, 5]);
+        assert_eq!(missing(1), [0, 1, 2, 3, 4, 5]);
+        assert_eq!(missing(2), [0, 1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn nothing_that_is_evaluated_is_trained_on() -> Result<()> {
+        let ratings = synthetic::ratings();
+        let split = Split::new(&ratings, &mut random(1, Stream::Split))?;
+        let pairs =
+            |ratings: &[Rating]| ratings.iter().map(|rating| (rating.user, rating.item)).collect::<HashSet<_>>();
+        let (all, train) = (pairs(&ratings.list), pairs(&split.train));
+        assert_eq!(split.test.len(), ratings.list.len() / 10);
+        assert!(split.test.iter().all(|rating| !train.contains(&(rating.user, rating.item))));
+        assert_eq!(split.rankings.len(), ratings.users);
+        for Ranking { user, candidates } in &split.rankings {
+            let latest = ratings.list.iter().filter(|rating| rating.user == *user).max_by_key(|rating| rating.time);
+            assert_eq!(latest.map(|rating| rating.item), Some(candidates[0]));
+            assert!(!train.contains(&(*user, candidates[0])));
+            assert_eq!(candidates.iter().collect::<HashSet<_>>().len(), 1 + RIVALS);
+            assert!(candidates[1..].iter().all(|&item| !all.contains(&(*user, item))));
+        }
+        Ok(())
+    }
+}

@@ -24,11 +24,14 @@ const MEDIAN_COUNT: f64 = 90.0;
 const COUNT_SPREAD: f64 = 0.8;
 const RANK: usize = 4;
 const MEAN: f64 = 3.6;
+/// Standard deviations of what a rating is made of.
 const USER_BIAS: f64 = 0.4;
 const ITEM_BIAS: f64 = 0.4;
 const AFFINITY: f64 = 0.8;
 const NOISE: f64 = 0.75;
+/// How much taste decides what is chosen.
 const CHOICE: f64 = 2.0;
+/// The popularity of the item at place n is `(n + 10)^-ZIPF`.
 const ZIPF: f64 = 0.9;
 
 /// The same ratings on every call: the seed of the experiment plays no part.

@@ -131,7 +131,7 @@ impl<'a> Trainer<'a> {
 /// all pairs, divided by `positives`.
 ///
 /// With label y it is `softplus(x) - y * x` for a logit x. candle's `binary_cross_entropy_with_logit` takes logarithms
-/// of rounded sigmoids, which is infinite for a logit of 20; `max(x, 0) + ln(1 + exp(-|x|))` is exact for every x.
+/// of rounded sigmoids, which is infinite for a logit of 20; `max(x, 0) + ln(1 + exp(-|x|))` is right for every x.
 fn interaction_loss(prediction: &Prediction, positives: usize) -> candle_core::Result<Tensor> {
     let logits = &prediction.logits;
     let softplus = (logits.relu()? + (logits.abs()?.neg()?.exp()? + 1.0)?.log()?)?;
