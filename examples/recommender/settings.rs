@@ -24,7 +24,7 @@ pub(crate) struct Args {
 
     /// Threads to compute with. The default sizes gain nothing from a second one, and lose much where another program
     /// has its core, since candle's threads wait for each other at every operation. The results are the same. By
-    /// default as many as RAYON_NUM_THREADS says, or one.
+    /// default as many as `RAYON_NUM_THREADS` says, or one.
     #[arg(long, default_value_t = default_threads(), hide_default_value = true, value_parser = at_least_one)]
     pub(crate) threads: usize,
 

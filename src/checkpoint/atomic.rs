@@ -38,7 +38,7 @@ pub(super) fn write(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Res
     // Two processes that save to the same path at once do not write into each other's file.
     let file: PathBuf = folder.join(format!("{}-{}", std::process::id(), SAVES.fetch_add(1, Ordering::Relaxed)));
     let written = write(&file).and_then(|()| {
-        File::open(&file).and_then(|file| file.sync_all()).map_err(failed("syncing", &file))?;
+        File::options().write(true).open(&file).and_then(|file| file.sync_all()).map_err(failed("syncing", &file))?;
         fs::rename(&file, path).map_err(failed("renaming to", path))
     });
     // What is left in the folder are files of processes that were killed, and this one if it could not be written: a
