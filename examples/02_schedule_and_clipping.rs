@@ -21,9 +21,12 @@ fn main() -> Result<()> {
 
     for clip_global_norm in [None, Some(1.0)] {
         println!("\nclip_global_norm: {clip_global_norm:?}");
-        // A limit beyond reach measures the norm and changes nothing.
-        let limit = clip_global_norm.unwrap_or(f64::MAX);
-        let params = ParamsAdamax { lr: schedule.clone().into(), clip_global_norm: Some(limit), ..Default::default() };
+        let params = ParamsAdamax {
+            lr: schedule.clone().into(),
+            clip_global_norm,
+            measure_norm: true, // also where nothing is clipped
+            ..Default::default()
+        };
         let point = Var::new(&[-1.5f64, 2.0], &Device::Cpu)?;
         let mut optimizer = Adamax::from_named([("point", point.clone())], params)?;
         for step in 1..=STEPS {

@@ -32,7 +32,13 @@ fn main() -> Result<()> {
         ParamsAdamax { lr: 2e-3.into(), no_decay: vec!["bias".into()], ..Default::default() },
     )?;
     for group in optimizer.groups() {
-        println!("group {:>8}: lr {:?}, weight decay {:?}", group.name, group.lr, group.weight_decay);
+        let lr = match &group.lr {
+            GroupLr::Inherit => "the optimizer's lr".to_owned(),
+            GroupLr::Factor(factor) => format!("{factor} times the optimizer's lr"),
+            GroupLr::Own(lr) => format!("lr {lr}"),
+        };
+        let decays = if group.weight_decay.is_some() { "a decay of its own" } else { "the optimizer's decay" };
+        println!("group {:>8}: {lr}, {decays}", group.name);
     }
 
     for step in 1..=400 {

@@ -92,7 +92,8 @@ impl From<Error> for candle_core::Error {
     fn from(error: Error) -> Self {
         match *error.kind {
             ErrorKind::Candle(inner) => inner,
-            kind => candle_core::Error::wrap(Error { kind: Box::new(kind), optimizer: error.optimizer }),
+            // Not by `wrap`, which would print a backtrace into the message.
+            kind => candle_core::Error::Wrapped(Box::new(Error { kind: Box::new(kind), optimizer: error.optimizer })),
         }
     }
 }
@@ -134,8 +135,8 @@ pub enum ErrorKind {
         second: String,
     },
 
-    /// Two variables have the same name.
-    #[error("name given twice: `{0}`; names are the keys of the state and must differ")]
+    /// Two variables, or two groups, have the same name.
+    #[error("name given twice: `{0}`; names are the keys of the state, so every var has its own, and every group")]
     DuplicateName(String),
 
     /// No variable, or no group, of that name.
@@ -157,6 +158,10 @@ pub enum ErrorKind {
         /// The variable's dimensions.
         shape: Vec<usize>,
     },
+
+    /// A variable was given two gradients.
+    #[error("two gradients for `{0}`; give their sum")]
+    DuplicateGradient(String),
 
     /// A checkpoint needs names, and this variable was given without one.
     #[error(

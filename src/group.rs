@@ -1,4 +1,5 @@
-//! Groups of variables, and what they override. Every optimizer has the group "default", which overrides nothing.
+//! Groups of variables, and what they override. Every optimizer has the group "default", for the variables that
+//! were given without one; it overrides nothing unless it is told to.
 
 use candle_core::Var;
 use serde::{Deserialize, Serialize};

@@ -12,7 +12,7 @@
 //! let x = Tensor::randn(0f32, 1.0, (64, 3), &device)?;
 //! let y = x.matmul(&Tensor::new(&[[1f32], [-2.0], [0.5]], &device)?)?;
 //!
-//! let params = ParamsAdamax { lr: CosineDecay::new(0.05, 300).into(), ..Default::default() };
+//! let params = ParamsAdamax { lr: CosineDecay::new(0.3, 300).into(), ..Default::default() };
 //! let mut optimizer = Adamax::from_varmap(&varmap, params)?;
 //! for _ in 0..300 {
 //!     let loss = loss::mse(&model.forward(&x)?, &y)?;

@@ -60,7 +60,8 @@ impl Default for Ema {
 ///
 /// (Kingma & Ba 2015, section 7.1; `tf.keras.optimizers.Adamax`; `torch.optim.Adamax`.)
 ///
-/// With serde, a field that is left out has its default, and an unknown one is an error.
+/// With serde, a field that is left out has its default, and an unknown one is an error; values are checked when an
+/// optimizer is made.
 ///
 /// ```
 /// use candle_adamax::{CosineDecay, ParamsAdamax, WeightDecay};
@@ -108,6 +109,9 @@ pub struct ParamsAdamax {
     pub clip_global_norm: Option<f64>,
     /// Clip as PyTorch's `clip_grad_norm_`, in one of three norms.
     pub clip_grad_norm: Option<ClipGradNorm>,
+    /// Measure the L2 norm of all gradients at each update, for [`StepReport`](crate::StepReport), where no clip does so
+    /// anyway; that reads all gradients once more. Default: false.
+    pub measure_norm: bool,
     /// What the loss was multiplied by, which gradients are divided by before anything else; positive.
     pub loss_scale_factor: Option<f64>,
     /// Keep a moving average of the weights. Default: none.
@@ -140,6 +144,7 @@ impl Default for ParamsAdamax {
             clip_norm: None,
             clip_global_norm: None,
             clip_grad_norm: None,
+            measure_norm: false,
             loss_scale_factor: None,
             ema: None,
             gradient_accumulation_steps: 1,
@@ -185,6 +190,7 @@ impl ParamsAdamax {
     }
 
     fn validate_settings(&self) -> Result<()> {
+        check::require(!self.name.is_empty(), "name", "a name", "an empty one")?;
         self.lr.validate()?;
         check_beta("beta1", self.beta1)?;
         check_beta("beta2", self.beta2)?;
@@ -227,11 +233,14 @@ impl ParamsAdamax {
         Ok(())
     }
 
-    /// Which norm clipping asks for.
+    /// Which norm is to be measured, and [reported](crate::StepReport::total_norm).
     pub(crate) fn norm_type(&self) -> Option<NormType> {
         match self.clip_grad_norm {
             Some(clip) => Some(clip.norm_type),
-            None => self.clip_norm.or(self.clip_global_norm).map(|_| NormType::L2),
+            None => {
+                let measured = self.clip_norm.is_some() || self.clip_global_norm.is_some() || self.measure_norm;
+                measured.then_some(NormType::L2)
+            }
         }
     }
 

@@ -190,7 +190,7 @@ fn schedules() {
 
     let piecewise = |boundaries: &[f64], values: &[f64]| PiecewiseConstantDecay::new(boundaries, values);
     check(piecewise(&[], &[]), "lr.values", "at least one value", "none");
-    check(piecewise(&[1.0], &[0.1]), "lr.boundaries", "0, one less than there are values", "1");
+    check(piecewise(&[1.0], &[0.1]), "lr.boundaries", "0 boundaries, one less than there are values", "1");
     check(piecewise(&[-1.0], &[0.1, 0.2]), "lr.boundaries[0]", NOT_NEGATIVE, "-1");
     check(piecewise(&[1.0], &[0.1, -0.5]), "lr.values[1]", NOT_NEGATIVE, "-0.5");
     let order = "a number above boundaries[0], which is 5";
@@ -199,7 +199,7 @@ fn schedules() {
 
     check(Join::new([], []), "lr.schedules", "at least one schedule", "none");
     let one = || ExponentialDecay::new(0.1, 1, 0.5);
-    check(Join::new([one().into()], [3]), "lr.boundaries", "0, one less than there are schedules", "1");
+    check(Join::new([one().into()], [3]), "lr.boundaries", "0 boundaries, one less than there are schedules", "1");
     let three = Join::new([one().into(), one().into(), one().into()], [5, 4]);
     check(three, "lr.boundaries[1]", order, "4");
     let inner = Join::new([one().into(), CosineDecay::new(0.1, 0).into()], [5]);
@@ -240,7 +240,8 @@ fn variables_and_names() {
 
     let error = Adamax::from_named([("a", a.clone()), ("a", b.clone())], named()).unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::DuplicateName(name) if name == "a"));
-    let text = "Encoder: name given twice: `a`; names are the keys of the state and must differ";
+    let text =
+        "Encoder: name given twice: `a`; names are the keys of the state, so every var has its own, and every group";
     assert_eq!(error.to_string(), text);
 
     let mut optimizer = Adamax::from_named([("a", a.clone())], named()).unwrap();
@@ -260,7 +261,8 @@ fn variables_and_names() {
 fn groups() {
     let group = |name: &str| ParamGroup::new(name);
     let refused = |groups: Vec<ParamGroup>| Adamax::from_groups(groups, named()).unwrap_err().to_string();
-    let twice = "Encoder: name given twice: `g`; names are the keys of the state and must differ";
+    let twice =
+        "Encoder: name given twice: `g`; names are the keys of the state, so every var has its own, and every group";
     assert_eq!(refused(vec![group("g"), group("g")]), twice);
     let default = refused(vec![group("default"), group("default")]);
     assert!(default.contains("name given twice: `default`"), "{default}");
@@ -432,7 +434,7 @@ fn pairs_that_do_not_fit() {
         assert_step_fails(&mut optimizer, &vars, step, text);
         let pairs: Pairs<'_> = vec![(last, &good), (first, &good), (last, &good)];
         let step = |optimizer: &mut Adamax| Ok(optimizer.apply_gradients(pairs)?);
-        let text = "var given twice: `last` and `last` are the same memory; give each var once";
+        let text = "two gradients for `last`; give their sum";
         assert_step_fails(&mut optimizer, &vars, step, text);
     }
 }

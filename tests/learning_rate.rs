@@ -115,8 +115,8 @@ fn every_setting_is_checked() {
 fn every_list_is_checked() {
     let piecewise = |boundaries: &[f64], values: &[f64]| PiecewiseConstantDecay::new(boundaries, values);
     assert_invalid(piecewise(&[], &[]), "values", "at least one value", "none");
-    assert_invalid(piecewise(&[1.0], &[0.1]), "boundaries", "0, one less than there are values", "1");
-    assert_invalid(piecewise(&[], &[0.1, 0.2]), "boundaries", "1, one less than there are values", "0");
+    assert_invalid(piecewise(&[1.0], &[0.1]), "boundaries", "0 boundaries, one less than there are values", "1");
+    assert_invalid(piecewise(&[], &[0.1, 0.2]), "boundaries", "1 boundaries, one less than there are values", "0");
     assert_invalid(
         piecewise(&[1.0, 5.0, 5.0], &[0.4, 0.3, 0.2, 0.1]),
         "boundaries[2]",
@@ -127,7 +127,7 @@ fn every_list_is_checked() {
 
     let line = || Schedule::from(LinearWarmup::new(0.0, 0.1, 10));
     assert_invalid(Join::new([], []), "schedules", "at least one schedule", "none");
-    assert_invalid(Join::new([line()], [3]), "boundaries", "0, one less than there are schedules", "1");
+    assert_invalid(Join::new([line()], [3]), "boundaries", "0 boundaries, one less than there are schedules", "1");
     assert_invalid(
         Join::new([line(), line(), line()], [5, 3]),
         "boundaries[1]",

@@ -272,10 +272,33 @@ fn settings_go_through_json() -> anyhow::Result<()> {
 }
 
 #[test]
+fn the_norm_is_measured_on_request() -> Result<()> {
+    let w = var(&[0.0, 0.0]);
+    for (clip_value, measure_norm, expected) in
+        [(None, false, None), (None, true, Some(5.0)), (Some(1.0), true, Some(5.0))]
+    {
+        let params = ParamsAdamax { clip_value, measure_norm, ..plain(1.0) };
+        let mut adamax = Adamax::from_named([("w", w.clone())], params)?;
+        adamax.step(&grads(&[&w], &[3.0, -4.0]))?;
+        assert_eq!(adamax.report().total_norm(), expected);
+        // It is of the gradients before they are clipped, which it does not touch.
+        assert_eq!(adamax.state("w")?.exp_inf.to_vec1::<f64>()?, clip_value.map_or([3.0, 4.0], |limit| [limit; 2]));
+    }
+    Ok(())
+}
+
+#[test]
+fn names_are_not_empty() {
+    let error = Adamax::from_named([("", var(&[1.0]))], plain(1.0)).unwrap_err();
+    assert_eq!(error.to_string(), "Adamax: invalid `name`: expected a name for every var, got an empty one");
+    assert!(ParamsAdamax { name: String::new(), ..plain(1.0) }.validate().is_err());
+}
+
+#[test]
 fn an_optimizer_says_what_it_is() -> Result<()> {
     let params = ParamsAdamax { name: "tables".to_owned(), ..Default::default() };
     let adamax = Adamax::from_named([("w", var(&[1.0; 1000]))], params)?;
-    let text = "tables(lr: 0.001, beta1: 0.9, beta2: 0.999, eps: 1e-7, vars: 1, updates: 0)";
+    let text = "tables(lr: 0.001, beta1: 0.9, beta2: 0.999, eps: 1e-7 Outside, vars: 1, updates: 0)";
     assert_eq!(adamax.to_string(), text);
     assert!(format!("{adamax:?}").len() < 2000, "the moments are not for printing");
     Ok(())

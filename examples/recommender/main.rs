@@ -98,14 +98,13 @@ fn run(args: &Args) -> Result<()> {
     report::data(args.data.as_deref(), &ratings, &split);
 
     let mut trainer = Trainer::new(settings, &ratings, &split)?;
-    println!("{}\n", trainer.optimizer);
-
     let checkpoints = Checkpoints::new(&args.out);
     let mut progress = Progress::new(settings, &ratings);
     if args.resume {
         progress = checkpoints.load(progress, &mut trainer.varmap, &mut trainer.optimizer)?;
-        println!("resumed after epoch {} from {}\n", progress.history.len(), args.out.display());
+        println!("resumed after epoch {} from {}", progress.history.len(), args.out.display());
     }
+    println!("{}\n", trainer.optimizer);
 
     let done = progress.history.len();
     let steps = trainer.steps_per_epoch as u64;

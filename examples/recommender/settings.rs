@@ -48,7 +48,7 @@ pub(crate) struct Settings {
     pub(crate) batch: usize,
 
     /// The learning rate, at its peak. It is high, since a row of a table has a gradient only now and then.
-    #[arg(long, default_value_t = 0.02)]
+    #[arg(long, default_value_t = 0.02, allow_negative_numbers = true)]
     pub(crate) lr: f64,
 
     /// How the learning rate falls.
@@ -56,15 +56,15 @@ pub(crate) struct Settings {
     pub(crate) schedule: Schedule,
 
     /// Decoupled weight decay of all weights but the biases; a step takes lr times this share of them away.
-    #[arg(long, default_value_t = 0.4)]
+    #[arg(long, default_value_t = 0.4, allow_negative_numbers = true)]
     pub(crate) weight_decay: f64,
 
     /// Clip the gradients to this norm, all of them together.
-    #[arg(long, value_name = "NORM")]
+    #[arg(long, value_name = "NORM", allow_negative_numbers = true)]
     pub(crate) clip_norm: Option<f64>,
 
     /// Evaluate moving averages of the weights at the end, which keep this share of themselves in a step, such as 0.99.
-    #[arg(long, value_name = "MOMENTUM")]
+    #[arg(long, value_name = "MOMENTUM", allow_negative_numbers = true)]
     pub(crate) ema: Option<f64>,
 
     /// The size of the embeddings.

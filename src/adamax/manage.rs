@@ -6,12 +6,14 @@ use std::fmt;
 use candle_core::Var;
 
 use super::{Adamax, Param, Report};
+use crate::check;
 use crate::checkpoint::Counters;
 use crate::error::{Error, ErrorKind, Result};
 use crate::group::{DEFAULT_GROUP, GroupSettings, ParamGroup};
 use crate::kernel::lend::storage_address;
 use crate::kernel::{Kernel, is_supported};
 use crate::params::ParamsAdamax;
+use crate::rule::WeightDecay;
 use crate::state::{Buffer, ParamState};
 
 impl Adamax {
@@ -197,6 +199,8 @@ impl Adamax {
                 let (expected, got) = ("F64, F32, F16 or BF16".to_owned(), var.dtype());
                 return Err(self.own(ErrorKind::DTypeMismatch { what: "var", name, expected, got }.into()));
             }
+            check::require(!name.is_empty(), "name", "a name for every var", "an empty one")
+                .map_err(|e| self.own(e))?;
             let address = storage_address(&var);
             if let Some(first) = self.storages.get(&address).or(storages.get(&address)) {
                 let (first, second) = (first.clone(), name);
@@ -245,9 +249,15 @@ fn unknown<'a>(what: &'static str, name: &str, known: impl Iterator<Item = &'a s
 
 impl fmt::Display for Adamax {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ParamsAdamax { name, lr, beta1, beta2, eps, .. } = &self.params;
-        let (vars, updates) = (self.vars.len(), self.counters.updates);
-        write!(f, "{name}(lr: {lr}, beta1: {beta1}, beta2: {beta2}, eps: {eps:e}, vars: {vars}, updates: {updates})")
+        let ParamsAdamax { name, lr, beta1, beta2, eps, epsilon, weight_decay, .. } = &self.params;
+        write!(f, "{name}(lr: {lr}, beta1: {beta1}, beta2: {beta2}, eps: {eps:e} {epsilon:?}")?;
+        if *weight_decay != WeightDecay::None {
+            write!(f, ", weight decay: {weight_decay:?}")?;
+        }
+        if self.groups.len() > 1 {
+            write!(f, ", groups: {}", self.groups.len())?;
+        }
+        write!(f, ", vars: {}, updates: {})", self.vars.len(), self.counters.updates)
     }
 }
 

@@ -200,7 +200,7 @@ impl Adamax {
             let error: Error = match names.get(&var.id()) {
                 None => ErrorKind::UnknownPair { position, shape: var.dims().to_vec() }.into(),
                 Some(name) if grads.insert(var.id(), grad).is_some() => {
-                    ErrorKind::DuplicateVar { first: name.to_string(), second: name.to_string() }.into()
+                    ErrorKind::DuplicateGradient(name.to_string()).into()
                 }
                 Some(_) => continue,
             };

@@ -48,7 +48,8 @@ impl<'a> StepReport<'a> {
     }
 
     /// The norm of all gradients together before clipping, in the norm that clipping asks for (L2 for each variable's
-    /// own norm). `None` if clipping does not measure one or if there was no update.
+    /// own norm, and for [`measure_norm`](crate::ParamsAdamax::measure_norm)). `None` if nothing asks for one or if there
+    /// was no update.
     pub fn total_norm(&self) -> Option<f64> {
         match self.report.outcome {
             Outcome::Updated { total_norm } => total_norm,

@@ -32,7 +32,7 @@ pub(super) fn write(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Res
     static SAVING: Mutex<()> = Mutex::new(());
     let _saving = SAVING.lock().unwrap_or_else(PoisonError::into_inner);
     match fs::create_dir(&folder) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed("creating", &folder)(error)),
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed("writing", path)(error)),
         _ => {}
     }
     // Two processes that save to the same path at once do not write into each other's file.

@@ -57,6 +57,8 @@ fn keras_factor(norm: f64, limit: f64) -> f64 {
 pub(crate) struct Summary {
     norms: Vec<f64>,
     total_norm: Option<f64>,
+    /// Whether the norm is one that was asked for, and not only the check of `skip_nonfinite`.
+    reported: bool,
     clip: Clip,
     unscale: f64,
 }
@@ -67,20 +69,21 @@ impl Summary {
         Ok(kernel::measure(grads, NormType::Inf)?.iter().all(|norm| norm.is_finite()))
     }
 
-    /// Measures the gradients, if clipping or `skip_nonfinite` asks for it.
+    /// Measures the gradients, if clipping, `measure_norm` or `skip_nonfinite` asks for it.
     ///
     /// `unscale` is what each gradient still has to be multiplied by to be the true one.
     pub(crate) fn measure(grads: &[(Source<'_>, Place)], params: &ParamsAdamax, unscale: f64) -> Result<Self> {
         let clip = Clip::of(params);
-        // The norm to clip by shows as well as the largest magnitude whether all elements are finite.
+        let reported = params.norm_type().is_some();
+        // The norm that is asked for shows as well as the largest magnitude whether all elements are finite.
         let measured = params.norm_type().or(params.skip_nonfinite.then_some(NormType::Inf));
         let Some(norm_type) = measured else {
-            return Ok(Self { norms: Vec::new(), total_norm: None, clip, unscale });
+            return Ok(Self { norms: Vec::new(), total_norm: None, reported, clip, unscale });
         };
         let mut norms = kernel::measure(grads, norm_type)?;
         norms.iter_mut().for_each(|norm| *norm *= unscale.abs());
         let total_norm = Some(norm_type.join(&norms));
-        Ok(Self { norms, total_norm, clip, unscale })
+        Ok(Self { norms, total_norm, reported, clip, unscale })
     }
 
     /// Whether every element is finite, as far as was measured.
@@ -88,9 +91,9 @@ impl Summary {
         self.total_norm.is_none_or(f64::is_finite)
     }
 
-    /// The norm of all gradients together, where clipping measured it.
+    /// The norm of all gradients together, where it was asked for.
     pub(crate) fn total_norm(&self) -> Option<f64> {
-        self.total_norm.filter(|_| self.clip != Clip::None)
+        self.total_norm.filter(|_| self.reported)
     }
 
     /// What the kernel multiplies gradient `index` with: unscaled and clipped.

@@ -56,7 +56,7 @@ impl LearningRateSchedule for Join {
         check::require(
             self.boundaries.len() == self.schedules.len() - 1,
             "boundaries",
-            format!("{}, one less than there are schedules", self.schedules.len() - 1),
+            format!("{} boundaries, one less than there are schedules", self.schedules.len() - 1),
             self.boundaries.len(),
         )?;
         check::strictly_increasing(&self.boundaries)?;

@@ -58,7 +58,7 @@ impl LearningRateSchedule for PiecewiseConstantDecay {
         check::require(
             self.boundaries.len() == self.values.len() - 1,
             "boundaries",
-            format!("{}, one less than there are values", self.values.len() - 1),
+            format!("{} boundaries, one less than there are values", self.values.len() - 1),
             self.boundaries.len(),
         )?;
         for (index, &boundary) in self.boundaries.iter().enumerate() {
