@@ -38,7 +38,7 @@ const MEMORY: &str = "memory";
 
 /// From here on AdamW takes seconds, and is timed a few times only.
 const LARGE: usize = 4_000_000;
-const ADAMW_ROUNDS_IF_LARGE: usize = 3;
+const ADAMW_ROUNDS_IF_LARGE: usize = 7;
 
 /// After an operation the threads of candle's own pool spin for a millisecond or so before they sleep, on the cores that
 /// the next step wants (`CANDLE_BARRIER_POOL_SPIN_LIMIT` sets how long). What comes after AdamW waits until they sleep.
