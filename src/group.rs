@@ -85,11 +85,12 @@ impl GroupSettings {
 
     /// This group's learning rate in call `call`, where the optimizer's is `base`.
     pub(crate) fn lr(&self, base: f64, call: u64) -> Result<f64> {
-        match &self.lr {
+        let lr = match &self.lr {
             GroupLr::Inherit => Ok(base),
-            GroupLr::Factor(factor) => Ok(base * factor),
-            GroupLr::Own(lr) => lr.at(call).map_err(|error| error.within(format_args!("groups.{}", self.name))),
-        }
+            GroupLr::Factor(factor) => check::not_negative("lr", base * factor).map(|()| base * factor),
+            GroupLr::Own(lr) => lr.at(call),
+        };
+        lr.map_err(|error| error.within(format_args!("groups.{}", self.name)))
     }
 }
 

@@ -124,6 +124,17 @@ fn groups_override_what_they_say() -> Result<()> {
 }
 
 #[test]
+fn a_factor_that_leaves_the_numbers_is_an_error_of_the_step() -> Result<()> {
+    let w = var(&[8.0]);
+    let mut adamax = Adamax::from_groups([ParamGroup::new("g").var("w", &w).lr_factor(1e300)], plain(1e300))?;
+    let error = adamax.step(&grads(&[&w], &[1.0])).unwrap_err();
+    let text = "Adamax: invalid `groups.g.lr`: expected a finite number that is not negative, got inf";
+    assert_eq!(error.to_string(), text);
+    assert_eq!((values(&w), adamax.calls()), (vec![8.0], 0));
+    Ok(())
+}
+
+#[test]
 fn names_with_these_parts_are_spared_from_decay() -> Result<()> {
     let (weight, bias) = (var(&[8.0]), var(&[8.0]));
     let params =
