@@ -119,7 +119,9 @@ pub struct ParamsAdamax {
     /// Update once in so many calls of `step`, with the mean of their gradients; at least 1. Default: 1.
     pub gradient_accumulation_steps: u64,
     /// Skip a call in which a gradient, or the norm to clip by, is not finite: it changes nothing, and is counted by
-    /// [`Adamax::skipped`](crate::Adamax::skipped). Default: false, so that NaN propagates and shows itself.
+    /// [`Adamax::skipped`](crate::Adamax::skipped). The exception is an accumulated sum that overflows although each of
+    /// its gradients was finite: the gradients that wait are dropped with the call. Default: false, so that NaN
+    /// propagates and shows itself.
     pub skip_nonfinite: bool,
     /// Whether a step in which no variable had a gradient is fine. Default: false, an error: a graph that is cut
     /// without a word is a common mistake.

@@ -249,6 +249,27 @@ fn accumulation_uses_what_a_var_had_in_any_of_the_calls() -> Result<()> {
 }
 
 #[test]
+fn an_accumulated_sum_that_overflows_is_dropped() -> Result<()> {
+    let w = Var::new(&[8f32], &Device::Cpu)?;
+    let params = ParamsAdamax { gradient_accumulation_steps: 2, skip_nonfinite: true, ..plain(1.0) };
+    let mut adamax = Adamax::from_named([("w", w.clone())], params)?;
+    let step = |adamax: &mut Adamax, grad: f32| adamax.apply_gradients([(&w, &Tensor::new(&[grad], &Device::Cpu)?)]);
+    step(&mut adamax, 3e38)?;
+    step(&mut adamax, 3e38)?;
+    assert!(adamax.report().skipped());
+    assert_eq!((adamax.calls(), adamax.updates(), adamax.skipped()), (1, 0, 1));
+    let state = adamax.state("w")?;
+    assert_eq!((w.to_vec1::<f32>()?, state.exp_inf.to_vec1::<f32>()?), (vec![8.0], vec![0.0]));
+    assert!(state.accumulated.is_none());
+    // The next ones begin anew, with nothing of it.
+    step(&mut adamax, 1.0)?;
+    step(&mut adamax, 3.0)?;
+    assert_eq!((adamax.updates(), w.to_vec1::<f32>()?), (1, vec![7.0]));
+    assert_eq!(adamax.state("w")?.exp_inf.to_vec1::<f32>()?, [2.0]);
+    Ok(())
+}
+
+#[test]
 fn pairs_are_a_step() -> Result<()> {
     let (a, b) = (var(&[1.0, 2.0]), var(&[1.0, 2.0]));
     let mut by_store = Adamax::from_named([("w", a.clone())], ParamsAdamax::pytorch())?;
