@@ -169,6 +169,20 @@ pub enum ErrorKind {
     )]
     UnnamedVar(usize),
 
+    // === Rows ===
+    /// An id, or an index of a sparse gradient, is not the number of a row.
+    #[error("id {id} at position {position:?} of {what} is out of range: {}", rows_allowed(.rows))]
+    IdOutOfRange {
+        /// What the id is one of: "ids", or the indices of a variable's gradient.
+        what: String,
+        /// The id.
+        id: i64,
+        /// Its position, in the shape of the tensor it is in.
+        position: Vec<usize>,
+        /// How many rows the table has.
+        rows: usize,
+    },
+
     // === Gradients ===
     /// A gradient, or a tensor of a snapshot, has the wrong shape.
     #[error("{what} shape mismatch for `{name}`: expected {expected:?}, got {got:?}")]
@@ -266,4 +280,11 @@ pub enum ErrorKind {
     /// An error of candle.
     #[error(transparent)]
     Candle(candle_core::Error),
+}
+
+fn rows_allowed(rows: &usize) -> String {
+    match rows {
+        0 => "the table has no rows".to_owned(),
+        rows => format!("the table has {rows} rows, so ids are 0 to {}", rows - 1),
+    }
 }

@@ -67,19 +67,24 @@ mod adamax;
 mod check;
 mod checkpoint;
 mod element;
+mod embedding;
 mod error;
 mod gradient;
 mod group;
 mod kernel;
+mod pages;
 mod params;
 mod reduce;
 mod rule;
 mod schedule;
 mod state;
+mod table;
 
 pub use adamax::{Adamax, State, StepReport};
-pub use checkpoint::{Counters, Snapshot, VarSnapshot};
+pub use checkpoint::{AccumulatedGrad, Counters, Snapshot, VarSnapshot};
+pub use embedding::{Bags, Embedding, EmbeddingBag, Pooling, embedding, embedding_bag};
 pub use error::{Error, ErrorKind, Result};
+pub use gradient::{Gradient, SparseGrad, TouchedRows};
 pub use group::{GroupLr, GroupSettings, ParamGroup};
 pub use kernel::Kernel;
 pub use params::{ClipGradNorm, Ema, ParamsAdamax, StepCount};
@@ -89,6 +94,7 @@ pub use schedule::{
     CosineDecay, CosineDecayRestarts, ExponentialDecay, InverseTimeDecay, Join, LearningRate, LearningRateSchedule,
     LinearWarmup, PiecewiseConstantDecay, PolynomialDecay, Schedule,
 };
+pub use table::Table;
 
 /// Compiles and runs the examples of the README.
 #[doc = include_str!("../README.md")]

@@ -446,7 +446,7 @@ fn no_gradient_at_all() {
     for (mut optimizer, vars) in trained(3) {
         let step = |optimizer: &mut Adamax| optimizer.step(&GradStore::default());
         assert_step_fails(&mut optimizer, &vars, step, text);
-        let step = |optimizer: &mut Adamax| Ok(optimizer.apply_gradients([])?);
+        let step = |optimizer: &mut Adamax| Ok(optimizer.apply_gradients([] as [(&Var, &Tensor); 0])?);
         assert_step_fails(&mut optimizer, &vars, step, text);
         // A loss that knows nothing of the variables.
         let loss = var(&[1.0], &[1], DType::F32).sqr().unwrap().sum_all().unwrap();
@@ -455,7 +455,7 @@ fn no_gradient_at_all() {
         let params = ParamsAdamax { allow_no_gradients: true, ..optimizer.params().clone() };
         optimizer.set_params(params).unwrap();
         let calls = optimizer.calls();
-        optimizer.apply_gradients([]).unwrap();
+        optimizer.apply_gradients([] as [(&Var, &Tensor); 0]).unwrap();
         assert_eq!(optimizer.calls(), calls + 1);
         assert_eq!(optimizer.report().missing().collect::<Vec<_>>(), ["first", "last"]);
     }

@@ -5,7 +5,7 @@ use std::fmt;
 
 use candle_core::Var;
 
-use super::{Adamax, Param, Report};
+use super::{Accumulated, Adamax, Param, Report, Sum};
 use crate::check;
 use crate::checkpoint::Counters;
 use crate::error::{Error, ErrorKind, Result};
@@ -166,7 +166,11 @@ impl Adamax {
                 Buffer::from_tensor(&buffer.to_tensor(param.var.shape())?, &param.var, place)
             };
             let (exp_avg, exp_inf) = (buffer(&param.state.exp_avg)?, buffer(&param.state.exp_inf)?);
-            let sum = param.accumulated.as_ref().map(|accumulated| buffer(&accumulated.sum)).transpose()?;
+            // Accumulated rows are in host memory anyway.
+            let sum = match &param.accumulated {
+                Some(Accumulated { sum: Sum::Dense(sum), .. }) => Some(Sum::Dense(buffer(sum)?)),
+                _ => None,
+            };
             let ema = param.ema.as_ref().map(buffer).transpose()?;
             moved.push((ParamState { exp_avg, exp_inf, step: param.state.step }, sum, ema));
         }

@@ -8,6 +8,7 @@ mod collect;
 mod ema;
 mod manage;
 mod report;
+mod rows;
 mod snapshot;
 
 use std::collections::HashMap;
@@ -16,16 +17,17 @@ use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 use candle_nn::{Optimizer, VarMap};
 
-use self::collect::{Collected, collect};
+use self::collect::{Collected, Found, Grad, collect};
 use self::ema::Averages;
 pub use self::report::StepReport;
 use self::report::{Outcome, Report};
 pub use self::snapshot::State;
 use crate::checkpoint::Counters;
 use crate::error::{Error, ErrorKind, Result};
-use crate::gradient::Summary;
+use crate::gradient::sparse::{self, densify};
+use crate::gradient::{Gradient, SparseGrad, Summary};
 use crate::group::{DEFAULT_GROUP, GroupSettings, ParamGroup};
-use crate::kernel::{self, Accumulate, Kernel, Source, Task, Update};
+use crate::kernel::{self, Accumulate, Kernel, RowGrad, RowTask, RowValues, Source, Task, Update};
 use crate::params::{ParamsAdamax, StepCount};
 use crate::rule::{Coefficients, Hyperparameters, WeightDecay};
 use crate::schedule::LearningRate;
@@ -86,9 +88,17 @@ struct Param {
 
 /// The sum of unscaled gradients since the last update.
 struct Accumulated {
-    sum: Buffer,
+    sum: Sum,
     /// In how many calls the variable had a gradient; the sum counts for nothing if there was none.
     calls: u64,
+}
+
+/// A sum of gradients.
+enum Sum {
+    /// In the shape of the variable.
+    Dense(Buffer),
+    /// Of the rows that had any.
+    Rows(RowGrad<'static>),
 }
 
 impl Param {
@@ -98,10 +108,44 @@ impl Param {
     }
 }
 
+impl Param {
+    /// The accumulated sum with the gradient of some rows added.
+    fn sum_with(&self, rows: &RowGrad<'_>, unscale: f64) -> Result<Sum> {
+        let var = self.var.as_tensor();
+        Ok(match self.accumulated.as_ref().map(|accumulated| &accumulated.sum) {
+            Some(Sum::Dense(sum)) => {
+                let sum = densify(Some(&sum.to_tensor(var.shape())?), rows, unscale, var)?;
+                Sum::Dense(Buffer::from_tensor(&sum, var, self.place())?)
+            }
+            Some(Sum::Rows(sum)) => Sum::Rows(sparse::accumulate(Some(sum), rows, unscale, var.dtype())?),
+            None => Sum::Rows(sparse::accumulate(None, rows, unscale, var.dtype())?),
+        })
+    }
+
+    /// The accumulated sum, to add a dense gradient to; what it was of some rows only is zero elsewhere.
+    fn dense_sum(&mut self) -> Result<&mut Buffer> {
+        let (sum, calls) = match self.accumulated.take() {
+            None => (Buffer::zeros(&self.var, self.place())?, 0),
+            Some(Accumulated { sum: Sum::Dense(sum), calls }) => (sum, calls),
+            Some(Accumulated { sum: Sum::Rows(rows), calls }) => {
+                let sum = densify(None, &rows, 1.0, &self.var)?;
+                (Buffer::from_tensor(&sum, &self.var, self.place())?, calls)
+            }
+        };
+        match &mut self.accumulated.insert(Accumulated { sum: Sum::Dense(sum), calls }).sum {
+            Sum::Dense(sum) => Ok(sum),
+            Sum::Rows(_) => Err(candle_core::Error::msg("the sum is not dense").into()),
+        }
+    }
+}
+
 impl Accumulated {
     /// The sum, if there is one.
-    fn sum(&self) -> Option<&Buffer> {
-        (self.calls > 0).then_some(&self.sum)
+    fn sum(&self) -> Option<GradRef<'_>> {
+        (self.calls > 0).then_some(match &self.sum {
+            Sum::Dense(buffer) => GradRef::Dense(Source::Buffer(buffer)),
+            Sum::Rows(rows) => GradRef::Rows(rows),
+        })
     }
 }
 
@@ -127,7 +171,7 @@ impl Optimizer for Adamax {
     /// A gradient of the wrong shape, dtype or device, or one that shares a variable's memory; no gradient at all;
     /// a learning rate that is not a finite number of at least 0. Nothing has changed then.
     fn step(&mut self, grads: &GradStore) -> candle_core::Result<()> {
-        Ok(self.call(|var| grads.get(var))?)
+        Ok(self.step_found(grads, |_| None)?)
     }
 
     /// The learning rate of the next call; NaN where a tensor or a custom schedule gives no valid one.
@@ -188,38 +232,57 @@ impl Adamax {
         Ok(adamax)
     }
 
-    /// Updates from pairs of a variable and its gradient, for those who have no `GradStore`. It is a call of `step`.
+    /// Updates from pairs of a variable and its gradient, dense (`&Tensor`) or of some rows (`&SparseGrad`), for those who
+    /// have no `GradStore`. It is a call of `step`. A variable may have one gradient of each kind, which are added; a
+    /// list of both kinds is made of [`Gradient`]s.
     ///
     /// # Errors
     ///
-    /// As [`step`](Optimizer::step); and a variable that is not the optimizer's, or that is given twice.
-    pub fn apply_gradients<'a>(&mut self, pairs: impl IntoIterator<Item = (&'a Var, &'a Tensor)>) -> Result<()> {
+    /// As [`step`](Optimizer::step); a variable that is not the optimizer's, or that is given twice; an index that is not
+    /// the number of a row, or values of the wrong shape.
+    pub fn apply_gradients<'a, G: Into<Gradient<'a>>>(
+        &mut self,
+        pairs: impl IntoIterator<Item = (&'a Var, G)>,
+    ) -> Result<()> {
         let names: HashMap<_, &str> = self.vars.iter().map(|param| (param.var.id(), param.name.as_str())).collect();
-        let mut grads = HashMap::new();
+        let mut found: HashMap<_, (Option<&Tensor>, Option<&SparseGrad>)> = HashMap::new();
         for (position, (var, grad)) in pairs.into_iter().enumerate() {
-            let error: Error = match names.get(&var.id()) {
-                None => ErrorKind::UnknownPair { position, shape: var.dims().to_vec() }.into(),
-                Some(name) if grads.insert(var.id(), grad).is_some() => {
-                    ErrorKind::DuplicateGradient(name.to_string()).into()
-                }
-                Some(_) => continue,
+            let Some(&name) = names.get(&var.id()) else {
+                return Err(self.own(ErrorKind::UnknownPair { position, shape: var.dims().to_vec() }.into()));
             };
-            return Err(error.of_optimizer(&self.params.name));
+            let (dense, sparse) = found.entry(var.id()).or_default();
+            let twice = match grad.into() {
+                Gradient::Dense(grad) => dense.replace(grad).is_some(),
+                Gradient::Sparse(grad) => sparse.replace(grad).is_some(),
+            };
+            if twice {
+                return Err(self.own(ErrorKind::DuplicateGradient(name.to_owned()).into()));
+            }
         }
-        self.call(|var| grads.get(&var.id()).copied())
+        self.call(|param| {
+            let (dense, sparse) = found.get(&param.var.id()).copied().unwrap_or_default();
+            Found { dense, sparse, ..Found::default() }
+        })
     }
 
     /// One call, with gradients from anywhere.
-    fn call<'g>(&mut self, lookup: impl Fn(&Tensor) -> Option<&'g Tensor>) -> Result<()> {
+    fn call<'g>(&mut self, lookup: impl FnMut(&Param) -> Found<'g>) -> Result<()> {
         self.run(lookup).map_err(|error| error.of_optimizer(&self.params.name))
     }
 
-    fn run<'g>(&mut self, lookup: impl Fn(&Tensor) -> Option<&'g Tensor>) -> Result<()> {
-        let collected = collect(&self.vars, &self.storages, lookup)?;
+    fn run<'g>(&mut self, lookup: impl FnMut(&Param) -> Found<'g>) -> Result<()> {
+        let mut collected = collect(&self.vars, &self.storages, lookup)?;
         if collected.is_empty() && !self.params.allow_no_gradients {
             return Err(ErrorKind::NoGradients { vars: self.vars.len() }.into());
         }
         let rates = Rates::of_call(&self.params, &self.groups, self.counters.calls)?;
+        if let (Some(_), Some(index)) = (self.params.ema, collected.first_sparse()) {
+            let expected = format!("none with `{}`, whose average would cost all of its rows", self.vars[index].name);
+            return Err(Error::invalid("ema", expected, "a gradient of some rows"));
+        }
+        if Summary::is_measured(&self.params) {
+            collected.sum_rows(&self.vars)?;
+        }
         let averages = Averages::prepare(&self.vars, self.params.ema)?;
         let updates_before = self.counters.updates;
         let outcome = match self.params.gradient_accumulation_steps {
@@ -238,21 +301,28 @@ impl Adamax {
 
     /// Adds the gradients to what was accumulated, and updates with the mean on the last of `steps` calls.
     fn accumulate(&mut self, collected: &Collected<'_>, steps: u64, rates: &Rates) -> Result<Outcome> {
-        if self.params.skip_nonfinite && !Summary::check(&Gradients::OfThisCall(collected).sources(&self.vars))? {
+        if self.params.skip_nonfinite && !Summary::check(&Gradients::OfThisCall(collected).sources(&self.vars)?)? {
             return Ok(Outcome::Skipped);
         }
         let unscale = self.unscale();
         let mut tasks = Vec::with_capacity(self.vars.len());
+        let mut sums = Vec::new();
         for (index, param) in self.vars.iter_mut().enumerate() {
-            let Some(grad) = collected.get(index) else { continue };
-            let accumulated = match param.accumulated.take() {
-                Some(accumulated) => accumulated,
-                None => Accumulated { sum: Buffer::zeros(&param.var, param.place())?, calls: 0 },
-            };
-            let sum = &mut param.accumulated.insert(accumulated).sum;
-            tasks.push(Task { lent: None, read: Some(Source::Tensor(grad)), kind: Accumulate { unscale, sum } });
+            match collected.get(index) {
+                None => {}
+                Some(Grad::Rows(rows)) => sums.push((index, param.sum_with(rows, unscale)?)),
+                Some(Grad::Dense(grad)) => {
+                    let kind = Accumulate { unscale, sum: param.dense_sum()? };
+                    tasks.push(Task { lent: None, read: Some(Source::Tensor(grad)), kind });
+                }
+            }
         }
         kernel::accumulate(tasks)?;
+        for (index, sum) in sums {
+            let accumulated = &mut self.vars[index].accumulated;
+            let calls = accumulated.as_ref().map_or(0, |accumulated| accumulated.calls);
+            *accumulated = Some(Accumulated { sum, calls });
+        }
         for (index, param) in self.vars.iter_mut().enumerate() {
             if let (Some(_), Some(accumulated)) = (collected.get(index), &mut param.accumulated) {
                 accumulated.calls += 1;
@@ -265,9 +335,14 @@ impl Adamax {
         // A sum that has overflowed cannot be mended: where that is skipped, the calls before go with it.
         let outcome = self.update(Gradients::Accumulated { steps }, rates)?;
         self.counters.pending = 0;
-        for accumulated in self.vars.iter_mut().filter_map(|param| param.accumulated.as_mut()) {
-            if std::mem::take(&mut accumulated.calls) > 0 {
-                accumulated.sum.clear()?;
+        for accumulated in self.vars.iter_mut().map(|param| &mut param.accumulated) {
+            match accumulated {
+                Some(Accumulated { sum: Sum::Rows(_), .. }) => *accumulated = None,
+                Some(Accumulated { sum: Sum::Dense(sum), calls }) if *calls > 0 => {
+                    *calls = 0;
+                    sum.clear()?;
+                }
+                _ => {}
             }
         }
         Ok(outcome)
@@ -279,29 +354,34 @@ impl Adamax {
             Gradients::OfThisCall(_) => self.unscale(),
             Gradients::Accumulated { steps } => 1.0 / steps as f64,
         };
-        let summary = Summary::measure(&gradients.sources(&self.vars), &self.params, unscale)?;
+        let summary = Summary::measure(|| gradients.sources(&self.vars), &self.params, unscale)?;
         if self.params.skip_nonfinite && !summary.is_finite() {
             return Ok(Outcome::Skipped);
         }
         let update = self.counters.updates + 1;
         let sign = if self.params.maximize { -1.0 } else { 1.0 };
         let mut last = None;
-        let mut tasks = Vec::with_capacity(self.vars.len());
+        let (mut tasks, mut row_tasks) = (Vec::with_capacity(self.vars.len()), Vec::new());
         for (index, param) in self.vars.iter_mut().enumerate() {
-            let Some(read) = gradients.of(index, param.accumulated.as_ref()) else { continue };
+            let Some(grad) = gradients.of(index, param.accumulated.as_ref()) else { continue };
             let t = match self.params.step_count {
                 StepCount::Shared => update,
                 StepCount::PerVar => param.state.step + 1,
             };
             let coefficients = Coefficients {
-                grad_scale: sign * summary.grad_scale(tasks.len()),
+                grad_scale: sign * summary.grad_scale(tasks.len() + row_tasks.len()),
                 clamp: self.params.clip_value.unwrap_or(f64::INFINITY),
                 ..rates.coefficients(param.group, param.decays, t, &mut last)
             };
-            let kind = Update { coefficients, state: &mut param.state };
-            tasks.push(Task { lent: Some(param.var.as_tensor()), read: Some(read), kind });
+            let (var, state) = (param.var.as_tensor(), &mut param.state);
+            match grad {
+                GradRef::Rows(grad) => row_tasks.push(RowTask { var, grad, coefficients, state }),
+                GradRef::Dense(read) => {
+                    tasks.push(Task { lent: Some(var), read: Some(read), kind: Update { coefficients, state } });
+                }
+            }
         }
-        kernel::update(tasks)?;
+        kernel::update(tasks, row_tasks)?;
         for (index, param) in self.vars.iter_mut().enumerate() {
             param.state.step += u64::from(gradients.of(index, param.accumulated.as_ref()).is_some());
         }
@@ -324,26 +404,45 @@ enum Gradients<'c> {
     Accumulated { steps: u64 },
 }
 
+/// One of them.
+#[derive(Clone, Copy)]
+enum GradRef<'s> {
+    Dense(Source<'s>),
+    Rows(&'s RowGrad<'s>),
+}
+
 impl<'c> Gradients<'c> {
     /// The gradient of variable `index`, for which `accumulated` was accumulated.
-    fn of<'s>(self, index: usize, accumulated: Option<&'s Accumulated>) -> Option<Source<'s>>
+    fn of<'s>(self, index: usize, accumulated: Option<&'s Accumulated>) -> Option<GradRef<'s>>
     where
         'c: 's,
     {
         match self {
-            Self::OfThisCall(collected) => collected.get(index).map(Source::Tensor),
-            Self::Accumulated { .. } => accumulated.and_then(Accumulated::sum).map(Source::Buffer),
+            Self::OfThisCall(collected) => collected.get(index).map(|grad| match grad {
+                Grad::Dense(grad) => GradRef::Dense(Source::Tensor(grad)),
+                Grad::Rows(rows) => GradRef::Rows(rows),
+            }),
+            Self::Accumulated { .. } => accumulated.and_then(Accumulated::sum),
         }
     }
 
-    /// All there are, with the place of their variables' state.
-    fn sources<'s>(self, vars: &'s [Param]) -> Vec<(Source<'s>, Place)>
+    /// All there are, with the place of what they are measured from; rows have been summed up.
+    fn sources<'s>(self, vars: &'s [Param]) -> Result<Vec<(Source<'s>, Place)>>
     where
         'c: 's,
     {
-        let source =
-            |(index, param): (usize, &'s Param)| Some((self.of(index, param.accumulated.as_ref())?, param.place()));
-        vars.iter().enumerate().filter_map(source).collect()
+        let mut sources = Vec::with_capacity(vars.len());
+        for (index, param) in vars.iter().enumerate() {
+            sources.push(match self.of(index, param.accumulated.as_ref()) {
+                None => continue,
+                Some(GradRef::Dense(source)) => (source, param.place()),
+                Some(GradRef::Rows(RowGrad { values: RowValues::Summed(sums), .. })) => {
+                    (Source::Buffer(sums), Place::Host)
+                }
+                Some(GradRef::Rows(_)) => return Err(candle_core::Error::msg("rows are not summed up yet").into()),
+            });
+        }
+        Ok(sources)
     }
 }
 

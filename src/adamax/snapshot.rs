@@ -5,10 +5,12 @@ use std::path::Path;
 
 use candle_core::{DType, Tensor};
 
-use super::{Accumulated, Adamax, Param};
-use crate::checkpoint::{self, Counters, Snapshot, VarSnapshot};
+use super::{Accumulated, Adamax, Param, Sum, collect};
+use crate::checkpoint::{self, AccumulatedGrad, Counters, Snapshot, VarSnapshot};
 use crate::error::{Error, ErrorKind, Result};
+use crate::gradient::{SparseGrad, sparse};
 use crate::group::{GroupLr, GroupSettings};
+use crate::kernel::RowGrad;
 use crate::schedule::LearningRate;
 use crate::state::{Buffer, ParamState, arithmetic};
 
@@ -24,7 +26,7 @@ pub struct State {
     /// The moving average of the variable, if one is kept.
     pub ema: Option<Tensor>,
     /// The sum of the unscaled gradients since the last update, if there are any.
-    pub accumulated: Option<Tensor>,
+    pub accumulated: Option<AccumulatedGrad>,
 }
 
 impl Adamax {
@@ -102,13 +104,19 @@ impl Adamax {
     fn var_snapshot(&self, param: &Param) -> Result<VarSnapshot> {
         let tensor = |buffer: &Buffer| buffer.to_tensor(param.var.shape());
         let accumulated = param.accumulated.as_ref().filter(|accumulated| accumulated.calls > 0);
+        let sum = |sum: &Sum| -> Result<AccumulatedGrad> {
+            Ok(match sum {
+                Sum::Dense(sum) => AccumulatedGrad::Dense(tensor(sum)?),
+                Sum::Rows(sum) => AccumulatedGrad::Rows(sparse::to_sparse(sum, &param.var)?),
+            })
+        };
         Ok(VarSnapshot {
             group: self.groups[param.group].name.clone(),
             step: param.state.step,
             exp_avg: tensor(&param.state.exp_avg)?,
             exp_inf: tensor(&param.state.exp_inf)?,
             ema: param.ema.as_ref().map(tensor).transpose()?,
-            accumulated: accumulated.map(|a| Ok::<_, Error>((tensor(&a.sum)?, a.calls))).transpose()?,
+            accumulated: accumulated.map(|a| Ok::<_, Error>((sum(&a.sum)?, a.calls))).transpose()?,
         })
     }
 
@@ -215,9 +223,27 @@ impl Adamax {
             return Err(Error::checkpoint(entry, expected, calls));
         }
         let accumulated = accumulated
-            .map(|(sum, calls)| Ok::<_, Error>(Accumulated { sum: buffer("accumulated", sum)?, calls: *calls }))
+            .map(|(sum, calls)| {
+                let sum = match sum {
+                    AccumulatedGrad::Dense(sum) => Sum::Dense(buffer("accumulated", sum)?),
+                    AccumulatedGrad::Rows(sum) => Sum::Rows(self.restore_rows(param, sum)?),
+                };
+                Ok::<_, Error>(Accumulated { sum, calls: *calls })
+            })
             .transpose()?;
         Ok((state, accumulated, ema))
+    }
+}
+
+impl Adamax {
+    fn restore_rows(&self, param: &Param, sum: &SparseGrad) -> Result<RowGrad<'static>> {
+        let (expected, got) = (arithmetic(param.var.dtype()), sum.values.dtype());
+        if expected != got {
+            let (name, expected) = (param.name.clone(), format!("{expected:?}"));
+            return Err(ErrorKind::DTypeMismatch { what: "accumulated", name, expected, got }.into());
+        }
+        let rows = collect::check_sparse(param, &self.storages, sum)?;
+        sparse::accumulate(None, &rows, 1.0, param.var.dtype())
     }
 }
 

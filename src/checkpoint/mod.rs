@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
+use crate::gradient::SparseGrad;
 use crate::group::GroupSettings;
 use crate::params::ParamsAdamax;
 
@@ -53,5 +54,38 @@ pub struct VarSnapshot {
     /// Its moving average, if one is kept.
     pub ema: Option<Tensor>,
     /// The sum of its unscaled gradients since the last update, and of how many calls they are.
-    pub accumulated: Option<(Tensor, u64)>,
+    pub accumulated: Option<(AccumulatedGrad, u64)>,
+}
+
+/// A sum of gradients that waits for its update.
+#[derive(Clone, Debug)]
+pub enum AccumulatedGrad {
+    /// In the variable's shape.
+    Dense(Tensor),
+    /// Of the rows that had a gradient: each once, ascending.
+    Rows(SparseGrad),
+}
+
+impl AccumulatedGrad {
+    /// The sum, if it is in the variable's shape.
+    pub fn dense(&self) -> Option<&Tensor> {
+        match self {
+            Self::Dense(sum) => Some(sum),
+            Self::Rows(_) => None,
+        }
+    }
+
+    /// The sum, if it is of some rows.
+    pub fn rows(&self) -> Option<&SparseGrad> {
+        match self {
+            Self::Dense(_) => None,
+            Self::Rows(sum) => Some(sum),
+        }
+    }
+}
+
+impl From<Tensor> for AccumulatedGrad {
+    fn from(sum: Tensor) -> Self {
+        Self::Dense(sum)
+    }
 }

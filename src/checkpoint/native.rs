@@ -1,5 +1,5 @@
 //! The crate's own format: a safetensors file. Its tensors are `NAME.exp_avg`, `NAME.exp_inf` and, where there is one,
-//! `NAME.ema` and `NAME.accumulated`; everything else is one JSON text in its metadata, under `candle_adamax`.
+//! `NAME.ema` and `NAME.accumulated` (of some rows: `NAME.accumulated.indices` and `.values`); everything else is one JSON text in its metadata, under `candle_adamax`.
 //!
 //! Invariant: reading accepts exactly what writing makes. Whatever is missing or surplus is an error that names it.
 
@@ -13,8 +13,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::atomic::{self, failed};
-use super::{Counters, Snapshot, VarSnapshot};
+use super::{AccumulatedGrad, Counters, Snapshot, VarSnapshot};
 use crate::error::{Error, ErrorKind, Result};
+use crate::gradient::SparseGrad;
 use crate::group::GroupSettings;
 use crate::params::ParamsAdamax;
 
@@ -41,6 +42,8 @@ struct VarHeader {
     ema: bool,
     /// Of how many calls the accumulated gradient is; there is none if 0.
     accumulated: u64,
+    /// Whether that is of some rows only.
+    accumulated_rows: bool,
 }
 
 /// Reads the format's version and nothing else, whatever that version's header looks like.
@@ -58,9 +61,21 @@ pub(crate) fn write(snapshot: &Snapshot, path: &Path) -> Result<()> {
         tensors.push((format!("{name}.exp_avg"), &var.exp_avg));
         tensors.push((format!("{name}.exp_inf"), &var.exp_inf));
         tensors.extend(var.ema.iter().map(|ema| (format!("{name}.ema"), ema)));
-        tensors.extend(var.accumulated.iter().map(|(sum, _)| (format!("{name}.accumulated"), sum)));
-        let accumulated = var.accumulated.as_ref().map_or(0, |(_, calls)| *calls);
-        let header = VarHeader { group: var.group.clone(), step: var.step, ema: var.ema.is_some(), accumulated };
+        match &var.accumulated {
+            None => {}
+            Some((AccumulatedGrad::Dense(sum), _)) => tensors.push((format!("{name}.accumulated"), sum)),
+            Some((AccumulatedGrad::Rows(SparseGrad { indices, values }), _)) => {
+                tensors.push((format!("{name}.accumulated.indices"), indices));
+                tensors.push((format!("{name}.accumulated.values"), values));
+            }
+        }
+        let header = VarHeader {
+            group: var.group.clone(),
+            step: var.step,
+            ema: var.ema.is_some(),
+            accumulated: var.accumulated.as_ref().map_or(0, |(_, calls)| *calls),
+            accumulated_rows: matches!(var.accumulated, Some((AccumulatedGrad::Rows(_), _))),
+        };
         headers.insert(name.clone(), header);
     }
     let header = Header {
@@ -112,16 +127,22 @@ pub(crate) fn read(path: &Path) -> Result<Snapshot> {
         Ok(tensor)
     };
     let mut vars = BTreeMap::new();
-    for (name, VarHeader { group, step, ema, accumulated }) in header.vars {
+    for (name, VarHeader { group, step, ema, accumulated, accumulated_rows }) in header.vars {
         let var = VarSnapshot {
             group,
             step,
             exp_avg: take(&name, "exp_avg")?,
             exp_inf: take(&name, "exp_inf")?,
             ema: ema.then(|| take(&name, "ema")).transpose()?,
-            accumulated: (accumulated > 0)
-                .then(|| Ok::<_, Error>((take(&name, "accumulated")?, accumulated)))
-                .transpose()?,
+            accumulated: match (accumulated, accumulated_rows) {
+                (0, _) => None,
+                (calls, false) => Some((AccumulatedGrad::Dense(take(&name, "accumulated")?), calls)),
+                (calls, true) => {
+                    let indices = take(&name, "accumulated.indices")?;
+                    let values = take(&name, "accumulated.values")?;
+                    Some((AccumulatedGrad::Rows(SparseGrad { indices, values }), calls))
+                }
+            },
         };
         vars.insert(name, var);
     }

@@ -1,5 +1,8 @@
-//! What happens to gradients between the backward pass and the update: they become numbers, not other gradients.
+//! What happens to gradients between the backward pass and the update: they become numbers, not other gradients;
+//! and those of rows are brought into order.
 
+pub(crate) mod sparse;
 mod summary;
 
+pub use sparse::{Gradient, SparseGrad, TouchedRows};
 pub(crate) use summary::Summary;

@@ -69,10 +69,19 @@ impl Summary {
         Ok(kernel::measure(grads, NormType::Inf)?.iter().all(|norm| norm.is_finite()))
     }
 
+    /// Whether anything asks for the gradients to be measured.
+    pub(crate) fn is_measured(params: &ParamsAdamax) -> bool {
+        params.norm_type().is_some() || params.skip_nonfinite
+    }
+
     /// Measures the gradients, if clipping, `measure_norm` or `skip_nonfinite` asks for it.
     ///
     /// `unscale` is what each gradient still has to be multiplied by to be the true one.
-    pub(crate) fn measure(grads: &[(Source<'_>, Place)], params: &ParamsAdamax, unscale: f64) -> Result<Self> {
+    pub(crate) fn measure<'s>(
+        grads: impl FnOnce() -> Result<Vec<(Source<'s>, Place)>>,
+        params: &ParamsAdamax,
+        unscale: f64,
+    ) -> Result<Self> {
         let clip = Clip::of(params);
         let reported = params.norm_type().is_some();
         // The norm that is asked for shows as well as the largest magnitude whether all elements are finite.
@@ -80,7 +89,7 @@ impl Summary {
         let Some(norm_type) = measured else {
             return Ok(Self { norms: Vec::new(), total_norm: None, reported, clip, unscale });
         };
-        let mut norms = kernel::measure(grads, norm_type)?;
+        let mut norms = kernel::measure(&grads()?, norm_type)?;
         norms.iter_mut().for_each(|norm| *norm *= unscale.abs());
         let total_norm = Some(norm_type.join(&norms));
         Ok(Self { norms, total_norm, reported, clip, unscale })

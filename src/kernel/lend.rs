@@ -98,14 +98,26 @@ impl Borrowed<'_> {
             Self::Plain(elements) => return Ok(*elements),
             Self::Locked(storage, range) => (storage, range.clone()),
         };
-        Ok(match &**storage {
-            Storage::Cpu(CpuStorage::F64(values)) => Elements::F64(&values[range]),
-            Storage::Cpu(CpuStorage::F32(values)) => Elements::F32(&values[range]),
-            Storage::Cpu(CpuStorage::F16(values)) => Elements::F16(&values[range]),
-            Storage::Cpu(CpuStorage::BF16(values)) => Elements::BF16(&values[range]),
-            other => bail!("expected floats in host memory, got {:?} on {:?}", other.dtype(), other.device()),
-        })
+        match &**storage {
+            Storage::Cpu(storage) => elements(storage, range),
+            other => bail!("expected host memory, got {:?}", other.device()),
+        }
     }
+}
+
+fn elements(storage: &CpuStorage, range: Range<usize>) -> candle_core::Result<Elements<'_>> {
+    Ok(match storage {
+        CpuStorage::F64(values) => Elements::F64(&values[range]),
+        CpuStorage::F32(values) => Elements::F32(&values[range]),
+        CpuStorage::F16(values) => Elements::F16(&values[range]),
+        CpuStorage::BF16(values) => Elements::BF16(&values[range]),
+        other => bail!("expected floats, got {:?}", candle_core::backend::BackendStorage::dtype(other)),
+    })
+}
+
+/// The elements that an operation is given, of a contiguous tensor.
+pub(crate) fn elements_of<'s>(storage: &'s CpuStorage, layout: &Layout) -> candle_core::Result<Elements<'s>> {
+    elements(storage, contiguous(layout)?)
 }
 
 /// Lends the elements of one variable to `f`.

@@ -2,8 +2,10 @@
 
 mod cpu;
 pub(crate) mod lend;
+mod lookup;
 mod plan;
 mod portable;
+mod rows;
 
 use candle_core::{DType, Tensor};
 
@@ -12,8 +14,10 @@ use crate::reduce::NormType;
 use crate::state::Place;
 use lend::Borrowed;
 
-pub(crate) use cpu::{Accumulate, Average, Task, Update};
+pub(crate) use cpu::{Accumulate, Average, RowTask, Task, Update};
 pub(crate) use lend::Source;
+pub(crate) use lookup::{copy, dot_rows, gather, largest, largest_backward, pool, renormalize};
+pub(crate) use rows::{Contribution, Occurrences, RowGrad, RowValues};
 
 /// Which implementation of the update an optimizer uses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,12 +46,14 @@ pub(crate) fn is_supported(dtype: DType) -> bool {
     matches!(dtype, DType::F64 | DType::F32 | DType::F16 | DType::BF16)
 }
 
-/// Updates variables and moments in place.
-pub(crate) fn update(tasks: Vec<Task<'_, Update<'_>>>) -> Result<()> {
+/// Updates variables and moments in place: whole ones, and the touched rows of tables.
+pub(crate) fn update(tasks: Vec<Task<'_, Update<'_>>>, rows: Vec<RowTask<'_>>) -> Result<()> {
     let (host, device) = split(tasks, |task| task.kind.state.exp_avg.place());
+    let (host_rows, device_rows) = split(rows, |task| task.state.exp_avg.place());
     // Tensor operations can fail and a pass over slices cannot: they go first, so that a failure finds nothing changed.
-    portable::update(device)?;
+    portable::update(device, device_rows)?;
     cpu::run(host)?;
+    cpu::update_rows(host_rows)?;
     Ok(())
 }
 

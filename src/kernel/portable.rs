@@ -3,15 +3,16 @@
 //! It shares no arithmetic with the kernels on purpose. Invariant: all results are computed before the first one is
 //! written, so that an operation that fails has changed nothing.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Result, Shape, Tensor};
 
-use super::cpu::{Accumulate, Average, Task, Update};
+use super::cpu::{Accumulate, Average, RowTask, Task, Update};
 use super::lend::Source;
 use crate::reduce::NormType;
 use crate::rule::Coefficients;
 use crate::state::{Buffer, arithmetic};
 
-pub(super) fn update(tasks: Vec<Task<'_, Update<'_>>>) -> Result<()> {
+pub(super) fn update(tasks: Vec<Task<'_, Update<'_>>>, row_tasks: Vec<RowTask<'_>>) -> Result<()> {
+    let rows = row_tasks.into_iter().map(UpdatedRows::compute).collect::<Result<Vec<_>>>()?;
     let mut results = Vec::with_capacity(tasks.len());
     for task in tasks {
         let (Some(var), Some(read)) = (task.lent, task.read) else { continue };
@@ -25,7 +26,41 @@ pub(super) fn update(tasks: Vec<Task<'_, Update<'_>>>) -> Result<()> {
         state.exp_avg = Buffer::Tensor(next_m);
         state.exp_inf = Buffer::Tensor(next_u);
     }
-    Ok(())
+    rows.iter().try_for_each(UpdatedRows::write)
+}
+
+/// The touched rows of one table after their update, and where they go.
+struct UpdatedRows {
+    /// The row of each element, in the shape of the rows.
+    rows: Tensor,
+    /// What is written, and with what.
+    tensors: [(Tensor, Tensor); 3],
+}
+
+impl UpdatedRows {
+    fn compute(task: RowTask<'_>) -> Result<Self> {
+        let RowTask { var, grad, coefficients, state } = task;
+        let (n, len) = (grad.rows.len(), grad.row_len);
+        let flat = |tensor: &Tensor| tensor.reshape((tensor.dim(0)?, len));
+        let rows = Tensor::from_slice(&grad.rows, n, var.device())?;
+        let shape = Shape::from((n, len));
+        let values = grad.summed(var.dtype())?.to_tensor(&shape)?.to_device(var.device())?;
+        // Views: what is written to them later is written to the variable and its moments.
+        let all = [flat(&var.detach())?, flat(tensor(&state.exp_avg)?)?, flat(tensor(&state.exp_inf)?)?];
+        let [w, m, u] = &all;
+        let select = |tensor: &Tensor| tensor.index_select(&rows, 0);
+        let (next_w, next_m, next_u) = update_one(&coefficients, &select(w)?, &values, &select(m)?, &select(u)?)?;
+        let [w, m, u] = all;
+        let rows = rows.reshape((n, 1))?.broadcast_as(&shape)?.contiguous()?;
+        Ok(Self { rows, tensors: [(w, next_w), (m, next_m), (u, next_u)] })
+    }
+
+    fn write(&self) -> Result<()> {
+        if self.rows.elem_count() == 0 {
+            return Ok(());
+        }
+        self.tensors.iter().try_for_each(|(to, from)| to.scatter_set(&self.rows, &from.contiguous()?, 0))
+    }
 }
 
 pub(super) fn accumulate(tasks: Vec<Task<'_, Accumulate<'_>>>) -> Result<()> {

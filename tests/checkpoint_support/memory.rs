@@ -1,7 +1,7 @@
 //! Snapshots in memory: out, edited, and in again. They need no names.
 
 use anyhow::Result;
-use candle_adamax::{Adamax, Ema, ErrorKind, GroupLr, Kernel, ParamsAdamax, VarSnapshot};
+use candle_adamax::{AccumulatedGrad, Adamax, Ema, ErrorKind, GroupLr, Kernel, ParamsAdamax, VarSnapshot};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::Optimizer;
 
@@ -106,7 +106,7 @@ fn edited_so_that_it_does_not_fit_it_changes_nothing() -> Result<()> {
         ("exp_avg", |var, tensor| var.exp_avg = tensor, zeros(&[41, 33], DType::F64)?),
         ("exp_inf", |var, tensor| var.exp_inf = tensor, zeros(&[41, 33], DType::F16)?),
         ("ema", |var, tensor| var.ema = Some(tensor), zeros(&[1, 41, 33], DType::F32)?),
-        ("accumulated", |var, tensor| var.accumulated = Some((tensor, 1)), zeros(&[41, 33], DType::BF16)?),
+        ("accumulated", |var, tensor| var.accumulated = Some((tensor.into(), 1)), zeros(&[41, 33], DType::BF16)?),
     ];
     for (what, put, tensor) in edits {
         let mut snapshot = optimizer.snapshot()?;
@@ -135,7 +135,7 @@ fn edited_so_that_it_does_not_fit_it_changes_nothing() -> Result<()> {
 
 #[test]
 fn an_accumulated_gradient_of_no_calls_counts_for_nothing() -> Result<()> {
-    let resume = |accumulated: Option<(Tensor, u64)>| -> Result<_> {
+    let resume = |accumulated: Option<(AccumulatedGrad, u64)>| -> Result<_> {
         let model = Model::new(DType::F32)?;
         let mut optimizer = model.optimizer(params())?;
         model.run(&mut optimizer, 0..4, false)?;
@@ -146,6 +146,6 @@ fn an_accumulated_gradient_of_no_calls_counts_for_nothing() -> Result<()> {
         Ok((model.bits()?, fingerprint(&optimizer)?))
     };
     let ones = Tensor::ones((41, 33), DType::F32, &Device::Cpu)?;
-    assert_eq!(resume(Some((ones, 0)))?, resume(None)?);
+    assert_eq!(resume(Some((ones.into(), 0)))?, resume(None)?);
     Ok(())
 }

@@ -170,7 +170,7 @@ pub(crate) fn fingerprint_of(snapshot: &Snapshot) -> Result<Fingerprint> {
             ("exp_avg", Some(&var.exp_avg)),
             ("exp_inf", Some(&var.exp_inf)),
             ("ema", var.ema.as_ref()),
-            ("accumulated", accumulated.map(|(sum, _)| sum)),
+            ("accumulated", accumulated.and_then(|(sum, _)| sum.dense())),
         ];
         let tensors = tensors.into_iter().filter_map(|(what, tensor)| Some(numbers(what, tensor?)));
         let calls = accumulated.map_or(0, |(_, calls)| *calls);

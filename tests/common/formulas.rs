@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_adamax::{Epsilon, GroupLr, NormType, ParamsAdamax, Snapshot, StepCount, WeightDecay};
+use candle_adamax::{AccumulatedGrad, Epsilon, GroupLr, NormType, ParamsAdamax, Snapshot, StepCount, WeightDecay};
 use candle_core::{DType, Tensor, Var};
 
 use super::values;
@@ -142,7 +142,7 @@ pub(crate) fn call(
     for (name, state) in vars {
         let eps = epsilon_of(weights[name].dtype());
         let grad = grads.get(name).map(values);
-        let sum = state.accumulated.as_ref().map(|(sum, _)| values(sum));
+        let sum = state.accumulated.as_ref().and_then(|(sum, _)| sum.dense()).map(values);
         let n = weights[name].elem_count();
         let gradient = |i: usize| {
             let (g, sum) = (grad.as_ref().map_or(0.0, |g| g[i] * unscale), sum.as_ref().map_or(0.0, |sum| sum[i]));
@@ -341,7 +341,9 @@ impl Call {
                 _ => return Some(format!("{name}.ema: expected {:?}, got {:?}", expected.ema, state.ema)),
             }
             match (&expected.accumulated, &state.accumulated) {
-                (Some(expected), Some((sum, _))) => pairs.push(("accumulated", expected, values(sum))),
+                (Some(expected), Some((AccumulatedGrad::Dense(sum), _))) => {
+                    pairs.push(("accumulated", expected, values(sum)));
+                }
                 (None, None) => {}
                 _ => {
                     return Some(format!("{name}.accumulated: expected {:?}, got {:?}", expected.accumulated, state));

@@ -5,7 +5,7 @@ pub(crate) mod formulas;
 
 use std::collections::BTreeMap;
 
-use candle_adamax::{Adamax, Snapshot};
+use candle_adamax::{AccumulatedGrad, Adamax, Snapshot, SparseGrad};
 use candle_core::{DType, Device, Tensor, Var};
 
 /// The dtypes that variables may have.
@@ -55,7 +55,13 @@ impl Fingerprint {
             let state = &states[name];
             let mut all = vec![bits(var), bits(&state.exp_avg), bits(&state.exp_inf), vec![state.step]];
             all.push(state.ema.as_ref().map(bits).unwrap_or_default());
-            all.extend(state.accumulated.iter().flat_map(|(sum, calls)| [bits(sum), vec![*calls]]));
+            all.extend(state.accumulated.iter().flat_map(|(sum, calls)| {
+                let tensors = match sum {
+                    AccumulatedGrad::Dense(sum) => vec![sum],
+                    AccumulatedGrad::Rows(SparseGrad { indices, values }) => vec![indices, values],
+                };
+                tensors.into_iter().map(bits).chain([vec![*calls]]).collect::<Vec<_>>()
+            }));
             (name.clone(), all)
         };
         Self(vars.iter().map(of_var).collect(), format!("{params:?} {groups:?} {counters:?}"))

@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use candle_adamax::{
-    Adamax, Counters, Ema, Epsilon, ErrorKind, Kernel, ParamGroup, ParamsAdamax, StepCount, VarSnapshot, WeightDecay,
+    AccumulatedGrad, Adamax, Counters, Ema, Epsilon, ErrorKind, Kernel, ParamGroup, ParamsAdamax, StepCount,
+    VarSnapshot, WeightDecay,
 };
 use candle_core::{DType, Tensor, Var};
 use serde_json::{Map, Value};
@@ -417,7 +418,7 @@ impl<'c> Recording<'c> {
             ("m", values(&state.exp_avg)),
             ("u", values(&state.exp_inf)),
             ("ema", state.ema.as_ref().map_or_else(zeros, values)),
-            ("acc", state.accumulated.as_ref().map_or_else(zeros, values)),
+            ("acc", state.accumulated.as_ref().and_then(AccumulatedGrad::dense).map_or_else(zeros, values)),
         ];
         let recorded =
             |(what, got)| Some(Quantity { what, got, recorded: self.case.tensors.get(&format!("{name}.{what}"))? });
@@ -579,7 +580,7 @@ impl<'c> Recording<'c> {
                 exp_avg: if k == 0 { zeros()? } else { before("m")?.context("no m")? },
                 exp_inf: if k == 0 { zeros()? } else { before("u")?.context("no u")? },
                 ema: if k == 0 { None } else { before("ema")? },
-                accumulated: accumulated.map(|sum| (sum, pending)),
+                accumulated: accumulated.map(|sum| (sum.into(), pending)),
             };
             snapshot.vars.insert(name.clone(), state);
         }

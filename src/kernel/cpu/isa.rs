@@ -60,11 +60,18 @@ impl Isa {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use x86::{Avx2, Avx512};
+pub(crate) use x86::{Avx2, Avx512, prefetch};
+
+/// Asks for memory that will be used soon. Here, nothing: this architecture has no stable way to say it.
+#[cfg(not(target_arch = "x86_64"))]
+#[inline(always)]
+pub(crate) fn prefetch<T>(_values: &[T]) {}
 
 #[cfg(target_arch = "x86_64")]
 #[expect(unsafe_code, reason = "a function for an instruction set may be called only where the CPU has it")]
 mod x86 {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+
     use super::Pass;
 
     macro_rules! instruction_set {
@@ -92,6 +99,19 @@ mod x86 {
                 pass.run()
             }
         };
+    }
+
+    /// Asks for memory that will be used soon.
+    #[inline(always)]
+    pub(crate) fn prefetch<T>(values: &[T]) {
+        const LINE: usize = 64;
+        let bytes = size_of_val(values);
+        for offset in (0..bytes).step_by(LINE) {
+            let line = values.as_ptr().cast::<i8>().wrapping_add(offset);
+            // SAFETY: a prefetch is a hint that neither faults nor changes anything a program sees; SSE, which has it,
+            // is part of x86-64.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(line) };
+        }
     }
 
     instruction_set! {

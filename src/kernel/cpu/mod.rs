@@ -6,6 +6,7 @@
 mod isa;
 mod measure;
 mod passes;
+pub(crate) mod rows;
 
 use candle_core::Tensor;
 use rayon::prelude::*;
@@ -13,6 +14,7 @@ use rayon::prelude::*;
 pub(crate) use isa::{Isa, Pass};
 pub(crate) use measure::measure;
 pub(crate) use passes::{Accumulate, Average, Update};
+pub(crate) use rows::{RowTask, update_rows};
 
 use super::lend::{Borrowed, Elements, ElementsMut, LENT_AT_ONCE, Source, lend, lend_all};
 use super::plan::Plan;

@@ -1,0 +1,199 @@
+//! Tables of an optimizer: steps of some rows, rows that begin anew, and rows that are added.
+
+use std::collections::HashMap;
+
+use candle_core::backprop::GradStore;
+use candle_core::{Tensor, Var};
+
+use super::collect::Found;
+use super::{Adamax, Sum};
+use crate::error::{ErrorKind, Result};
+use crate::gradient::TouchedRows;
+use crate::gradient::sparse::{self, read_ids, row_len, rows_of};
+use crate::kernel::lend::storage_address;
+use crate::state::{Buffer, ParamState};
+
+impl Adamax {
+    /// A call of [`step`](candle_nn::Optimizer::step) for models that keep `candle_nn`'s `Embedding`, whose gradients are
+    /// as large as their tables: of the variables listed, only these rows of the gradient are used, and only they and
+    /// their moments change.
+    ///
+    /// ```
+    /// use candle_adamax::{Adamax, ParamsAdamax, TouchedRows};
+    /// use candle_core::{DType, Device, Tensor, Var};
+    /// use candle_nn::{Embedding, Module};
+    ///
+    /// let weight = Var::ones((1000, 4), DType::F32, &Device::Cpu)?;
+    /// let layer = Embedding::new(weight.as_tensor().clone(), 4);
+    /// let mut optimizer = Adamax::from_named([("weight", weight.clone())], ParamsAdamax::default())?;
+    ///
+    /// let ids = Tensor::new(&[3u32, 5, 3], &Device::Cpu)?;
+    /// let grads = layer.forward(&ids)?.sum_all()?.backward()?;
+    /// optimizer.step_rows(&grads, [(&weight, TouchedRows::Ids(&ids))])?;
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`step`](candle_nn::Optimizer::step); a variable that is not the optimizer's or that is listed twice; an id
+    /// that is not the number of a row.
+    pub fn step_rows<'a>(
+        &mut self,
+        grads: &GradStore,
+        rows: impl IntoIterator<Item = (&'a Var, TouchedRows<'a>)>,
+    ) -> Result<()> {
+        let mut touched = HashMap::new();
+        for (position, (var, rows)) in rows.into_iter().enumerate() {
+            let name = self.owned_name(position, var)?;
+            if touched.insert(var.id(), rows).is_some() {
+                return Err(self.own(ErrorKind::DuplicateGradient(name).into()));
+            }
+        }
+        self.step_found(grads, |var| touched.get(&var.id()).copied())
+    }
+
+    /// Lets rows of the variable `name` begin anew: their moments become zero, and gradients that are accumulated for
+    /// them are dropped. For an id that is given to a new item; [`Table::set_rows`](crate::Table::set_rows) sets the
+    /// weights.
+    ///
+    /// # Errors
+    ///
+    /// No variable has this name; an id that is not the number of a row. Nothing has changed then.
+    pub fn reset_rows(&mut self, name: &str, ids: &Tensor) -> Result<()> {
+        let index = self.index_of(name)?;
+        let param = &mut self.vars[index];
+        let rows = rows_of(&param.var).and_then(|rows| read_ids("ids", ids, rows));
+        let mut rows = match rows {
+            Ok(rows) => rows,
+            Err(error) => return Err(self.own(error)),
+        };
+        rows.sort_unstable();
+        rows.dedup();
+        let len = row_len(&param.var);
+        param.state.exp_avg.clear_rows(&rows, len)?;
+        param.state.exp_inf.clear_rows(&rows, len)?;
+        match param.accumulated.as_mut().map(|accumulated| &mut accumulated.sum) {
+            Some(Sum::Dense(sum)) => sum.clear_rows(&rows, len)?,
+            Some(Sum::Rows(sum)) => sum.remove(&rows),
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// Adds rows at the end of the variable `name`: a new variable takes its place, which has the old rows with their
+    /// moments, then `rows`, `[n, ..]`, with moments of zero. It is returned, for the layers and the `VarMap`, which
+    /// still have the old one.
+    ///
+    /// ```
+    /// use candle_adamax::{Adamax, Embedding, ParamsAdamax, embedding};
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{VarBuilder, VarMap};
+    ///
+    /// let varmap = VarMap::new();
+    /// let mut items = embedding(10, 4, VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu))?;
+    /// let mut optimizer = Adamax::from_varmap(&varmap, ParamsAdamax::default())?;
+    ///
+    /// let grown = optimizer.append_rows("weight", &Tensor::zeros((5, 4), DType::F32, &Device::Cpu)?)?;
+    /// items = Embedding::new(grown.as_tensor().clone())?;
+    /// varmap.data().lock().unwrap().insert("weight".into(), grown);
+    /// assert_eq!(items.embeddings().dims(), [15, 4]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// No variable has this name; rows of another shape, dtype or device; more than 4,294,967,295 rows in all.
+    /// Nothing has changed then.
+    pub fn append_rows(&mut self, name: &str, rows: &Tensor) -> Result<Var> {
+        let index = self.index_of(name)?;
+        let (var, param, address) = self.grown(index, rows).map_err(|error| self.own(error))?;
+        let old = std::mem::replace(&mut self.vars[index], param);
+        self.storages.remove(&storage_address(&old.var));
+        self.storages.insert(address, old.name);
+        Ok(var)
+    }
+
+    fn grown(&self, index: usize, rows: &Tensor) -> Result<(Var, super::Param, usize)> {
+        let param = &self.vars[index];
+        let (old, name) = (&param.var, || param.name.clone());
+        let before = rows_of(old)?;
+        let mut expected = old.dims().to_vec();
+        expected[0] = rows.dims().first().copied().unwrap_or(1);
+        if rows.dims() != expected {
+            let got = rows.dims().to_vec();
+            return Err(ErrorKind::ShapeMismatch { what: "rows", name: name(), expected, got }.into());
+        }
+        if rows.dtype() != old.dtype() {
+            let expected = format!("{:?}", old.dtype());
+            return Err(ErrorKind::DTypeMismatch { what: "rows", name: name(), expected, got: rows.dtype() }.into());
+        }
+        if !rows.device().same_device(old.device()) {
+            let (expected, got) = (old.device().location(), rows.device().location());
+            return Err(ErrorKind::DeviceMismatch { what: "rows", name: name(), expected, got }.into());
+        }
+        let mut dims = expected;
+        dims[0] += before;
+        if u32::try_from(dims[0]).is_err() {
+            return Err(crate::Error::invalid("rows", "at most 4294967295 rows in all", dims[0]));
+        }
+        let var = Var::zeros(dims, old.dtype(), old.device())?;
+        if old.elem_count() > 0 {
+            var.slice_set(&old.detach(), 0, 0)?;
+        }
+        if rows.elem_count() > 0 {
+            var.slice_set(&rows.detach().contiguous()?, 0, before)?;
+        }
+        let state = ParamState {
+            exp_avg: param.state.exp_avg.grown(&var)?,
+            exp_inf: param.state.exp_inf.grown(&var)?,
+            step: param.state.step,
+        };
+        let accumulated = match &param.accumulated {
+            None => None,
+            Some(accumulated) => Some(super::Accumulated {
+                sum: match &accumulated.sum {
+                    Sum::Dense(sum) => Sum::Dense(sum.grown(&var)?),
+                    Sum::Rows(sum) => Sum::Rows(sparse::accumulate(None, sum, 1.0, old.dtype())?),
+                },
+                calls: accumulated.calls,
+            }),
+        };
+        // An average begins as a copy of the weights.
+        let ema = match &param.ema {
+            None => None,
+            Some(ema) => {
+                let old = ema.to_tensor(old.shape())?;
+                let rows = rows.to_device(old.device())?.to_dtype(old.dtype())?;
+                Some(Buffer::from_tensor(&Tensor::cat(&[old, rows], 0)?, &var, param.place())?)
+            }
+        };
+        let (name, unnamed, group, decays) = (name(), param.unnamed, param.group, param.decays);
+        let address = storage_address(&var);
+        let grown = super::Param { name, unnamed, group, decays, var: var.clone(), state, accumulated, ema };
+        Ok((var, grown, address))
+    }
+
+    /// The name of a variable of a list, from its position there.
+    pub(super) fn owned_name(&self, position: usize, var: &Var) -> Result<String> {
+        match self.vars.iter().find(|param| param.var.id() == var.id()) {
+            Some(param) => Ok(param.name.clone()),
+            None => Err(self.own(ErrorKind::UnknownPair { position, shape: var.dims().to_vec() }.into())),
+        }
+    }
+
+    /// A call with the gradients of a `GradStore`: those of variables, and those of lookups in them.
+    pub(super) fn step_found<'g>(
+        &mut self,
+        grads: &'g GradStore,
+        touched: impl Fn(&Tensor) -> Option<TouchedRows<'g>>,
+    ) -> Result<()> {
+        let tables = crate::table::all();
+        self.call(|param| {
+            let lookups = match tables.get(&param.var.id()) {
+                Some(table) => table.gradients(grads),
+                None => Vec::new(),
+            };
+            Found { dense: grads.get(&param.var), touched: touched(&param.var), lookups, sparse: None }
+        })
+    }
+}

@@ -1,0 +1,147 @@
+//! Layers on tables: nothing but shapes, options and candle's conventions.
+
+mod bag;
+
+use candle_core::Tensor;
+use candle_nn::{Init, Module, VarBuilder};
+
+pub use bag::{Bags, EmbeddingBag, Pooling, embedding_bag};
+
+use crate::check;
+use crate::error::{Error, Result};
+use crate::table::Table;
+
+/// `candle_nn`'s `Embedding`, with gradients of the rows that were looked up only.
+///
+/// ```text
+/// forward(ids)[i, :] = weight[ids[i], :]
+/// ```
+///
+/// The weight is `[rows, dim]`; ids have any shape and any integer dtype, and the result has their dimensions and
+/// `dim`. Any id is an ordinary id. See [`Table`] for how its gradient reaches the optimizer; in a `VarBuilder` the weight
+/// is called `weight`, as `candle_nn`'s, so files are interchangeable.
+///
+/// ```
+/// use candle_adamax::{Adamax, ParamsAdamax, embedding};
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{Module, Optimizer, VarBuilder, VarMap};
+///
+/// let varmap = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
+/// let items = embedding(100_000, 16, vb.pp("items"))?;
+/// let mut optimizer = Adamax::from_varmap(&varmap, ParamsAdamax { lr: 0.1.into(), ..Default::default() })?;
+///
+/// let ids = Tensor::new(&[5u32, 77, 5], &Device::Cpu)?;
+/// for _ in 0..200 {
+///     optimizer.backward_step(&items.forward(&ids)?.sqr()?.mean_all()?)?;
+/// }
+/// assert!(items.forward(&ids)?.abs()?.max_all()?.to_scalar::<f32>()? < 0.1);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Embedding {
+    table: Table,
+    options: Options,
+}
+
+/// What both layers can be told.
+#[derive(Clone, Copy, Debug, Default)]
+struct Options {
+    padding: Option<u32>,
+    max_norm: Option<f64>,
+}
+
+impl Options {
+    fn padding_idx(&mut self, table: &Table, id: usize) -> Result<()> {
+        let rows = table.rows();
+        check::require(id < rows, "padding_idx", format!("an id below the {rows} rows"), id)?;
+        self.padding = Some(id as u32);
+        Ok(())
+    }
+
+    fn max_norm(&mut self, table: &Table, max_norm: f64) -> Result<()> {
+        check::require(max_norm.is_finite() && max_norm > 0.0, "max_norm", "a finite number above 0", max_norm)?;
+        let writable = table.weight().is_variable() && table.on_host();
+        check::require(writable, "max_norm", "none for a weight that is no variable in host memory", max_norm)?;
+        self.max_norm = Some(max_norm);
+        Ok(())
+    }
+}
+
+fn matrix(weight: &Tensor) -> Result<Table> {
+    if weight.rank() != 2 {
+        return Err(Error::invalid("weight", "a matrix, [rows, dim]", format!("the shape {:?}", weight.dims())));
+    }
+    Table::new(weight)
+}
+
+impl Embedding {
+    /// A layer on `weight`, `[rows, dim]`, which is trained if it is a variable.
+    ///
+    /// # Errors
+    ///
+    /// A weight that is not a matrix of f64, f32, f16 or bf16.
+    pub fn new(weight: Tensor) -> Result<Self> {
+        Ok(Self { table: matrix(&weight)?, options: Options::default() })
+    }
+
+    /// The row `id` gets no gradient: it stays as it is (PyTorch's `padding_idx`).
+    ///
+    /// # Errors
+    ///
+    /// An id that is not the number of a row.
+    pub fn padding_idx(mut self, id: usize) -> Result<Self> {
+        self.options.padding_idx(&self.table, id)?;
+        Ok(self)
+    }
+
+    /// Before they are looked up, rows whose L2 norm is above `max_norm` are scaled down to it, in the weight
+    /// (PyTorch's `max_norm`).
+    ///
+    /// # Errors
+    ///
+    /// A number that is not positive; a weight that is not a variable, or not in host memory.
+    pub fn max_norm(mut self, max_norm: f64) -> Result<Self> {
+        self.options.max_norm(&self.table, max_norm)?;
+        Ok(self)
+    }
+
+    /// The weight, `[rows, dim]`.
+    pub fn embeddings(&self) -> &Tensor {
+        self.table.weight()
+    }
+
+    /// The number of columns.
+    pub fn hidden_size(&self) -> usize {
+        self.table.row_len()
+    }
+
+    /// The table under it.
+    pub fn table(&self) -> &Table {
+        &self.table
+    }
+}
+
+impl Module for Embedding {
+    fn forward(&self, ids: &Tensor) -> candle_core::Result<Tensor> {
+        Ok(self.table.lookup_without(ids, self.options.padding, self.options.max_norm)?)
+    }
+}
+
+/// An [`Embedding`] of `rows` times `dim`, whose `weight` comes from `vb` or is drawn from a normal distribution of mean 0
+/// and standard deviation 1, as `candle_nn`'s.
+///
+/// # Errors
+///
+/// As [`Embedding::new`], and what `vb` cannot give.
+pub fn embedding(rows: usize, dim: usize, vb: VarBuilder<'_>) -> candle_core::Result<Embedding> {
+    Ok(Embedding::new(weight(rows, dim, vb)?)?)
+}
+
+fn weight(rows: usize, dim: usize, vb: VarBuilder<'_>) -> candle_core::Result<Tensor> {
+    if rows.checked_mul(dim).is_none_or(|n| isize::try_from(n).is_err()) || u32::try_from(rows).is_err() {
+        let error = Error::invalid("rows", "at most 4294967295 rows, and a table that fits into memory", rows);
+        return Err(error.into());
+    }
+    vb.get_with_hints((rows, dim), "weight", Init::Randn { mean: 0.0, stdev: 1.0 })
+}

@@ -1,0 +1,109 @@
+//! Lookups in tables in host memory: from tensors to slices, for every dtype.
+
+use candle_core::{CpuStorage, Layout, Result, Tensor, bail};
+
+use super::cpu::rows;
+use super::lend::{Elements, ElementsMut, Source, elements_of, lend};
+use super::rows::Occurrences;
+use crate::element::Element;
+
+/// Runs `$body` with the slice of elements, and makes a storage of the vector that comes back.
+macro_rules! with_storage {
+    ($elements:expr, $values:ident => $body:expr) => {
+        match $elements {
+            Elements::F64($values) => CpuStorage::F64($body),
+            Elements::F32($values) => CpuStorage::F32($body),
+            Elements::F16($values) => CpuStorage::F16($body),
+            Elements::BF16($values) => CpuStorage::BF16($body),
+        }
+    };
+}
+
+/// The rows `ids` of a table, one after another.
+pub(crate) fn gather(table: &Tensor, row_len: usize, ids: &[u32]) -> Result<CpuStorage> {
+    let borrowed = Source::Tensor(table).borrow()?;
+    Ok(with_storage!(borrowed.elements()?, table => rows::gather(table, row_len, ids)))
+}
+
+/// One row for each bag: the sum or mean of the bag's rows, each times its factor.
+pub(crate) fn pool(
+    table: &Tensor,
+    row_len: usize,
+    ids: &[u32],
+    starts: &[u32],
+    factors: Option<&[f64]>,
+    mean: bool,
+) -> Result<CpuStorage> {
+    let borrowed = Source::Tensor(table).borrow()?;
+    Ok(with_storage!(borrowed.elements()?, table => rows::Pool { table, row_len, ids, starts, factors, mean }.pooled()))
+}
+
+/// The gradients of the factors of a pooled lookup, from that of its result.
+pub(crate) fn dot_rows(table: &Tensor, grad: &Tensor, row_len: usize, occurrences: &Occurrences) -> Result<CpuStorage> {
+    fn dots<E: Element>(table: &[E], grad: &[E], row_len: usize, occurrences: &Occurrences) -> Vec<E> {
+        let bags = (0..occurrences.ids().len()).map(|position| occurrences.contribution(position).0);
+        rows::dot_rows(table, grad, row_len, occurrences.ids(), bags)
+    }
+    let (table, grad) = (Source::Tensor(table).borrow()?, Source::Tensor(grad).borrow()?);
+    Ok(match (table.elements()?, grad.elements()?) {
+        (Elements::F64(table), Elements::F64(grad)) => CpuStorage::F64(dots(table, grad, row_len, occurrences)),
+        (Elements::F32(table), Elements::F32(grad)) => CpuStorage::F32(dots(table, grad, row_len, occurrences)),
+        (Elements::F16(table), Elements::F16(grad)) => CpuStorage::F16(dots(table, grad, row_len, occurrences)),
+        (Elements::BF16(table), Elements::BF16(grad)) => CpuStorage::BF16(dots(table, grad, row_len, occurrences)),
+        _ => bail!("the gradient of a lookup has another dtype than its table"),
+    })
+}
+
+/// The largest element of each column of each bag, and in which row it is.
+pub(crate) fn largest(
+    (storage, layout): (&CpuStorage, &Layout),
+    row_len: usize,
+    starts: &[u32],
+) -> Result<(CpuStorage, Vec<u32>)> {
+    fn pick<E: Element + Default>(values: &[E], row_len: usize, positions: &[u32]) -> Vec<E> {
+        let value = |(i, &row): (usize, &u32)| values.get(row as usize * row_len + i % row_len).copied();
+        positions.iter().enumerate().map(|each| value(each).unwrap_or_default()).collect()
+    }
+    let elements = elements_of(storage, layout)?;
+    let positions = match elements {
+        Elements::F64(values) => rows::largest(values, row_len, starts),
+        Elements::F32(values) => rows::largest(values, row_len, starts),
+        Elements::F16(values) => rows::largest(values, row_len, starts),
+        Elements::BF16(values) => rows::largest(values, row_len, starts),
+    };
+    Ok((with_storage!(elements, values => pick(values, row_len, &positions)), positions))
+}
+
+/// The gradient of what [`largest`] was given, `rows` rows: each element of `grad` goes to where its value came from.
+pub(crate) fn largest_backward(grad: &Tensor, row_len: usize, positions: &[u32], rows: usize) -> Result<CpuStorage> {
+    fn scatter<E: Element + Default>(grad: &[E], row_len: usize, positions: &[u32], rows: usize) -> Vec<E> {
+        let mut scattered = vec![E::default(); rows * row_len];
+        for (i, (&grad, &row)) in grad.iter().zip(positions).enumerate() {
+            if row != u32::MAX {
+                scattered[row as usize * row_len + i % row_len] = grad;
+            }
+        }
+        scattered
+    }
+    let borrowed = Source::Tensor(grad).borrow()?;
+    Ok(with_storage!(borrowed.elements()?, grad => scatter(grad, row_len, positions, rows)))
+}
+
+/// Scales the rows `ids` of a variable whose L2 norm is above `max_norm` down to it.
+pub(crate) fn renormalize(table: &Tensor, row_len: usize, ids: &[u32], max_norm: f64) -> Result<()> {
+    lend(table, |elements| {
+        match elements {
+            ElementsMut::F64(table) => rows::renormalize(table, row_len, ids, max_norm),
+            ElementsMut::F32(table) => rows::renormalize(table, row_len, ids, max_norm),
+            ElementsMut::F16(table) => rows::renormalize(table, row_len, ids, max_norm),
+            ElementsMut::BF16(table) => rows::renormalize(table, row_len, ids, max_norm),
+        }
+        Ok(())
+    })
+}
+
+/// The elements of a contiguous tensor.
+pub(crate) fn copy(tensor: &Tensor) -> Result<CpuStorage> {
+    let borrowed = Source::Tensor(tensor).borrow()?;
+    Ok(with_storage!(borrowed.elements()?, values => values.to_vec()))
+}

@@ -1,0 +1,222 @@
+//! Lookups as operations of candle's graph.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use candle_core::op::BackpropOp;
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Storage, Tensor, TensorId, bail};
+
+use super::{KEPT, Table, lock};
+use crate::kernel::{self, Occurrences};
+
+/// The ids of a lookup, and which of them get a gradient.
+pub(super) struct Ids {
+    pub(super) read: Vec<u32>,
+    pub(super) occurrences: Arc<Occurrences>,
+}
+
+/// A lookup whose rows are pooled.
+pub(crate) struct Pooled {
+    pub(crate) ids: Vec<u32>,
+    /// The ids of bag b are those from `starts[b]` to `starts[b + 1]`.
+    pub(crate) starts: Vec<u32>,
+    /// The bag of each id.
+    pub(crate) bags: Vec<u32>,
+    pub(crate) mean: bool,
+    /// The factor of each id, and the tensor that they are from, with the positions of the ids in it.
+    pub(crate) factors: Option<(Vec<f64>, Tensor, Vec<u32>)>,
+    pub(crate) max_norm: Option<f64>,
+}
+
+/// Looks rows up; the result has this shape.
+pub(super) fn rows(table: &Table, ids: Ids, shape: Vec<usize>) -> crate::Result<Tensor> {
+    let anchor = anchor(table, &shape);
+    let record = Record::new(table, &anchor, ids.occurrences);
+    Ok(anchor.apply_op1(Gather { record, ids: ids.read, shape: shape.into() })?)
+}
+
+/// Looks rows up and pools them: `[bags, row's dimensions..]`.
+pub(super) fn pool(table: &Table, pooled: Pooled) -> crate::Result<Tensor> {
+    let Pooled { ids, starts, bags, mean, factors, max_norm } = pooled;
+    let mut shape = vec![starts.len() - 1];
+    shape.extend(&table.weight().dims()[1..]);
+    let scales = match &factors {
+        Some((factors, ..)) => Some(factors.clone()),
+        None if mean => {
+            Some(bags.iter().map(|&b| 1.0 / f64::from(starts[b as usize + 1] - starts[b as usize])).collect())
+        }
+        None => None,
+    };
+    let occurrences = Arc::new(Occurrences::new(ids, Some(bags), scales));
+    if let Some(max_norm) = max_norm {
+        kernel::renormalize(table.weight(), table.row_len(), &occurrences.unique(), max_norm)?;
+    }
+    let anchor = anchor(table, &shape);
+    let record = Record::new(table, &anchor, occurrences);
+    let op = Pool { record, starts, mean, weighted: factors.is_some(), shape: shape.into() };
+    Ok(match factors {
+        None => anchor.apply_op1(op)?,
+        Some((_, weights, positions)) => anchor.apply_op2(&weights, PoolWeighted { pool: op, positions })?,
+    })
+}
+
+/// The leaf that takes the gradient of a lookup. It has a shape and no memory: nobody reads its values.
+fn anchor(table: &Table, shape: &[usize]) -> Tensor {
+    let weight = table.weight();
+    let nothing = match weight.dtype() {
+        DType::F64 => CpuStorage::F64(Vec::new()),
+        DType::F16 => CpuStorage::F16(Vec::new()),
+        DType::BF16 => CpuStorage::BF16(Vec::new()),
+        _ => CpuStorage::F32(Vec::new()),
+    };
+    Tensor::from_storage(Storage::Cpu(nothing), shape, BackpropOp::none(), weight.is_variable())
+}
+
+/// What connects an anchor with rows of a table. It is owned by the operations of the graph and by gradients.
+struct Record {
+    table: Table,
+    anchor: TensorId,
+    number: u64,
+    occurrences: Arc<Occurrences>,
+    differentiated: AtomicBool,
+}
+
+impl Record {
+    fn new(table: &Table, anchor: &Tensor, occurrences: Arc<Occurrences>) -> Arc<Self> {
+        let mut lookups = lock(&table.0.lookups);
+        let number = lookups.next;
+        lookups.next += 1;
+        if anchor.is_variable() {
+            lookups.live.insert(anchor.id(), (number, Arc::downgrade(&occurrences)));
+        }
+        drop(lookups);
+        let (table, anchor, differentiated) = (table.clone(), anchor.id(), AtomicBool::new(false));
+        Arc::new(Self { table, anchor, number, occurrences, differentiated })
+    }
+
+    /// The gradient of the anchor, as one that owns this record: the graph may be gone when it is used.
+    fn own(self: &Arc<Self>, anchor: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        if !anchor.is_variable() {
+            return Ok(None);
+        }
+        if self.differentiated.swap(true, Ordering::Relaxed) {
+            // Two gradients of one anchor may be added into one that owns nothing.
+            let mut lookups = lock(&self.table.0.lookups);
+            if lookups.kept.iter().all(|(anchor, ..)| *anchor != self.anchor) {
+                lookups.kept.push_back((self.anchor, self.number, self.occurrences.clone()));
+                let _oldest = if lookups.kept.len() > KEPT { lookups.kept.pop_front() } else { None };
+            }
+        }
+        let grad = Mutex::new(Some(grad.contiguous()?));
+        anchor.apply_op1(Owned { _record: self.clone(), grad }).map(Some)
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        lock(&self.table.0.lookups).live.remove(&self.anchor);
+    }
+}
+
+struct Gather {
+    record: Arc<Record>,
+    ids: Vec<u32>,
+    shape: Shape,
+}
+
+impl CustomOp1 for Gather {
+    fn name(&self) -> &'static str {
+        "table-lookup"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        let table = &self.record.table;
+        Ok((kernel::gather(table.weight(), table.row_len(), &self.ids)?, self.shape.clone()))
+    }
+
+    fn bwd(&self, anchor: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        self.record.own(anchor, grad)
+    }
+}
+
+struct Pool {
+    record: Arc<Record>,
+    starts: Vec<u32>,
+    mean: bool,
+    weighted: bool,
+    shape: Shape,
+}
+
+impl CustomOp1 for Pool {
+    fn name(&self) -> &'static str {
+        "table-pool"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (table, occurrences) = (&self.record.table, &self.record.occurrences);
+        // The scales of a mean are those of its gradient; the mean itself is a sum, divided once.
+        let factors = if self.weighted { occurrences.scales() } else { None };
+        let (ids, starts) = (occurrences.ids(), &self.starts);
+        let pooled = kernel::pool(table.weight(), table.row_len(), ids, starts, factors, self.mean)?;
+        Ok((pooled, self.shape.clone()))
+    }
+
+    fn bwd(&self, anchor: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        self.record.own(anchor, grad)
+    }
+}
+
+/// [`Pool`] with a factor for each id.
+struct PoolWeighted {
+    pool: Pool,
+    /// Where the factor of each id is in the tensor of factors.
+    positions: Vec<u32>,
+}
+
+impl CustomOp2 for PoolWeighted {
+    fn name(&self) -> &'static str {
+        "table-pool-weighted"
+    }
+
+    fn cpu_fwd(&self, anchor: &CpuStorage, layout: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.pool.cpu_fwd(anchor, layout)
+    }
+
+    fn bwd(
+        &self,
+        anchor: &Tensor,
+        weights: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let Record { table, occurrences, .. } = &*self.pool.record;
+        let grad = grad.contiguous()?;
+        // d/dweight[p] of sum_p weight[p] * row[p] is the product of the row with the gradient of its bag.
+        let dots = kernel::dot_rows(table.weight(), &grad, table.row_len(), occurrences)?;
+        let n = self.positions.len();
+        let dots = Tensor::from_storage(Storage::Cpu(dots), n, BackpropOp::none(), false);
+        let positions = Tensor::from_slice(&self.positions, n, weights.device())?;
+        let zeros = Tensor::zeros(weights.elem_count(), weights.dtype(), weights.device())?;
+        let of_weights = zeros.index_add(&positions, &dots, 0)?.reshape(weights.shape())?;
+        Ok((self.pool.record.own(anchor, &grad)?, Some(of_weights)))
+    }
+}
+
+/// A gradient that owns the record that it belongs to.
+struct Owned {
+    _record: Arc<Record>,
+    grad: Mutex<Option<Tensor>>,
+}
+
+impl CustomOp1 for Owned {
+    fn name(&self) -> &'static str {
+        "table-gradient"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        match lock(&self.grad).take() {
+            Some(grad) => Ok((kernel::copy(&grad)?, grad.shape().clone())),
+            None => bail!("the gradient of a lookup was taken twice"),
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! One weight with rows: its lookups, and which of them a step's gradients belong to.
+//!
+//! The graph of a lookup is `rows = table[ids] + anchor`. The table itself stays outside of it, so that no gradient of
+//! its size ever exists; the anchor, a leaf in the shape of the result, is what takes the gradient, and a record says
+//! to which rows it goes. Layer and optimizer find each other by the weight: one shared table for each variable.
+//!
+//! Invariant: a record lives as long as something that can still lead to its gradient: the graph, or a gradient in a
+//! `GradStore`. The table itself holds records weakly, so what is thrown away leaves nothing.
+
+mod lookup;
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
+
+use candle_core::backprop::GradStore;
+use candle_core::{Tensor, TensorId};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::gradient::sparse::{Part, read_ids, row_len, rows_of};
+use crate::kernel::{self, Occurrences, is_supported};
+
+/// All tables in use, by their variable.
+static TABLES: LazyLock<Mutex<HashMap<TensorId, Weak<Shared>>>> = LazyLock::new(Mutex::default);
+
+/// Records whose gradient may have lost its history, which happens when `GradStore::extend` adds two gradients of one
+/// anchor: that many are kept.
+const KEPT: usize = 64;
+
+/// A weight with rows, `[rows, ..]`, of which a step touches few.
+///
+/// ```text
+/// lookup(ids)[i, ..] = weight[ids[i], ..]
+/// ```
+///
+/// The result of [`lookup`](Self::lookup) is part of candle's graph, but its backward pass makes no gradient of the
+/// table's size: an [`Adamax`](crate::Adamax) that has the weight finds the rows' gradients in the `GradStore` by
+/// itself, sums those of equal rows in order of occurrence, and updates these rows only (TensorFlow's `IndexedSlices`).
+/// Clones, and tables made of the same variable, are the same table. A weight that is not a variable is frozen. A
+/// weight on another device than the CPU is looked up and differentiated densely, candle's way, in this version.
+///
+/// ```
+/// use candle_adamax::{Adamax, ParamsAdamax, Table};
+/// use candle_core::{DType, Device, Tensor, Var};
+/// use candle_nn::Optimizer;
+///
+/// let weight = Var::ones((1_000_000, 8), DType::F32, &Device::Cpu)?;
+/// let table = Table::new(&weight)?;
+/// let mut optimizer = Adamax::from_named([("weight", weight.clone())], ParamsAdamax::default())?;
+///
+/// let ids = Tensor::new(&[[3i64, 5], [3, 999_999]], &Device::Cpu)?;
+/// let rows = table.lookup(&ids)?;
+/// assert_eq!(rows.dims(), [2, 2, 8]);
+/// optimizer.backward_step(&rows.sum_all()?)?; // updates rows 3, 5 and 999,999
+///
+/// let after = table.lookup(&Tensor::new(&[3u32, 4], &Device::Cpu)?)?.to_vec2::<f32>()?;
+/// assert!((after[0][0] - 0.999).abs() < 1e-6 && after[1][0] == 1.0);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Table(Arc<Shared>);
+
+struct Shared {
+    weight: Tensor,
+    rows: usize,
+    row_len: usize,
+    lookups: Mutex<Lookups>,
+}
+
+#[derive(Default)]
+struct Lookups {
+    /// Counts lookups, whose order is that of the contributions to a row.
+    next: u64,
+    /// Those whose graph or gradient is there, by their anchors.
+    live: HashMap<TensorId, (u64, Weak<Occurrences>)>,
+    /// The last ones that were differentiated more than once.
+    kept: VecDeque<(TensorId, u64, Arc<Occurrences>)>,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if !self.weight.is_variable() {
+            return;
+        }
+        let mut tables = lock(&TABLES);
+        // Another table of the same variable may have come since the last user of this one left.
+        if tables.get(&self.weight.id()).is_some_and(|table| table.strong_count() == 0) {
+            tables.remove(&self.weight.id());
+        }
+    }
+}
+
+/// A panic elsewhere leaves nothing half done under these locks.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// All tables of variables, by their variables.
+pub(crate) fn all() -> HashMap<TensorId, Table> {
+    let tables: Vec<_> = lock(&TABLES).iter().map(|(id, table)| (*id, table.clone())).collect();
+    // Without the lock: the last owner of a table, which this may become, takes it when it leaves.
+    tables.into_iter().filter_map(|(id, table)| Some((id, Table(table.upgrade()?)))).collect()
+}
+
+impl Table {
+    /// The table of `weight`, `[rows, ..]` of f64, f32, f16 or bf16.
+    ///
+    /// # Errors
+    ///
+    /// A scalar, more than 4,294,967,295 rows, or another dtype.
+    pub fn new(weight: &Tensor) -> Result<Self> {
+        if !is_supported(weight.dtype()) {
+            let (name, expected, got) = ("weight".to_owned(), "F64, F32, F16 or BF16".to_owned(), weight.dtype());
+            return Err(ErrorKind::DTypeMismatch { what: "table", name, expected, got }.into());
+        }
+        let rows = rows_of(weight)?;
+        let make = |weight: Tensor| {
+            let row_len = row_len(&weight);
+            Arc::new(Shared { weight, rows, row_len, lookups: Mutex::default() })
+        };
+        if !weight.is_variable() {
+            return Ok(Self(make(weight.contiguous()?)));
+        }
+        let mut tables = lock(&TABLES);
+        if let Some(shared) = tables.get(&weight.id()).and_then(Weak::upgrade) {
+            return Ok(Self(shared));
+        }
+        let shared = make(weight.clone());
+        tables.insert(weight.id(), Arc::downgrade(&shared));
+        Ok(Self(shared))
+    }
+
+    /// The weight, `[rows, ..]`.
+    pub fn weight(&self) -> &Tensor {
+        &self.0.weight
+    }
+
+    /// How many rows it has.
+    pub fn rows(&self) -> usize {
+        self.0.rows
+    }
+
+    /// The rows of `ids`, which have any shape and any integer dtype: `[ids' dimensions.., row's dimensions..]`.
+    ///
+    /// # Errors
+    ///
+    /// An id that is not the number of a row; ids that are not integers.
+    pub fn lookup(&self, ids: &Tensor) -> Result<Tensor> {
+        self.lookup_without(ids, None, None)
+    }
+
+    /// A lookup in which the row `padding` gets no gradient and rows above `max_norm` are scaled down first.
+    pub(crate) fn lookup_without(&self, ids: &Tensor, padding: Option<u32>, max_norm: Option<f64>) -> Result<Tensor> {
+        let rows = self.read(ids)?;
+        let mut shape = ids.dims().to_vec();
+        shape.extend(&self.0.weight.dims()[1..]);
+        if !self.on_host() {
+            let ids = Tensor::new(rows, self.0.weight.device())?;
+            return Ok(self.0.weight.index_select(&ids, 0)?.reshape(shape)?);
+        }
+        let all = |occurrences| lookup::Ids { read: rows.clone(), occurrences: Arc::new(occurrences) };
+        let ids = match padding {
+            None => all(Occurrences::new(rows.clone(), None, None)),
+            Some(padding) => {
+                let (sources, trained) = (0..).zip(rows.iter().copied()).filter(|&(_, row)| row != padding).unzip();
+                all(Occurrences::new(trained, Some(sources), None))
+            }
+        };
+        if let Some(max_norm) = max_norm {
+            kernel::renormalize(&self.0.weight, self.0.row_len, &ids.occurrences.unique(), max_norm)?;
+        }
+        lookup::rows(self, ids, shape)
+    }
+
+    /// Sets rows of the weight to `values`, `[ids' dimensions.., row's dimensions..]`; of equal ids, the last one wins.
+    /// Moments stay: [`reset_rows`](crate::Adamax::reset_rows) clears those.
+    ///
+    /// # Errors
+    ///
+    /// An id out of range; values of another shape or dtype; a weight that is not a variable.
+    pub fn set_rows(&self, ids: &Tensor, values: &Tensor) -> Result<()> {
+        let (weight, row_len) = (&self.0.weight, self.0.row_len);
+        let rows = self.read(ids)?;
+        if !weight.is_variable() {
+            return Err(Error::invalid("weight", "a variable", "a tensor that cannot be changed"));
+        }
+        let expected: Vec<usize> = ids.dims().iter().chain(&weight.dims()[1..]).copied().collect();
+        if values.dims() != expected {
+            let (name, got) = ("weight".to_owned(), values.dims().to_vec());
+            return Err(ErrorKind::ShapeMismatch { what: "values", name, expected, got }.into());
+        }
+        if values.dtype() != weight.dtype() {
+            let (name, expected) = ("weight".to_owned(), format!("{:?}", weight.dtype()));
+            return Err(ErrorKind::DTypeMismatch { what: "values", name, expected, got: values.dtype() }.into());
+        }
+        // The last of equal ids: a scatter may write them in any order.
+        let sorted = Occurrences::new(rows, None, None);
+        let last = sorted.sorted().chunk_by(|a, b| a >> 32 == b >> 32).filter_map(|equal| equal.last());
+        let (rows, positions): (Vec<u32>, Vec<u32>) = last.map(|&key| ((key >> 32) as u32, key as u32)).unzip();
+        if rows.is_empty() || row_len == 0 {
+            return Ok(());
+        }
+        let (n, device) = (rows.len(), weight.device());
+        let positions = Tensor::new(positions, device)?;
+        let values = values.to_device(device)?.copy()?.reshape(((), row_len))?.index_select(&positions, 0)?;
+        let rows = Tensor::new(rows, device)?.reshape((n, 1))?.broadcast_as((n, row_len))?.contiguous()?;
+        Ok(weight.detach().reshape((self.0.rows, row_len))?.scatter_set(&rows, &values, 0)?)
+    }
+
+    /// The gradients in `grads` of this table's lookups, in the order of the lookups.
+    pub(crate) fn gradients<'g>(&self, grads: &'g GradStore) -> Vec<Part<'g>> {
+        let mut found: Vec<(u64, Part<'g>)> = Vec::new();
+        let lookups = lock(&self.0.lookups);
+        let live =
+            lookups.live.iter().filter_map(|(anchor, (n, occurrences))| Some((anchor, *n, occurrences.upgrade()?)));
+        let kept = lookups.kept.iter().map(|(anchor, n, occurrences)| (anchor, *n, occurrences.clone()));
+        for (anchor, n, occurrences) in live.chain(kept) {
+            if let Some(grad) = grads.get_id(*anchor) {
+                found.push((n, Part { grad: std::borrow::Cow::Borrowed(grad), occurrences }));
+            }
+        }
+        drop(lookups);
+        found.sort_by_key(|(n, _)| *n);
+        found.dedup_by_key(|(n, _)| *n);
+        found.into_iter().map(|(_, part)| part).collect()
+    }
+
+    pub(crate) fn on_host(&self) -> bool {
+        self.0.weight.device().is_cpu()
+    }
+
+    pub(crate) fn row_len(&self) -> usize {
+        self.0.row_len
+    }
+
+    pub(crate) fn read(&self, ids: &Tensor) -> Result<Vec<u32>> {
+        read_ids("ids", ids, self.0.rows)
+    }
+
+    /// Rows that are pooled by bags.
+    pub(crate) fn pool(&self, pooled: lookup::Pooled) -> Result<Tensor> {
+        lookup::pool(self, pooled)
+    }
+}
+
+pub(crate) use lookup::Pooled;
+
+impl std::fmt::Debug for Table {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Table")
+            .field("shape", self.0.weight.shape())
+            .field("dtype", &self.0.weight.dtype())
+            .field("trained", &self.0.weight.is_variable())
+            .finish()
+    }
+}
