@@ -4,6 +4,7 @@
 //! Invariant: variables are kept in the order of their names, so that nothing depends on the order in which a
 //! `VarMap` happens to give them; and whatever can fail comes before the first write.
 
+mod accumulate;
 mod collect;
 mod ema;
 mod manage;
@@ -17,6 +18,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 use candle_nn::{Optimizer, VarMap};
 
+use self::accumulate::{Accumulated, Sum};
 use self::collect::{Collected, Found, Grad, collect};
 use self::ema::Averages;
 pub use self::report::StepReport;
@@ -24,10 +26,9 @@ use self::report::{Outcome, Report};
 pub use self::snapshot::State;
 use crate::checkpoint::Counters;
 use crate::error::{Error, ErrorKind, Result};
-use crate::gradient::sparse::{self, densify};
 use crate::gradient::{Gradient, SparseGrad, Summary};
 use crate::group::{DEFAULT_GROUP, GroupSettings, ParamGroup};
-use crate::kernel::{self, Accumulate, Kernel, RowGrad, RowTask, RowValues, Source, Task, Update};
+use crate::kernel::{self, Kernel, RowGrad, RowTask, RowValues, Source, Task, Update};
 use crate::params::{ParamsAdamax, StepCount};
 use crate::rule::{Coefficients, Hyperparameters, WeightDecay};
 use crate::schedule::LearningRate;
@@ -86,66 +87,10 @@ struct Param {
     ema: Option<Buffer>,
 }
 
-/// The sum of unscaled gradients since the last update.
-struct Accumulated {
-    sum: Sum,
-    /// In how many calls the variable had a gradient; the sum counts for nothing if there was none.
-    calls: u64,
-}
-
-/// A sum of gradients.
-enum Sum {
-    /// In the shape of the variable.
-    Dense(Buffer),
-    /// Of the rows that had any.
-    Rows(RowGrad<'static>),
-}
-
 impl Param {
     /// Where its state lives.
     fn place(&self) -> Place {
         self.state.exp_avg.place()
-    }
-}
-
-impl Param {
-    /// The accumulated sum with the gradient of some rows added.
-    fn sum_with(&self, rows: &RowGrad<'_>, unscale: f64) -> Result<Sum> {
-        let var = self.var.as_tensor();
-        Ok(match self.accumulated.as_ref().map(|accumulated| &accumulated.sum) {
-            Some(Sum::Dense(sum)) => {
-                let sum = densify(Some(&sum.to_tensor(var.shape())?), rows, unscale, var)?;
-                Sum::Dense(Buffer::from_tensor(&sum, var, self.place())?)
-            }
-            Some(Sum::Rows(sum)) => Sum::Rows(sparse::accumulate(Some(sum), rows, unscale, var.dtype())?),
-            None => Sum::Rows(sparse::accumulate(None, rows, unscale, var.dtype())?),
-        })
-    }
-
-    /// The accumulated sum, to add a dense gradient to; what it was of some rows only is zero elsewhere.
-    fn dense_sum(&mut self) -> Result<&mut Buffer> {
-        let (sum, calls) = match self.accumulated.take() {
-            None => (Buffer::zeros(&self.var, self.place())?, 0),
-            Some(Accumulated { sum: Sum::Dense(sum), calls }) => (sum, calls),
-            Some(Accumulated { sum: Sum::Rows(rows), calls }) => {
-                let sum = densify(None, &rows, 1.0, &self.var)?;
-                (Buffer::from_tensor(&sum, &self.var, self.place())?, calls)
-            }
-        };
-        match &mut self.accumulated.insert(Accumulated { sum: Sum::Dense(sum), calls }).sum {
-            Sum::Dense(sum) => Ok(sum),
-            Sum::Rows(_) => Err(candle_core::Error::msg("the sum is not dense").into()),
-        }
-    }
-}
-
-impl Accumulated {
-    /// The sum, if there is one.
-    fn sum(&self) -> Option<GradRef<'_>> {
-        (self.calls > 0).then_some(match &self.sum {
-            Sum::Dense(buffer) => GradRef::Dense(Source::Buffer(buffer)),
-            Sum::Rows(rows) => GradRef::Rows(rows),
-        })
     }
 }
 
@@ -297,55 +242,6 @@ impl Adamax {
         averages.advance(&mut self.vars, self.params.ema, updates_before)?;
         self.counters.calls += 1;
         Ok(())
-    }
-
-    /// Adds the gradients to what was accumulated, and updates with the mean on the last of `steps` calls.
-    fn accumulate(&mut self, collected: &Collected<'_>, steps: u64, rates: &Rates) -> Result<Outcome> {
-        if self.params.skip_nonfinite && !Summary::check(&Gradients::OfThisCall(collected).sources(&self.vars)?)? {
-            return Ok(Outcome::Skipped);
-        }
-        let unscale = self.unscale();
-        let mut tasks = Vec::with_capacity(self.vars.len());
-        let mut sums = Vec::new();
-        for (index, param) in self.vars.iter_mut().enumerate() {
-            match collected.get(index) {
-                None => {}
-                Some(Grad::Rows(rows)) => sums.push((index, param.sum_with(rows, unscale)?)),
-                Some(Grad::Dense(grad)) => {
-                    let kind = Accumulate { unscale, sum: param.dense_sum()? };
-                    tasks.push(Task { lent: None, read: Some(Source::Tensor(grad)), kind });
-                }
-            }
-        }
-        kernel::accumulate(tasks)?;
-        for (index, sum) in sums {
-            let accumulated = &mut self.vars[index].accumulated;
-            let calls = accumulated.as_ref().map_or(0, |accumulated| accumulated.calls);
-            *accumulated = Some(Accumulated { sum, calls });
-        }
-        for (index, param) in self.vars.iter_mut().enumerate() {
-            if let (Some(_), Some(accumulated)) = (collected.get(index), &mut param.accumulated) {
-                accumulated.calls += 1;
-            }
-        }
-        if self.counters.pending + 1 < steps {
-            self.counters.pending += 1;
-            return Ok(Outcome::Accumulated);
-        }
-        // A sum that has overflowed cannot be mended: where that is skipped, the calls before go with it.
-        let outcome = self.update(Gradients::Accumulated { steps }, rates)?;
-        self.counters.pending = 0;
-        for accumulated in self.vars.iter_mut().map(|param| &mut param.accumulated) {
-            match accumulated {
-                Some(Accumulated { sum: Sum::Rows(_), .. }) => *accumulated = None,
-                Some(Accumulated { sum: Sum::Dense(sum), calls }) if *calls > 0 => {
-                    *calls = 0;
-                    sum.clear()?;
-                }
-                _ => {}
-            }
-        }
-        Ok(outcome)
     }
 
     /// The update, unless it is skipped.
