@@ -3,4 +3,5 @@
 //! Nothing here measures or prints. Every step is a closure that does the same work each time it is called.
 
 pub(crate) mod case;
+pub(crate) mod rows;
 pub(crate) mod streams;

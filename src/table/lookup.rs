@@ -1,12 +1,11 @@
 //! Lookups as operations of candle's graph.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Storage, Tensor, TensorId, bail};
 
-use super::{KEPT, Table, lock};
+use super::{Table, lock};
 use crate::kernel::{self, Occurrences};
 
 /// The ids of a lookup, and which of them get a gradient.
@@ -78,7 +77,6 @@ struct Record {
     anchor: TensorId,
     number: u64,
     occurrences: Arc<Occurrences>,
-    differentiated: AtomicBool,
 }
 
 impl Record {
@@ -90,8 +88,7 @@ impl Record {
             lookups.live.insert(anchor.id(), (number, Arc::downgrade(&occurrences)));
         }
         drop(lookups);
-        let (table, anchor, differentiated) = (table.clone(), anchor.id(), AtomicBool::new(false));
-        Arc::new(Self { table, anchor, number, occurrences, differentiated })
+        Arc::new(Self { table: table.clone(), anchor: anchor.id(), number, occurrences })
     }
 
     /// The gradient of the anchor, as one that owns this record: the graph may be gone when it is used.
@@ -99,14 +96,8 @@ impl Record {
         if !anchor.is_variable() {
             return Ok(None);
         }
-        if self.differentiated.swap(true, Ordering::Relaxed) {
-            // Two gradients of one anchor may be added into one that owns nothing.
-            let mut lookups = lock(&self.table.0.lookups);
-            if lookups.kept.iter().all(|(anchor, ..)| *anchor != self.anchor) {
-                lookups.kept.push_back((self.anchor, self.number, self.occurrences.clone()));
-                let _oldest = if lookups.kept.len() > KEPT { lookups.kept.pop_front() } else { None };
-            }
-        }
+        // Two gradients of one anchor that `GradStore::extend` adds, or one that a caller detaches, own nothing.
+        lock(&self.table.0.lookups).keep(self.anchor, self.number, &self.occurrences);
         let grad = Mutex::new(Some(grad.contiguous()?));
         anchor.apply_op1(Owned { _record: self.clone(), grad }).map(Some)
     }

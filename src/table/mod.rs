@@ -5,7 +5,8 @@
 //! to which rows it goes. Layer and optimizer find each other by the weight: one shared table for each variable.
 //!
 //! Invariant: a record lives as long as something that can still lead to its gradient: the graph, or a gradient in a
-//! `GradStore`. The table itself holds records weakly, so what is thrown away leaves nothing.
+//! `GradStore`. The table itself holds them weakly, but for a few recent ones, so what is thrown away leaves nothing
+//! that grows; and a record without a gradient in the `GradStore` of a step counts for nothing.
 
 mod lookup;
 
@@ -22,9 +23,10 @@ use crate::kernel::{self, Occurrences, is_supported};
 /// All tables in use, by their variable.
 static TABLES: LazyLock<Mutex<HashMap<TensorId, Weak<Shared>>>> = LazyLock::new(Mutex::default);
 
-/// Records whose gradient may have lost its history, which happens when `GradStore::extend` adds two gradients of one
-/// anchor: that many are kept.
+/// The last records that were differentiated are kept, so many of them and of so many ids at most: their gradients may
+/// lose what owns the record, which happens where `GradStore::extend` adds two of one anchor.
 const KEPT: usize = 64;
+const KEPT_IDS: usize = 1 << 20;
 
 /// A weight with rows, `[rows, ..]`, of which a step touches few.
 ///
@@ -72,8 +74,20 @@ struct Lookups {
     next: u64,
     /// Those whose graph or gradient is there, by their anchors.
     live: HashMap<TensorId, (u64, Weak<Occurrences>)>,
-    /// The last ones that were differentiated more than once.
+    /// The last ones that were differentiated.
     kept: VecDeque<(TensorId, u64, Arc<Occurrences>)>,
+}
+
+impl Lookups {
+    /// Keeps a record for a while.
+    fn keep(&mut self, anchor: TensorId, number: u64, occurrences: &Arc<Occurrences>) {
+        self.kept.retain(|(kept, ..)| *kept != anchor);
+        self.kept.push_back((anchor, number, occurrences.clone()));
+        let mut ids: usize = self.kept.iter().map(|(.., occurrences)| occurrences.ids().len()).sum();
+        while self.kept.len() > KEPT || (ids > KEPT_IDS && self.kept.len() > 1) {
+            ids -= self.kept.pop_front().map_or(0, |(.., oldest)| oldest.ids().len());
+        }
+    }
 }
 
 impl Drop for Shared {

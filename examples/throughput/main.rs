@@ -4,6 +4,7 @@
 //! cargo run --release --example throughput -- dense --elements 100000000
 //! cargo run --release --example throughput -- dense --elements 10000000 --dtype bf16
 //! cargo run --release --example throughput -- small --tensors 1000 --elements 64
+//! cargo run --release --example throughput -- sparse --rows 10000000 --dim 64 --batch 8192
 //! ```
 //!
 //! Gradients are recorded beforehand; there is no autograd in what is timed. `memory` reads and writes the bytes of an
@@ -20,7 +21,8 @@ use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 
-#[path = "../benches/support/mod.rs"]
+mod sparse;
+#[path = "../../benches/support/mod.rs"]
 mod support;
 
 use support::case::{Case, Step};
@@ -75,6 +77,8 @@ enum CaseArgs {
         #[command(flatten)]
         common: Common,
     },
+    /// Some rows of an embedding table of f32: a lookup, a step, and both with a backward pass between them.
+    Sparse(sparse::Args),
 }
 
 #[derive(Args)]
@@ -129,6 +133,7 @@ fn main() -> Result<()> {
     let (name, tensors, elements, common) = match case {
         CaseArgs::Dense { elements, common } => ("dense", 1, elements, common),
         CaseArgs::Small { tensors, elements, common } => ("small", tensors, elements, common),
+        CaseArgs::Sparse(args) => return sparse::run(&args, json),
     };
     ensure!(tensors > 0, "--tensors: expected at least 1, got 0");
     ensure!(elements > 0, "--elements: expected at least 1, got 0");
