@@ -30,6 +30,7 @@
 //! | its settings, and the conventions of the frameworks | [`ParamsAdamax`], [`Epsilon`], [`WeightDecay`], [`StepCount`] |
 //! | learning rates that change | [`LearningRate`], [`Schedule`], [`LearningRateSchedule`] |
 //! | settings of some variables | [`ParamGroup`] |
+//! | embedding tables, of which a step touches some rows | [`Embedding`], [`EmbeddingBag`], [`Table`], [`SparseGrad`] |
 //! | what a step did | [`StepReport`] |
 //! | state in memory | [`Snapshot`], [`State`] |
 //! | what goes wrong | [`Error`], [`ErrorKind`] |
@@ -48,14 +49,18 @@
 //! | module | what lives there |
 //! | --- | --- |
 //! | `adamax` | the optimizer; `step` reads as the list of what it does |
+//! | `embedding` | layers on tables |
+//! | `table` | one weight with rows: its lookups, and which gradients are theirs |
 //! | `checkpoint` | a snapshot of all state, and its way into a file and back |
-//! | `gradient` | norms of gradients, and what clipping makes of them |
+//! | `gradient` | norms of gradients, and what clipping makes of them; gradients of rows, in their order |
 //! | `group`, `params` | settings, presets, what is allowed |
 //! | `schedule` | learning rates: pure functions of the count of calls |
 //! | `kernel` | which kernel runs; the one for the CPU, the one of tensor operations |
 //! | `kernel::lend` | the only place that takes slices out of candle's tensors |
+//! | `kernel::rows` | a gradient of some rows, and of what each is the sum |
 //! | `kernel::plan` | sizes of tensors become equal pieces of work; pure |
 //! | `state` | the moments of one variable |
+//! | `pages` | zeroed arrays that take memory where they are written |
 //! | `reduce` | the one tree by which norms are summed; pure |
 //! | `rule` | **the formula**; pure |
 //! | `element` | f64, f32, f16, bf16 and the type of their arithmetic; pure |
