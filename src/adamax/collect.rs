@@ -32,7 +32,7 @@ pub(super) enum Grad<'g> {
     /// Contiguous, in the variable's shape.
     Dense(Cow<'g, Tensor>),
     /// Of some rows.
-    Rows(RowGrad<'g>),
+    Rows(Box<RowGrad<'g>>),
 }
 
 /// The gradients of one call: one for each variable, or none.
@@ -111,7 +111,9 @@ impl Checker<'_> {
         if let Some(sparse) = sparse {
             parts.push(self.sparse(sparse)?);
         }
-        if let (Some(touched), Some(grad)) = (touched, dense.take_if(|_| touched.is_some())) {
+        if let Some(touched) = touched
+            && let Some(grad) = dense.take()
+        {
             parts.push(self.touched(touched, grad)?);
         }
         if parts.is_empty() {
@@ -119,7 +121,7 @@ impl Checker<'_> {
         }
         let rows = coalesce(parts, row_len(var))?;
         Ok(Some(match dense {
-            None => Grad::Rows(rows),
+            None => Grad::Rows(Box::new(rows)),
             // A weight that is used both ways gets the sum of both, and that has all rows.
             Some(grad) => Grad::Dense(Cow::Owned(densify(Some(&grad), &rows, 1.0, var)?.to_device(var.device())?)),
         }))
