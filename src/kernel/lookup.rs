@@ -6,6 +6,7 @@ use super::cpu::rows;
 use super::lend::{Elements, ElementsMut, Source, elements_of, lend};
 use super::rows::Occurrences;
 use crate::element::Element;
+use crate::pages;
 
 /// Runs `$body` with the slice of elements, and makes a storage of the vector that comes back.
 macro_rules! with_storage {
@@ -100,6 +101,18 @@ pub(crate) fn renormalize(table: &Tensor, row_len: usize, ids: &[u32], max_norm:
         }
         Ok(())
     })
+}
+
+/// Asks for large pages under a large table.
+pub(crate) fn enlarge(table: &Tensor) -> Result<()> {
+    let borrowed = Source::Tensor(table).borrow()?;
+    match borrowed.elements()? {
+        Elements::F64(values) => pages::enlarge(values),
+        Elements::F32(values) => pages::enlarge(values),
+        Elements::F16(values) => pages::enlarge(values),
+        Elements::BF16(values) => pages::enlarge(values),
+    }
+    Ok(())
 }
 
 /// The elements of a contiguous tensor.

@@ -16,7 +16,7 @@ use lend::Borrowed;
 
 pub(crate) use cpu::{Accumulate, Average, RowTask, Task, Update};
 pub(crate) use lend::Source;
-pub(crate) use lookup::{copy, dot_rows, gather, largest, largest_backward, pool, renormalize};
+pub(crate) use lookup::{copy, dot_rows, enlarge, gather, largest, largest_backward, pool, renormalize};
 pub(crate) use rows::{Contribution, Occurrences, RowGrad, RowValues};
 
 /// Which implementation of the update an optimizer uses.

@@ -116,7 +116,8 @@ pub(crate) fn all() -> HashMap<TensorId, Table> {
 }
 
 impl Table {
-    /// The table of `weight`, `[rows, ..]` of f64, f32, f16 or bf16.
+    /// The table of `weight`, `[rows, ..]` of f64, f32, f16 or bf16. On Linux a large variable is moved to pages of 2 MB,
+    /// unless it is on such already, which takes some tenths of a second a gigabyte, once.
     ///
     /// # Errors
     ///
@@ -137,6 +138,9 @@ impl Table {
         let mut tables = lock(&TABLES);
         if let Some(shared) = tables.get(&weight.id()).and_then(Weak::upgrade) {
             return Ok(Self(shared));
+        }
+        if weight.device().is_cpu() {
+            kernel::enlarge(weight)?;
         }
         let shared = make(weight.clone());
         tables.insert(weight.id(), Arc::downgrade(&shared));
