@@ -3,11 +3,12 @@
 //! One call is computed from the optimizer's own state before it, so that rounding does not add up over the calls and
 //! the bounds stay as sharp as one rounding is. Written from the frameworks' formulas, not from the crate's source.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use candle_adamax::{AccumulatedGrad, Epsilon, GroupLr, NormType, ParamsAdamax, Snapshot, StepCount, WeightDecay};
-use candle_core::{DType, Tensor, Var};
+use candle_adamax::{Epsilon, Gradient, GroupLr, NormType, ParamsAdamax, Snapshot, StepCount, WeightDecay};
+use candle_core::{DType, Var};
 
+use super::gradients::Whole;
 use super::values;
 
 /// A number, and how far from it one may be.
@@ -35,6 +36,8 @@ pub(crate) struct Expected {
     pub(crate) u: Vec<Bound>,
     pub(crate) ema: Option<Vec<Bound>>,
     pub(crate) accumulated: Option<Vec<Bound>>,
+    /// The rows that gradients were accumulated for, if not for all.
+    pub(crate) accumulated_rows: Option<BTreeSet<usize>>,
     pub(crate) step: u64,
 }
 
@@ -114,22 +117,18 @@ pub(crate) fn clipped(params: &ParamsAdamax, g: f64, own: f64, total: f64) -> f6
     g
 }
 
-/// A gradient of a call: its value and the size of what it was summed up from.
-#[derive(Clone, Copy)]
-struct Gradient {
-    g: f64,
-    size: f64,
-}
-
-/// One call of `step`, from the state in `before`.
+/// One call of `step`, from the state in `before`. Rows without a gradient keep their weights and their state.
 ///
 /// `norm_error` is the relative error that a norm may have (candle sums f32 in f32).
-pub(crate) fn call(
+pub(crate) fn call<'g, G>(
     before: &Snapshot,
     weights: &BTreeMap<String, Var>,
-    grads: &BTreeMap<String, Tensor>,
+    grads: &'g BTreeMap<String, G>,
     norm_error: f64,
-) -> Call {
+) -> Call
+where
+    &'g G: Into<Gradient<'g>>,
+{
     let Snapshot { params, groups, counters, vars } = before;
     let lr = params.lr.at(counters.calls).unwrap();
     let unscale = 1.0 / params.loss_scale_factor.unwrap_or(1.0);
@@ -137,50 +136,48 @@ pub(crate) fn call(
     let updated = counters.pending + 1 == steps;
 
     // Unscale and accumulate.
-    let mut mean: BTreeMap<&str, Vec<Gradient>> = BTreeMap::new();
+    let mut mean: BTreeMap<&str, Whole> = BTreeMap::new();
     let mut expected: BTreeMap<String, Expected> = BTreeMap::new();
     for (name, state) in vars {
         let eps = epsilon_of(weights[name].dtype());
-        let grad = grads.get(name).map(values);
-        let sum = state.accumulated.as_ref().and_then(|(sum, _)| sum.dense()).map(values);
-        let n = weights[name].elem_count();
-        let gradient = |i: usize| {
-            let (g, sum) = (grad.as_ref().map_or(0.0, |g| g[i] * unscale), sum.as_ref().map_or(0.0, |sum| sum[i]));
-            Gradient { g: (g + sum) / steps as f64, size: (g.abs() + sum.abs()) / steps as f64 }
-        };
+        let shape = weights[name].dims();
+        let grad = grads.get(name).map(|grad| Whole::of(grad, shape).scaled(unscale));
+        let sum = state.accumulated.as_ref().map(|(sum, _)| Whole::accumulated(sum, shape));
         let entry = expected.entry(name.clone()).or_default();
-        if grad.is_none() && sum.is_none() {
-            continue;
-        }
-        let gradients: Vec<Gradient> = (0..n).map(gradient).collect();
+        let mut sum = match (grad, sum) {
+            (Some(grad), Some(sum)) => grad.plus(&sum),
+            (Some(sum), None) | (None, Some(sum)) => sum,
+            (None, None) => continue,
+        };
+        // The bounds below have room for the rounding of some terms; that of more grows with their number.
+        let many = ((sum.terms + 4) as f64 / 8.0).max(1.0);
+        sum.size.iter_mut().for_each(|size| *size *= many);
         if updated {
-            mean.insert(name, gradients);
+            mean.insert(name, sum.scaled(1.0 / steps as f64));
         } else {
-            let n = steps as f64;
-            let of = |x: &Gradient| Bound { value: x.g * n, error: 4.0 * eps * x.size * n + 1e-44 };
-            entry.accumulated = Some(gradients.iter().map(of).collect());
+            let of = |(&value, &size): (&f64, &f64)| Bound { value, error: 4.0 * eps * size + 1e-44 };
+            entry.accumulated = Some(sum.g.iter().zip(&sum.size).map(of).collect());
+            entry.accumulated_rows = sum.rows;
         }
     }
 
     // Norms.
-    let plain: BTreeMap<&str, Vec<f64>> =
-        mean.iter().map(|(name, grad)| (*name, grad.iter().map(|x| x.g).collect())).collect();
     let norm_type = match params.clip_grad_norm {
         Some(clip) => Some(clip.norm_type),
         None => params.clip_norm.or(params.clip_global_norm).map(|_| NormType::L2),
     };
-    let all: Vec<&[f64]> = plain.values().map(Vec::as_slice).collect();
+    let all: Vec<&[f64]> = mean.values().map(|mean| mean.g.as_slice()).collect();
     let total = norm(&all, norm_type.unwrap_or_default());
     // A norm of sums knows them as well only as they were rounded, each in the arithmetic of its own variable.
     let error_of_norm = |names: &[&str]| {
-        if steps == 1 {
+        if steps == 1 && names.iter().all(|name| mean[name].rows.is_none()) {
             return norm_error;
         }
         let rounding = |name: &&str| {
             let eps = epsilon_of(weights[*name].dtype());
-            mean[name].iter().map(|x| eps * x.size).collect::<Vec<f64>>()
+            mean[name].size.iter().map(|size| eps * size).collect::<Vec<f64>>()
         };
-        let grads: Vec<&[f64]> = names.iter().map(|name| plain[name].as_slice()).collect();
+        let grads: Vec<&[f64]> = names.iter().map(|name| mean[name].g.as_slice()).collect();
         let roundings: Vec<Vec<f64>> = names.iter().map(rounding).collect();
         let roundings: Vec<&[f64]> = roundings.iter().map(Vec::as_slice).collect();
         let of = |rows: &[&[f64]]| norm(rows, norm_type.unwrap_or_default());
@@ -188,7 +185,7 @@ pub(crate) fn call(
         norm_error + if norm == 0.0 { 0.0 } else { 4.0 * of(&roundings) / norm }
     };
     let error_of_total =
-        if norm_type.is_some() { error_of_norm(&plain.keys().copied().collect::<Vec<_>>()) } else { 0.0 };
+        if norm_type.is_some() { error_of_norm(&mean.keys().copied().collect::<Vec<_>>()) } else { 0.0 };
 
     for (name, state) in vars {
         let var = &weights[name];
@@ -218,7 +215,7 @@ pub(crate) fn call(
         let entry = expected.entry(name.clone()).or_default();
         entry.step = state.step;
         let exact = |xs: &[f64]| xs.iter().map(|&value| Bound { value, error: 0.0 }).collect::<Vec<_>>();
-        let Some(gradients) = mean.get(name.as_str()) else {
+        let Some(grad) = mean.get(name.as_str()) else {
             (entry.w, entry.m, entry.u) = (exact(&w), exact(&m), exact(&u));
             continue;
         };
@@ -228,23 +225,29 @@ pub(crate) fn call(
             StepCount::PerVar => state.step + 1,
         };
         let step_size = lr / (1.0 - (0..t).fold(1.0, |power, _| power * beta1));
-        let own = norm(&[&plain[name.as_str()]], norm_type.unwrap_or_default());
+        let own = norm(&[&grad.g], norm_type.unwrap_or_default());
         let eps_of_g = match norm_type {
             None => eps,
             Some(_) if params.clip_norm.is_some() => eps + error_of_norm(&[name.as_str()]),
             Some(_) => eps + error_of_total,
         };
         for i in 0..w.len() {
-            let mut g = clipped(params, gradients[i].g, own, total);
+            if !grad.touches(i, var.dims()) {
+                entry.w.push(Bound { value: w[i], error: 0.0 });
+                entry.m.push(Bound { value: m[i], error: 0.0 });
+                entry.u.push(Bound { value: u[i], error: 0.0 });
+                continue;
+            }
+            let mut g = clipped(params, grad.g[i], own, total);
             // How much of the gradient's size the clip has left.
-            let kept = if gradients[i].g == 0.0 { 1.0 } else { (g / gradients[i].g).abs() };
+            let kept = if grad.g[i] == 0.0 { 1.0 } else { (g / grad.g[i]).abs() };
             if params.maximize {
                 g = -g;
             }
             if l2 != 0.0 {
                 g += l2 * w[i];
             }
-            let size = gradients[i].size * kept + l2 * w[i].abs();
+            let size = grad.size[i] * kept + l2 * w[i].abs();
             let new_m = beta1 * m[i] + (1.0 - beta1) * g;
             let m_error = 8.0 * (eps * beta1 * m[i].abs() + eps_of_g * (1.0 - beta1) * size) + tiny;
             let seen = g.abs() + inside;
@@ -341,8 +344,13 @@ impl Call {
                 _ => return Some(format!("{name}.ema: expected {:?}, got {:?}", expected.ema, state.ema)),
             }
             match (&expected.accumulated, &state.accumulated) {
-                (Some(expected), Some((AccumulatedGrad::Dense(sum), _))) => {
-                    pairs.push(("accumulated", expected, values(sum)));
+                (Some(bounds), Some((sum, _))) => {
+                    let sum = Whole::accumulated(sum, weights[name].dims());
+                    if sum.rows != expected.accumulated_rows {
+                        let (rows, got) = (&expected.accumulated_rows, sum.rows);
+                        return Some(format!("{name}.accumulated: expected the rows {rows:?}, got {got:?}"));
+                    }
+                    pairs.push(("accumulated", bounds, sum.g));
                 }
                 (None, None) => {}
                 _ => {

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "every test file compiles its own copy and uses a part of it")]
 
 pub(crate) mod formulas;
+pub(crate) mod gradients;
 
 use std::collections::BTreeMap;
 

@@ -3,14 +3,15 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use candle_adamax::{Adamax, ClipGradNorm, Kernel, NormType, ParamsAdamax};
-use candle_core::{DType, Var};
+use candle_adamax::{Adamax, ClipGradNorm, Kernel, NormType, ParamsAdamax, SparseGrad};
+use candle_core::{DType, Device, Var};
 use serde_json::Value;
 
 use super::case::Array;
 use super::compare::{epsilon, same};
 use super::{Case, Outcome, number};
 use crate::common::formulas::{clipped, largest, norm};
+use crate::common::gradients::{Grad, Whole};
 use crate::common::values;
 
 pub(crate) fn run(case: &Case, kernel: Kernel) -> Result<Outcome> {
@@ -21,26 +22,27 @@ pub(crate) fn run(case: &Case, kernel: Kernel) -> Result<Outcome> {
     let rtol = case.tolerance("rtol", "")?.context("no tolerance")?;
     let overflowing = case.get("verified")?.get("differs_from_float64_formula").and_then(Value::as_array);
     let overflowing: Vec<&str> = overflowing.into_iter().flatten().filter_map(Value::as_str).collect();
-    let mut own: Vec<&str> = Vec::new();
+    let (mut own, mut summed): (Vec<&str>, Vec<&str>) = (Vec::new(), Vec::new());
     let inputs = case.object("inputs")?;
     for label in inputs.keys() {
-        if case.tensors.contains_key(&format!("{label}.indices")) {
-            continue;
-        }
-        let (grads, recorded) = (list(case, label, "in"), list(case, label, "out"));
+        let (grads, recorded) = (list(case, label, "in")?, list(case, label, "out")?);
         ensure!(!grads.is_empty() && grads.len() == recorded.len(), "{label}: no gradients");
         let (clipped, total) = clip(&params, &grads, kernel)?;
         let (formula, true_total) = formula(&params, &grads);
         // What overflows in the framework's type was recorded, but is not required: our norms are f64.
-        let recorded_counts = !overflowing.contains(&label.as_str());
-        if !recorded_counts {
+        let overflows = overflowing.contains(&label.as_str());
+        let repeated = grads.iter().any(|grad| grad.whole.terms > 1);
+        if overflows {
             own.push(label);
+        } else if repeated {
+            summed.push(label);
         }
+        let recorded_counts = !overflows && !repeated;
         // In f64 the portable path scales before it squares, so that its norm holds beyond where squares do.
-        let beyond_squares = ["huge", "tiny"].contains(&label.as_str()) && grads[0].dtype()? == DType::F64;
+        let beyond_squares = ["huge", "tiny"].contains(&label.as_str()) && grads[0].dtype == DType::F64;
         let scaled = beyond_squares && kernel == Kernel::Portable;
         let expected: Vec<&[f64]> = match recorded_counts {
-            true => recorded.iter().map(|array| array.values.as_slice()).collect(),
+            true => recorded.iter().map(|list| list.whole.g.as_slice()).collect(),
             false => formula.iter().map(Vec::as_slice).collect(),
         };
         for (i, (got, expected)) in clipped.iter().zip(&expected).enumerate() {
@@ -57,15 +59,13 @@ pub(crate) fn run(case: &Case, kernel: Kernel) -> Result<Outcome> {
             ensure!(near || scaled, "{label}.norm: expected {expected:e}, got {got:e}");
         }
     }
-    let sparse = inputs.keys().any(|label| case.tensors.contains_key(&format!("{label}.indices")));
-    Ok(match (own.is_empty(), sparse) {
-        (true, false) => Outcome::Compared,
-        (_, sparse) => {
-            let norms = format!("`{}` by the formula, since our norms are f64", own.join("`, `"));
-            let sparse = sparse.then(|| "`sparse` not yet run: sparse gradients".to_owned());
-            let all: Vec<String> = (!own.is_empty()).then_some(norms).into_iter().chain(sparse).collect();
-            Outcome::Own(format!("compared, but {}", all.join("; ")))
-        }
+    let reasons = [(own, "our norms are f64"), (summed, "we sum the values of a row before we clip")];
+    let reasons = reasons.iter().filter(|(labels, _)| !labels.is_empty());
+    let reasons: Vec<String> =
+        reasons.map(|(labels, why)| format!("`{}` by the formula, since {why}", labels.join("`, `"))).collect();
+    Ok(match reasons.is_empty() {
+        true => Outcome::Compared,
+        false => Outcome::Own(format!("compared, but {}", reasons.join("; "))),
     })
 }
 
@@ -96,32 +96,50 @@ fn with_clip(params: ParamsAdamax, case: &Case) -> Result<Option<ParamsAdamax>> 
     }))
 }
 
-/// The tensors `LABEL.WHAT`, or `LABEL.WHAT.0` and so on.
-fn list<'c>(case: &'c Case, label: &str, what: &str) -> Vec<&'c Array> {
+/// A gradient, before or after it is clipped.
+struct Item {
+    dtype: DType,
+    shape: Vec<usize>,
+    grad: Grad,
+    whole: Whole,
+}
+
+/// The tensors `LABEL.WHAT`, or `LABEL.WHAT.0` and so on. The first is of the rows `LABEL.indices` if there are any.
+fn list(case: &Case, label: &str, what: &str) -> Result<Vec<Item>> {
     let one = case.tensors.get(&format!("{label}.{what}"));
     let many = (0..).map_while(|i| case.tensors.get(&format!("{label}.{what}.{i}")));
-    one.into_iter().chain(many).collect()
+    let indices = case.tensors.get(&format!("{label}.indices"));
+    let item = |(i, array): (usize, &Array)| {
+        let (mut shape, values) = (array.shape.clone(), array.tensor()?);
+        let grad = match indices.filter(|_| i == 0) {
+            None => Grad::Dense(values),
+            Some(indices) => {
+                // One more row than there are gradients for.
+                shape[0] = indices.values.iter().fold(0, |rows, &row| rows.max(row as usize + 2));
+                Grad::Sparse(SparseGrad { indices: indices.tensor()?, values })
+            }
+        };
+        Ok(Item { dtype: array.dtype()?, whole: Whole::of(&grad, &shape), grad, shape })
+    };
+    one.into_iter().chain(many).enumerate().map(item).collect()
 }
 
 /// The clipped gradients and the total norm, by the optimizer.
-fn clip(params: &ParamsAdamax, grads: &[&Array], kernel: Kernel) -> Result<(Vec<Vec<f64>>, Option<f64>)> {
-    let grads = grads.iter().map(|array| array.tensor()).collect::<Result<Vec<_>>>()?;
-    let vars: Vec<(String, Var)> = grads
-        .iter()
-        .enumerate()
-        .map(|(i, grad)| Ok((format!("{i:03}"), Var::from_tensor(&grad.zeros_like()?)?)))
-        .collect::<Result<_>>()?;
+fn clip(params: &ParamsAdamax, items: &[Item], kernel: Kernel) -> Result<(Vec<Vec<f64>>, Option<f64>)> {
+    let var = |item: &Item| Var::zeros(item.shape.as_slice(), item.dtype, &Device::Cpu);
+    let vars: Vec<(String, Var)> =
+        items.iter().enumerate().map(|(i, item)| Ok((format!("{i:03}"), var(item)?))).collect::<Result<_>>()?;
     let mut optimizer = Adamax::from_named(vars.clone(), params.clone())?;
     optimizer.set_kernel(kernel)?;
-    optimizer.apply_gradients(vars.iter().map(|(_, var)| var).zip(&grads))?;
+    optimizer.apply_gradients(vars.iter().zip(items).map(|((_, var), item)| (var, &item.grad)))?;
     let moments = vars.iter().map(|(name, _)| Ok(values(&optimizer.state(name)?.exp_avg)));
     Ok((moments.collect::<Result<_>>()?, optimizer.report().total_norm()))
 }
 
 /// The clipped gradients and the total norm, by the formulas in f64.
-fn formula(params: &ParamsAdamax, grads: &[&Array]) -> (Vec<Vec<f64>>, f64) {
+fn formula(params: &ParamsAdamax, items: &[Item]) -> (Vec<Vec<f64>>, f64) {
     let norm_type = params.clip_grad_norm.map_or(NormType::L2, |clip| clip.norm_type);
-    let all: Vec<&[f64]> = grads.iter().map(|array| array.values.as_slice()).collect();
+    let all: Vec<&[f64]> = items.iter().map(|item| item.whole.g.as_slice()).collect();
     let total = norm(&all, norm_type);
     let clip = |grad: &&[f64]| {
         let own = norm(&[grad], norm_type);

@@ -6,8 +6,12 @@ mod case;
 mod clip;
 mod compare;
 mod drift;
+mod hyper;
+mod model;
 mod optimizer;
 mod rates;
+mod recording;
+mod rows;
 mod schedule;
 
 use std::collections::BTreeMap;
@@ -18,6 +22,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use candle_adamax::Kernel;
 
 pub(crate) use case::Case;
+pub(crate) use rows::Untouched;
 
 /// What became of a case that did not fail.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,13 +42,10 @@ pub(crate) fn run(case: &Case, kernel: Kernel) -> Result<Outcome> {
         ("schedules", "schedule") => schedule::run(case),
         ("clip", "clip") => clip::run(case, kernel),
         ("drift", "drift") => drift::run(case, kernel),
-        ("tf_legacy_e2e", "tf_legacy") => {
-            Ok(Outcome::NotCompared("not yet run: sparse gradients (end-to-end models)".into()))
-        }
         ("keras3", "keras3")
         | ("optax_adamax", "optax")
         | ("pytorch", "torch")
-        | ("tf_legacy_dense" | "tf_legacy_sparse", "tf_legacy")
+        | ("tf_legacy_dense" | "tf_legacy_sparse" | "tf_legacy_e2e", "tf_legacy")
         | ("tf_raw", "tf_raw") => optimizer::run(case, kernel),
         (kind, family) => bail!("unknown kind `{kind}` of family `{family}`"),
     }
@@ -54,6 +56,8 @@ pub(crate) fn run(case: &Case, kernel: Kernel) -> Result<Outcome> {
 pub(crate) struct Summary {
     pub(crate) outcomes: BTreeMap<String, Outcome>,
     pub(crate) failures: BTreeMap<String, String>,
+    /// The families, as which kinds, and how many of their cases give what was recorded.
+    pub(crate) families: BTreeMap<String, usize>,
     /// Files without a case in their metadata.
     pub(crate) others: Vec<String>,
 }
@@ -68,7 +72,14 @@ pub(crate) fn run_folder(folder: &Path, kernel: Kernel) -> Result<Summary> {
                 summary.others.push(name);
                 continue;
             }
-            Ok(Some(case)) => run(&case, kernel),
+            Ok(Some(case)) => {
+                let outcome = run(&case, kernel);
+                if let (Ok(kind), Ok(family)) = (case.kind(), case.family()) {
+                    let compared = summary.families.entry(format!("{family} ({kind})")).or_default();
+                    *compared += usize::from(matches!(outcome, Ok(Outcome::Compared)));
+                }
+                outcome
+            }
             Err(error) => Err(error),
         };
         match outcome {
