@@ -43,25 +43,43 @@ pub(crate) struct RankingQuality {
 }
 
 /// The quality of `model` on what was kept out of training.
-pub(crate) fn quality(model: &Recommender, split: &Split) -> Result<Quality> {
+pub(crate) fn quality(model: &Recommender, split: &Split, history: usize) -> Result<Quality> {
     let (lowest, highest) = range(&split.train);
-    let tests: Vec<_> = split.test.iter().map(|rating| (rating.user, rating.item)).collect();
-    let ratings = predict(model, &tests, |prediction| prediction.ratings)?;
+    let predict = |questions: &[Question], head| predict(model, questions, split, history, head);
+    let tests: Vec<_> =
+        split.test.iter().map(|&Rating { user, item, time, .. }| Question { user, item, time }).collect();
+    let ratings = predict(&tests, |prediction| prediction.ratings)?;
     let test_rmse = rmse(&split.test, ratings.iter().map(|rating| f64::from(rating.clamp(lowest, highest))));
 
-    let pair = |user: u32| move |&item: &u32| (user, item);
-    let candidates: Vec<_> =
-        split.rankings.iter().flat_map(|ranking| ranking.candidates.iter().map(pair(ranking.user))).collect();
-    let logits = predict(model, &candidates, |prediction| prediction.logits)?;
+    let candidates = split.rankings.iter().flat_map(|&Ranking { user, time, ref candidates }| {
+        candidates.iter().map(move |&item| Question { user, item, time })
+    });
+    let logits = predict(&candidates.collect::<Vec<_>>(), |prediction| prediction.logits)?;
     Ok(Quality { test_rmse, ranking: ranking_quality(&split.rankings, &logits) })
 }
 
-/// What one head of `model` says about pairs of a user and an item.
-fn predict(model: &Recommender, pairs: &[(u32, u32)], head: fn(Prediction) -> Tensor) -> Result<Vec<f32>> {
-    let mut all = Vec::with_capacity(pairs.len());
-    for chunk in pairs.chunks(CHUNK) {
-        let (users, items): (Vec<u32>, Vec<u32>) = chunk.iter().copied().unzip();
-        let prediction = model.forward(&Tensor::new(users, &Device::Cpu)?, &Tensor::new(items, &Device::Cpu)?)?;
+/// What about this user and this item at that time?
+struct Question {
+    user: u32,
+    item: u32,
+    time: i64,
+}
+
+/// What one head of `model` says.
+fn predict(
+    model: &Recommender,
+    questions: &[Question],
+    split: &Split,
+    history: usize,
+    head: fn(Prediction) -> Tensor,
+) -> Result<Vec<f32>> {
+    let mut all = Vec::with_capacity(questions.len());
+    for chunk in questions.chunks(CHUNK) {
+        let (users, items): (Vec<u32>, Vec<u32>) = chunk.iter().map(|question| (question.user, question.item)).unzip();
+        let histories: Vec<&[u32]> =
+            chunk.iter().map(|question| split.histories.before(question.user, question.time, history)).collect();
+        let (users, items) = (Tensor::new(users, &Device::Cpu)?, Tensor::new(items, &Device::Cpu)?);
+        let prediction = model.forward(&users, &items, &histories)?;
         all.extend(head(prediction).to_vec1::<f32>()?);
     }
     Ok(all)
@@ -161,7 +179,7 @@ mod tests {
 
     #[test]
     fn the_tenth_place_is_shown_and_the_eleventh_is_not() {
-        let ranking = || Ranking { user: 0, candidates: (0..12).collect() };
+        let ranking = || Ranking { user: 0, time: 0, candidates: (0..12).collect() };
         let scores = |ahead: usize| {
             (0..12).map(move |i| {
                 if i == 0 {

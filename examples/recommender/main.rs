@@ -3,6 +3,8 @@
 //! ```text
 //! cargo run --release --example recommender                             ratings that the example makes up
 //! cargo run --release --example recommender -- --data ml-100k/u.data    MovieLens, in any of its three forms
+//! cargo run --release --example recommender -- --items 1000000          a million items, most of them never rated
+//! cargo run --release --example recommender -- --dense                  with candle's own embeddings
 //! cargo run --release --example recommender -- --help                   all options
 //! ```
 //!
@@ -37,12 +39,14 @@
 //! | `split.rs` | what is trained on and what is kept for the evaluation |
 //! | `model.rs` | embeddings, MLP, two heads |
 //! | `train.rs` | one epoch: batches, loss, step |
+//! | `compare.rs` | the time of a step, with the rows of its batch and with dense tables |
 //! | `evaluate.rs` | RMSE, HR@10, NDCG@10, and the baselines |
 //! | `checkpoint.rs` | weights and optimizer, together or not at all |
 //! | `report.rs`, `chart.rs` | what is printed, and the learning curves |
 
 mod chart;
 mod checkpoint;
+mod compare;
 mod data;
 mod evaluate;
 mod model;
@@ -91,7 +95,7 @@ fn run(args: &Args) -> Result<()> {
     let settings = &args.settings;
     let ratings = match &args.data {
         Some(path) => Ratings::read(path)?,
-        None => synthetic::ratings(),
+        None => synthetic::ratings(args.items.unwrap_or(synthetic::ITEMS)),
     };
     let split = Split::new(&ratings, &mut random(settings.seed, Stream::Split))?;
     let baselines = Baselines::new(&ratings, &split);
@@ -130,6 +134,7 @@ fn run(args: &Args) -> Result<()> {
     }
     report::quality(&baselines, quality, settings.ema);
     report::time(&trainer.laps);
+    report::comparison(compare::compare(settings, &ratings, &split)?);
     report::memory(&trainer.optimizer)?;
     let curves = args.out.join("learning-curves.svg");
     chart::draw(&curves, &progress.history, &baselines)?;
@@ -185,7 +190,7 @@ mod tests {
     fn a_resumed_run_has_the_bits_of_an_unbroken_one() -> Result<()> {
         let folder = std::env::temp_dir().join(format!("candle-adamax-recommender-{}", std::process::id()));
         fs::create_dir_all(&folder)?;
-        let options = ["--schedule", "exponential", "--ema", "0.9", "--clip-norm", "1"];
+        let options = ["--schedule", "exponential", "--dense", "--ema", "0.9", "--clip-norm", "1"];
         let epochs = |number, more: &[&'static str]| [options.as_slice(), &["--epochs", number], more].concat();
 
         train(&folder, "unbroken", &epochs("3", &[]))?;

@@ -1,17 +1,22 @@
 //! The model: embeddings of users and items, an MLP on top of them, and two heads.
 //!
 //! ```text
-//! p, q    = user's embedding, item's embedding
+//! p       = user's embedding + mean of the embeddings, as history, of the items that the user rated last
+//! q       = item's embedding
 //! x       = MLP([p, q, p * q])                       `*` element by element
 //! rating  = mean + x[0] + user's bias + item's bias
 //! logit   =        x[1] + user's bias + item's bias + sum (p * q)        another two biases
 //! ```
 //!
 //! The sum is the scalar product of plain matrix factorization, which the MLP is bad at learning by itself.
+//!
+//! Nearly all weights are in tables. With the crate's layers a step costs what the rows of its batch cost; with
+//! `--dense`, candle's own are used, whose gradients are as large as the tables. The model is the same.
 
 use anyhow::Result;
+use candle_adamax::{Bags, Embedding, EmbeddingBag, Pooling};
 use candle_core::{DType, Device, Tensor};
-use candle_nn::{Activation, Embedding, Init, Linear, Module, Sequential, VarMap, seq};
+use candle_nn::{Activation, Init, Linear, Module, Sequential, VarMap, seq};
 use rand::{Rng, rngs::StdRng};
 
 use crate::settings::Settings;
@@ -22,11 +27,13 @@ const EMBEDDING_DEVIATION: f64 = 0.1;
 /// The model. Its weights are variables of the `VarMap` that it was made with.
 pub(crate) struct Recommender {
     mean: f64,
-    users: Embedding,
-    items: Embedding,
+    users: Table,
+    items: Table,
+    /// None if no item of the past is looked at.
+    history: Option<History>,
     /// A column for each head.
-    user_biases: Embedding,
-    item_biases: Embedding,
+    user_biases: Table,
+    item_biases: Table,
     mlp: Sequential,
 }
 
@@ -47,9 +54,9 @@ impl Recommender {
         varmap: &VarMap,
         rng: &mut StdRng,
     ) -> Result<Self> {
-        let &Settings { dim, hidden, .. } = settings;
+        let &Settings { dim, hidden, history, dense, .. } = settings;
         let half = hidden.div_ceil(2);
-        let mut weights = Weights { varmap: varmap.clone(), rng };
+        let mut weights = Weights { varmap: varmap.clone(), rng, dense };
         let mlp = seq()
             .add(weights.linear("mlp.0", 3 * dim, hidden, 2.0)?)
             .add(Activation::Relu)
@@ -62,13 +69,19 @@ impl Recommender {
             items: weights.table("items.embedding", items, dim, EMBEDDING_DEVIATION)?,
             user_biases: weights.table("users.bias", users, 2, 0.0)?,
             item_biases: weights.table("items.bias", items, 2, 0.0)?,
+            history: (history > 0).then(|| weights.history("history", items, dim)).transpose()?,
             mlp,
         })
     }
 
-    /// The predictions for pairs of `users` and `items`, both of dimension `N` and dtype u32.
-    pub(crate) fn forward(&self, users: &Tensor, items: &Tensor) -> Result<Prediction> {
-        let (p, q) = (self.users.forward(users)?, self.items.forward(items)?);
+    /// The predictions for pairs of `users` and `items`, both of dimension `N` and dtype u32. `histories` has the items
+    /// that the first users rated before; if it is shorter, it goes for those after them from the beginning again.
+    pub(crate) fn forward(&self, users: &Tensor, items: &Tensor, histories: &[&[u32]]) -> Result<Prediction> {
+        let (mut p, q) = (self.users.forward(users)?, self.items.forward(items)?);
+        if let Some(history) = &self.history {
+            let times = users.elem_count() / histories.len();
+            p = (p + history.forward(histories)?.repeat((times, 1))?)?;
+        }
         let product = (&p * &q)?;
         let heads = self.mlp.forward(&Tensor::cat(&[&p, &q, &product], 1)?)?;
         let heads = ((heads + self.user_biases.forward(users)?)? + self.item_biases.forward(items)?)?;
@@ -77,19 +90,66 @@ impl Recommender {
     }
 }
 
+/// The layer of a table, of this crate or of candle.
+type Table = Box<dyn Module>;
+
+/// Rows of a table that are pooled, a row for each user.
+enum History {
+    Rows(EmbeddingBag),
+    Dense(candle_nn::Embedding),
+}
+
+impl History {
+    /// The mean of the rows of each list; zeros for an empty one.
+    fn forward(&self, histories: &[&[u32]]) -> Result<Tensor> {
+        let device = &Device::Cpu;
+        let ids = Tensor::new(histories.concat(), device)?;
+        let offsets = histories.iter().scan(0, |end, items| {
+            let begin = *end;
+            *end += items.len() as u32;
+            Some(begin)
+        });
+        match self {
+            Self::Rows(bag) => Ok(bag.pool(&Bags::offsets(&ids, &Tensor::from_iter(offsets, device)?)?)?),
+            Self::Dense(embedding) => {
+                let bags = histories.len();
+                let zeros = Tensor::zeros((bags, embedding.hidden_size()), DType::F32, device)?;
+                if ids.elem_count() == 0 {
+                    return Ok(zeros);
+                }
+                let bag_of = (0..).zip(histories).flat_map(|(bag, items)| items.iter().map(move |_| bag));
+                let counts = histories.iter().map(|items| items.len().max(1) as f32);
+                let sums = zeros.index_add(&Tensor::from_iter::<u32>(bag_of, device)?, &embedding.forward(&ids)?, 0)?;
+                Ok(sums.broadcast_div(&Tensor::from_iter(counts, device)?.unsqueeze(1)?)?)
+            }
+        }
+    }
+}
+
 /// Makes the layers, with weights that depend on nothing but the seed.
 struct Weights<'r> {
     varmap: VarMap,
     rng: &'r mut StdRng,
+    dense: bool,
 }
 
 impl Weights<'_> {
     /// A table with a row of `dim` numbers for each of `rows` ids.
-    ///
-    /// Every table of the model is made here. candle's `Embedding` gives the optimizer a dense gradient: all rows, most
-    /// of them zero.
-    fn table(&mut self, name: &str, rows: usize, dim: usize, deviation: f64) -> Result<Embedding> {
-        Ok(Embedding::new(self.var(&format!("{name}.weight"), &[rows, dim], deviation)?, dim))
+    fn table(&mut self, name: &str, rows: usize, dim: usize, deviation: f64) -> Result<Table> {
+        let weight = self.var(&format!("{name}.weight"), &[rows, dim], deviation)?;
+        Ok(match self.dense {
+            false => Box::new(Embedding::new(weight)?),
+            true => Box::new(candle_nn::Embedding::new(weight, dim)),
+        })
+    }
+
+    /// A table whose rows are pooled.
+    fn history(&mut self, name: &str, rows: usize, dim: usize) -> Result<History> {
+        let weight = self.var(&format!("{name}.weight"), &[rows, dim], EMBEDDING_DEVIATION)?;
+        Ok(match self.dense {
+            false => History::Rows(EmbeddingBag::new(weight, Pooling::Mean)?),
+            true => History::Dense(candle_nn::Embedding::new(weight, dim)),
+        })
     }
 
     /// A layer whose outputs have `gain` times the mean square of its inputs, at the start.

@@ -7,6 +7,7 @@ use anyhow::Result;
 use candle_adamax::Adamax;
 use candle_core::Tensor;
 
+use crate::compare::Comparison;
 use crate::data::Ratings;
 use crate::evaluate::{Baselines, Epoch, Quality, RankingQuality};
 use crate::split::Split;
@@ -69,6 +70,20 @@ pub(crate) fn time(laps: &Laps) {
         let median = sorted[sorted.len() / 2].as_secs_f64() * 1e3;
         let sum = laps.iter().sum::<Duration>().as_secs_f64();
         println!("{name:<30}  {median:>9.2}  {sum:>8.2}  {:>6.1} %", 100.0 * sum / total.as_secs_f64());
+    }
+}
+
+/// What a training step costs with tables of rows and with dense ones.
+pub(crate) fn comparison(comparison: Option<Comparison>) {
+    let Some(Comparison { rows, dense, candle }) = comparison else {
+        println!("\nThe tables are too large to compare with dense ones.");
+        return;
+    };
+    println!("\n{:<30}  {:>9}  {:>8}", "a training step, all of it", "median ms", "ratio");
+    for (name, seconds) in
+        [("rows of the batch, Adamax", rows), ("dense tables, Adamax", dense), ("dense tables, candle's AdamW", candle)]
+    {
+        println!("{name:<30}  {:>9.2}  {:>8.1}", seconds * 1e3, seconds / rows);
     }
 }
 

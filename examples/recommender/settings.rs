@@ -6,6 +6,8 @@ use candle_adamax::{CosineDecay, Ema, ExponentialDecay, LearningRate, ParamsAdam
 use clap::{Parser, ValueEnum};
 use serde::{Deserialize, Serialize};
 
+use crate::synthetic;
+
 /// Trains a neural recommender with Adamax: embeddings of users and items, an MLP, and two heads, one for ratings and
 /// one for what a user turns to next.
 #[derive(Parser)]
@@ -13,6 +15,10 @@ pub(crate) struct Args {
     /// A file of MovieLens ratings: u.data, ratings.dat or ratings.csv. Without it, ratings are made up.
     #[arg(long, value_name = "FILE")]
     pub(crate) data: Option<PathBuf>,
+
+    /// How many items there are where ratings are made up, such as 1000000.
+    #[arg(long, value_name = "N", conflicts_with = "data", value_parser = enough_items)]
+    pub(crate) items: Option<usize>,
 
     /// The folder of the checkpoint and the learning curves.
     #[arg(long, value_name = "DIR", default_value = "recommender-output")]
@@ -40,7 +46,7 @@ pub(crate) struct Settings {
     pub(crate) seed: u64,
 
     /// How often each rating is trained on.
-    #[arg(long, default_value_t = 12, value_parser = at_least_one)]
+    #[arg(long, default_value_t = 10, value_parser = at_least_one)]
     pub(crate) epochs: usize,
 
     /// Ratings in a batch; the sampled items come on top.
@@ -55,7 +61,8 @@ pub(crate) struct Settings {
     #[arg(long, value_enum, default_value_t = Schedule::Cosine)]
     pub(crate) schedule: Schedule,
 
-    /// Decoupled weight decay of all weights but the biases; a step takes lr times this share of them away.
+    /// Decoupled weight decay of all weights but the biases; a step takes lr times this share of them away, in tables of
+    /// the rows of its batch.
     #[arg(long, default_value_t = 0.4, allow_negative_numbers = true)]
     pub(crate) weight_decay: f64,
 
@@ -64,8 +71,17 @@ pub(crate) struct Settings {
     pub(crate) clip_norm: Option<f64>,
 
     /// Evaluate moving averages of the weights at the end, which keep this share of themselves in a step, such as 0.99.
-    #[arg(long, value_name = "MOMENTUM", allow_negative_numbers = true)]
+    /// They cost all of a table at each step, so they are for --dense.
+    #[arg(long, value_name = "MOMENTUM", allow_negative_numbers = true, requires = "dense")]
     pub(crate) ema: Option<f64>,
+
+    /// Use candle's own embeddings, whose gradients are as large as the tables, for the same model.
+    #[arg(long)]
+    pub(crate) dense: bool,
+
+    /// How many of the items that a user rated last are part of what is known of the user.
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    pub(crate) history: usize,
 
     /// The size of the embeddings.
     #[arg(long, default_value_t = 32, value_parser = at_least_one)]
@@ -132,6 +148,15 @@ impl Settings {
 
 fn default_threads() -> usize {
     std::env::var("RAYON_NUM_THREADS").ok().and_then(|number| at_least_one(&number).ok()).unwrap_or(1)
+}
+
+/// Enough for users to leave some unrated.
+fn enough_items(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(number @ synthetic::ITEMS..=100_000_000) => Ok(number),
+        Ok(_) => Err(format!("expected {} to 100000000", synthetic::ITEMS)),
+        Err(error) => Err(format!("expected a whole number: {error}")),
+    }
 }
 
 fn at_least_one(text: &str) -> Result<usize, String> {

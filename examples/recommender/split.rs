@@ -20,11 +20,15 @@ pub(crate) struct Split {
     pub(crate) rankings: Vec<Ranking>,
     /// What each user has rated in `train`.
     pub(crate) trained: ItemSets,
+    /// The same, in the order of time.
+    pub(crate) histories: Histories,
 }
 
 /// A task of the ranking evaluation: `candidates[0]`, which the user chose, among others that they did not.
 pub(crate) struct Ranking {
     pub(crate) user: u32,
+    /// When the user chose.
+    pub(crate) time: i64,
     pub(crate) candidates: Vec<u32>,
 }
 
@@ -60,11 +64,11 @@ impl Split {
         let rankings: Vec<Ranking> = latest
             .iter()
             .map(|&index| {
-                let Rating { user, item, .. } = ratings.list[index];
+                let Rating { user, item, time, .. } = ratings.list[index];
                 let unrated = all.missing(user);
                 let drawn = rand::seq::index::sample(rng, unrated, RIVALS.min(unrated));
                 let rivals = drawn.iter().map(|nth| all.nth_missing(user, nth));
-                Ranking { user, candidates: std::iter::once(item).chain(rivals).collect() }
+                Ranking { user, time, candidates: std::iter::once(item).chain(rivals).collect() }
             })
             .filter(|ranking| ranking.candidates.len() > 1)
             .collect();
@@ -77,6 +81,7 @@ impl Split {
         );
         Ok(Self {
             trained: ItemSets::new(ratings.users, ratings.items, &train),
+            histories: Histories::new(ratings.users, &train),
             test: tests.iter().map(|&index| ratings.list[index]).collect(),
             train,
             rankings,
@@ -132,6 +137,31 @@ impl ItemSets {
     }
 }
 
+/// The items of each user in the order of time, in one array: those of user `u` are from `starts[u]` to `starts[u + 1]`.
+pub(crate) struct Histories {
+    starts: Vec<usize>,
+    times: Vec<i64>,
+    items: Vec<u32>,
+}
+
+impl Histories {
+    fn new(users: usize, ratings: &[Rating]) -> Self {
+        let mut sorted: Vec<(u32, i64, u32)> =
+            ratings.iter().map(|rating| (rating.user, rating.time, rating.item)).collect();
+        sorted.sort_unstable();
+        let starts = (0..=users).map(|user| sorted.partition_point(|entry| (entry.0 as usize) < user)).collect();
+        let (times, items) = sorted.into_iter().map(|(_, time, item)| (time, item)).unzip();
+        Self { starts, times, items }
+    }
+
+    /// The last `n` items that `user` has rated before `time`; what has the same time is not before.
+    pub(crate) fn before(&self, user: u32, time: i64, n: usize) -> &[u32] {
+        let (start, end) = (self.starts[user as usize], self.starts[user as usize + 1]);
+        let end = start + self.times[start..end].partition_point(|&earlier| earlier < time);
+        &self.items[start.max(end.saturating_sub(n))..end]
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;
@@ -150,8 +180,22 @@ mod tests {
     }
 
     #[test]
+    fn a_history_ends_before_its_time() {
+        let rating = |user, item, time| Rating { user, item, value: 3.0, time };
+        let ratings = [rating(0, 5, 30), rating(2, 1, 7), rating(0, 3, 10), rating(0, 4, 20), rating(0, 2, 20)];
+        let histories = Histories::new(3, &ratings);
+        assert_eq!(histories.before(0, 10, 9), [0u32; 0]);
+        assert_eq!(histories.before(0, 20, 9), [3]);
+        assert_eq!(histories.before(0, 99, 9), [3, 2, 4, 5]);
+        assert_eq!(histories.before(0, 30, 2), [2, 4]);
+        assert_eq!(histories.before(0, 99, 0), [0u32; 0]);
+        assert_eq!(histories.before(1, 99, 9), [0u32; 0]);
+        assert_eq!(histories.before(2, 8, 9), [1]);
+    }
+
+    #[test]
     fn nothing_that_is_evaluated_is_trained_on() -> Result<()> {
-        let ratings = synthetic::ratings();
+        let ratings = synthetic::ratings(synthetic::ITEMS);
         let split = Split::new(&ratings, &mut random(1, Stream::Split))?;
         let pairs =
             |ratings: &[Rating]| ratings.iter().map(|rating| (rating.user, rating.item)).collect::<HashSet<_>>();
@@ -159,7 +203,7 @@ mod tests {
         assert_eq!(split.test.len(), ratings.list.len() / 10);
         assert!(split.test.iter().all(|rating| !train.contains(&(rating.user, rating.item))));
         assert_eq!(split.rankings.len(), ratings.users);
-        for Ranking { user, candidates } in &split.rankings {
+        for Ranking { user, candidates, .. } in &split.rankings {
             let latest = ratings.list.iter().filter(|rating| rating.user == *user).max_by_key(|rating| rating.time);
             assert_eq!(latest.map(|rating| rating.item), Some(candidates[0]));
             assert!(!train.contains(&(*user, candidates[0])));

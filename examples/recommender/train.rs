@@ -39,10 +39,12 @@ pub(crate) struct Laps {
 }
 
 /// The first of the pairs of `users` and `items` are those of `ratings`; the others have not been rated.
-struct Batch {
+pub(crate) struct Batch<'a> {
     users: Tensor,
     items: Tensor,
     ratings: Tensor,
+    /// What the users of `ratings` rated before.
+    histories: Vec<&'a [u32]>,
 }
 
 impl<'a> Trainer<'a> {
@@ -64,7 +66,7 @@ impl<'a> Trainer<'a> {
 
     /// How good the model is now, on what was kept out of training.
     pub(crate) fn evaluate(&self) -> Result<Quality> {
-        let quality = evaluate::quality(&self.model, self.split)?;
+        let quality = evaluate::quality(&self.model, self.split, self.settings.history)?;
         ensure!(quality.test_rmse.is_finite(), "the predicted ratings are not finite: {DIVERGED}");
         Ok(quality)
     }
@@ -86,14 +88,11 @@ impl<'a> Trainer<'a> {
     }
 
     /// One step of the optimizer. Returns the mean squared error of the ratings.
-    fn step(&mut self, ratings: &[&Rating], rng: &mut StdRng) -> Result<f64> {
+    pub(crate) fn step(&mut self, ratings: &[&Rating], rng: &mut StdRng) -> Result<f64> {
         let start = Instant::now();
         let batch = self.batch(ratings, rng)?;
         let batched = Instant::now();
-        let prediction = self.model.forward(&batch.users, &batch.items)?;
-        let mse = loss::mse(&prediction.ratings.narrow(0, 0, ratings.len())?, &batch.ratings)?;
-        let interactions = interaction_loss(&prediction, ratings.len())?;
-        let loss = (&mse + (interactions * self.settings.interaction_weight)?)?;
+        let (loss, mse) = self.loss(&batch)?;
         let mse = mse.to_scalar::<f32>()?;
         let forwarded = Instant::now();
         let grads = loss.backward()?;
@@ -107,11 +106,20 @@ impl<'a> Trainer<'a> {
         Ok(f64::from(mse))
     }
 
+    /// What is minimized, and the mean squared error of the ratings, which is a part of it.
+    pub(crate) fn loss(&self, batch: &Batch<'_>) -> Result<(Tensor, Tensor)> {
+        let ratings = batch.ratings.elem_count();
+        let prediction = self.model.forward(&batch.users, &batch.items, &batch.histories)?;
+        let mse = loss::mse(&prediction.ratings.narrow(0, 0, ratings)?, &batch.ratings)?;
+        let interactions = interaction_loss(&prediction, ratings)?;
+        Ok(((&mse + (interactions * self.settings.interaction_weight)?)?, mse))
+    }
+
     /// The pairs of `ratings`, followed by as many with unrated items, and again, `negatives` times.
     ///
     /// Unrated is what the training data does not have. What is kept for the evaluation may be drawn like any other
     /// item: to spare it would give it away.
-    fn batch(&self, ratings: &[&Rating], rng: &mut StdRng) -> Result<Batch> {
+    pub(crate) fn batch(&self, ratings: &[&Rating], rng: &mut StdRng) -> Result<Batch<'a>> {
         let users: Vec<u32> = ratings.iter().map(|rating| rating.user).collect();
         let mut items: Vec<u32> = ratings.iter().map(|rating| rating.item).collect();
         for _ in 0..self.settings.negatives {
@@ -119,10 +127,13 @@ impl<'a> Trainer<'a> {
         }
         let users = users.repeat(1 + self.settings.negatives);
         let values: Vec<f32> = ratings.iter().map(|rating| rating.value).collect();
+        let Self { split, settings, .. } = self;
+        let history = |rating: &&Rating| split.histories.before(rating.user, rating.time, settings.history);
         Ok(Batch {
             users: Tensor::new(users, &Device::Cpu)?,
             items: Tensor::new(items, &Device::Cpu)?,
             ratings: Tensor::new(values, &Device::Cpu)?,
+            histories: ratings.iter().map(history).collect(),
         })
     }
 }

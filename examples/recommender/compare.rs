@@ -1,0 +1,77 @@
+//! What a training step costs: with the rows of its batch, with dense tables, and candle's own way.
+//!
+//! The models are fresh and nobody has trained them; they are timed in turn, in one run, on the same batches.
+
+use std::time::Instant;
+
+use anyhow::Result;
+use candle_nn::{AdamW, Optimizer, ParamsAdamW};
+
+use crate::data::{Rating, Ratings};
+use crate::settings::Settings;
+use crate::split::Split;
+use crate::train::Trainer;
+use crate::{Stream, random};
+
+/// The weights of a model that is compared take so many bytes at most; trained densely it takes some ten times as much.
+const LIMIT: usize = 1 << 30;
+/// Steps before anything is timed. They touch most of the pages of the moments.
+const WARM_UP: usize = 20;
+/// How often each is timed.
+const ROUNDS: usize = 5;
+/// Steps of rows in a round, of which the first finds nothing in the caches and is not counted.
+const STEPS: usize = 5;
+
+/// Median seconds of a training step: batch, forward, backward and the optimizer.
+#[derive(Clone, Copy)]
+pub(crate) struct Comparison {
+    /// With this crate's tables and its Adamax.
+    pub(crate) rows: f64,
+    /// With candle's embeddings, whose gradients are dense, and this crate's Adamax.
+    pub(crate) dense: f64,
+    /// With candle's embeddings and candle's AdamW.
+    pub(crate) candle: f64,
+}
+
+/// Times all three; none if the tables are too large for the dense ones.
+pub(crate) fn compare(settings: &Settings, ratings: &Ratings, split: &Split) -> Result<Option<Comparison>> {
+    let of_rows = Settings { dense: false, ema: None, ..settings.clone() };
+    let of_all = Settings { dense: true, ..of_rows.clone() };
+    let mut rows = Trainer::new(&of_rows, ratings, split)?;
+    let numbers: usize = rows.varmap.all_vars().iter().map(|var| var.elem_count()).sum();
+    if numbers * size_of::<f32>() > LIMIT {
+        return Ok(None);
+    }
+    let mut dense = Trainer::new(&of_all, ratings, split)?;
+    let mut adamw = AdamW::new(dense.varmap.all_vars(), ParamsAdamW::default())?;
+
+    let rng = &mut random(settings.seed, Stream::Epoch(0));
+    let mut batches = split.train.chunks(settings.batch).cycle().map(|chunk| chunk.iter().collect::<Vec<&Rating>>());
+    for batch in batches.by_ref().take(WARM_UP) {
+        rows.step(&batch, rng)?;
+    }
+    let [mut of_rows, mut of_dense, mut of_candle] = [const { Vec::new() }; 3];
+    for batch in batches.take(ROUNDS + 1) {
+        for step in 0..STEPS {
+            let start = Instant::now();
+            rows.step(&batch, rng)?;
+            if step > 0 {
+                of_rows.push(start.elapsed().as_secs_f64());
+            }
+        }
+        let start = Instant::now();
+        dense.step(&batch, rng)?;
+        of_dense.push(start.elapsed().as_secs_f64());
+        let start = Instant::now();
+        let drawn = dense.batch(&batch, rng)?;
+        adamw.step(&dense.loss(&drawn)?.0.backward()?)?;
+        of_candle.push(start.elapsed().as_secs_f64());
+    }
+    // The first round of each makes its moments.
+    let median = |mut seconds: Vec<f64>, per_round: usize| {
+        seconds.drain(..per_round);
+        seconds.sort_by(f64::total_cmp);
+        seconds[seconds.len() / 2]
+    };
+    Ok(Some(Comparison { rows: median(of_rows, STEPS - 1), dense: median(of_dense, 1), candle: median(of_candle, 1) }))
+}
