@@ -88,7 +88,7 @@ pub(crate) struct Settings {
     pub(crate) dim: usize,
 
     /// The width of the MLP's first layer; the second has half of it.
-    #[arg(long, default_value_t = 64, value_parser = at_least_one)]
+    #[arg(long, default_value_t = 32, value_parser = at_least_one)]
     pub(crate) hidden: usize,
 
     /// Unrated items that are sampled for each rating.
