@@ -28,7 +28,9 @@ impl Param {
     /// The accumulated sum with the gradient of some rows added.
     fn sum_with(&self, rows: &RowGrad<'_>, unscale: f64) -> Result<Sum> {
         let var = self.var.as_tensor();
-        Ok(match self.accumulated.as_ref().map(|accumulated| &accumulated.sum) {
+        // A dense sum of no calls is an empty buffer that was kept; rows do not become dense for it.
+        let sum = self.accumulated.as_ref().filter(|accumulated| accumulated.calls > 0);
+        Ok(match sum.map(|accumulated| &accumulated.sum) {
             Some(Sum::Dense(sum)) => {
                 let sum = densify(Some(&sum.to_tensor(var.shape())?), rows, unscale, var)?;
                 Sum::Dense(Buffer::from_tensor(&sum, var, self.place())?)
