@@ -48,7 +48,7 @@ impl<T: Pod> Pages<T> {
         let mut pages = Self::zeros(len);
         for (to, from) in pages.chunks_mut(BLOCK).zip(values.chunks(BLOCK)) {
             if bytemuck::cast_slice::<T, u8>(from).iter().any(|&byte| byte != 0) {
-                to.copy_from_slice(from);
+                to[..from.len()].copy_from_slice(from);
             }
         }
         pages
