@@ -10,8 +10,9 @@ use crate::kernel::{self, Occurrences};
 
 /// The ids of a lookup, and which of them get a gradient.
 pub(super) struct Ids {
-    pub(super) read: Vec<u32>,
-    pub(super) occurrences: Arc<Occurrences>,
+    /// All of them, if those are more.
+    pub(super) all: Option<Vec<u32>>,
+    pub(super) trained: Arc<Occurrences>,
 }
 
 /// A lookup whose rows are pooled.
@@ -30,8 +31,8 @@ pub(crate) struct Pooled {
 /// Looks rows up; the result has this shape.
 pub(super) fn rows(table: &Table, ids: Ids, shape: Vec<usize>) -> crate::Result<Tensor> {
     let anchor = anchor(table, &shape);
-    let record = Record::new(table, &anchor, ids.occurrences);
-    Ok(anchor.apply_op1(Gather { record, ids: ids.read, shape: shape.into() })?)
+    let record = Record::new(table, &anchor, ids.trained);
+    Ok(anchor.apply_op1(Gather { record, all: ids.all, shape: shape.into() })?)
 }
 
 /// Looks rows up and pools them: `[bags, row's dimensions..]`.
@@ -111,7 +112,8 @@ impl Drop for Record {
 
 struct Gather {
     record: Arc<Record>,
-    ids: Vec<u32>,
+    /// The ids, if they are not those of the record.
+    all: Option<Vec<u32>>,
     shape: Shape,
 }
 
@@ -121,8 +123,9 @@ impl CustomOp1 for Gather {
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        let table = &self.record.table;
-        Ok((kernel::gather(table.weight(), table.row_len(), &self.ids)?, self.shape.clone()))
+        let Record { table, occurrences, .. } = &*self.record;
+        let ids = self.all.as_deref().unwrap_or(occurrences.ids());
+        Ok((kernel::gather(table.weight(), table.row_len(), ids)?, self.shape.clone()))
     }
 
     fn bwd(&self, anchor: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {

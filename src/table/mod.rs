@@ -175,16 +175,15 @@ impl Table {
             let ids = Tensor::new(rows, self.0.weight.device())?;
             return Ok(self.0.weight.index_select(&ids, 0)?.reshape(shape)?);
         }
-        let all = |occurrences| lookup::Ids { read: rows.clone(), occurrences: Arc::new(occurrences) };
         let ids = match padding {
-            None => all(Occurrences::new(rows.clone(), None, None)),
+            None => lookup::Ids { all: None, trained: Arc::new(Occurrences::new(rows, None, None)) },
             Some(padding) => {
                 let (sources, trained) = (0..).zip(rows.iter().copied()).filter(|&(_, row)| row != padding).unzip();
-                all(Occurrences::new(trained, Some(sources), None))
+                lookup::Ids { all: Some(rows), trained: Arc::new(Occurrences::new(trained, Some(sources), None)) }
             }
         };
         if let Some(max_norm) = max_norm {
-            kernel::renormalize(&self.0.weight, self.0.row_len, &ids.occurrences.unique(), max_norm)?;
+            kernel::renormalize(&self.0.weight, self.0.row_len, &ids.trained.unique(), max_norm)?;
         }
         lookup::rows(self, ids, shape)
     }
