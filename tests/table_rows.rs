@@ -1,396 +1,429 @@
-//! Ids and rows: what may be looked up, rows that begin anew, rows that are added, and every mistake as an error that
-//! changes nothing.
+//! Rows of tables: looked up by ids of every kind, set, scaled, reset, appended and stepped, beside candle's dense
+//! operations and beside optimizers that come by the same state another way.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
 
 use candle_adamax::{
-    AccumulatedGrad, Adamax, Bags, Embedding, EmbeddingBag, Kernel, ParamsAdamax, Pooling, SparseGrad, Table,
-    TouchedRows, embedding,
+    AccumulatedGrad, Adamax, Bags, Ema, Embedding, EmbeddingBag, Gradient, Kernel, ParamsAdamax, Pooling, SparseGrad,
+    Table, TouchedRows,
 };
-use candle_core::backprop::GradStore;
-use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_nn::{Module, Optimizer, VarBuilder, VarMap};
-use common::{Fingerprint, bits, noise, tensor, values, var};
+use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::{Module as _, Optimizer as _};
+use common::{DTYPES, Fingerprint, bits, noise, tensor, values, var};
 
-const CPU: Device = Device::Cpu;
+const CPU: &Device = &Device::Cpu;
+const KERNELS: [Kernel; 2] = [Kernel::Auto, Kernel::Portable];
 
-fn params() -> ParamsAdamax {
-    ParamsAdamax { lr: 0.1.into(), allow_no_gradients: true, ..Default::default() }
+fn ids_of(ids: &[u32]) -> Tensor {
+    Tensor::from_slice(ids, ids.len(), CPU).unwrap()
 }
 
-fn table(rows: usize) -> Var {
-    var(&noise(21, rows * 4), &[rows, 4], DType::F32)
+/// A loss with another factor for each element, so that no two gradients are the same.
+fn loss(rows: &Tensor) -> Tensor {
+    let factors = tensor(&noise(77, rows.elem_count()), rows.dims(), rows.dtype());
+    (rows * factors).unwrap().sum_all().unwrap()
 }
 
-fn optimizer(var: &Var) -> Adamax {
-    Adamax::from_named([("emb", var.clone())], params()).unwrap()
+fn optimizer(var: &Var, params: ParamsAdamax, kernel: Kernel) -> (Adamax, Vec<(String, Var)>) {
+    let vars = vec![("w".to_owned(), var.clone())];
+    let mut optimizer = Adamax::from_named(vars.clone(), params).unwrap();
+    optimizer.set_kernel(kernel).unwrap();
+    (optimizer, vars)
 }
 
-fn sparse(indices: &[u32], seed: u64) -> SparseGrad {
-    let values = tensor(&noise(seed, indices.len() * 4), &[indices.len(), 4], DType::F32);
-    SparseGrad { indices: Tensor::new(indices, &CPU).unwrap(), values }
-}
-
-#[test]
-fn ids_have_any_shape_and_any_integer_dtype() -> Result<()> {
-    let var = table(10);
-    let layer = Embedding::new(var.as_tensor().clone())?;
-    let all = Tensor::new(&[3u32, 0, 9, 3, 1, 2], &CPU)?;
-    let expected = bits(&var.index_select(&all, 0)?);
-    for dtype in [DType::U8, DType::U32, DType::I16, DType::I32, DType::I64] {
-        let ids = all.to_dtype(dtype)?;
-        for shape in [vec![6], vec![2, 3], vec![3, 1, 2]] {
-            let rows = layer.forward(&ids.reshape(shape.as_slice())?)?;
-            assert_eq!(rows.dims(), [shape.as_slice(), &[4]].concat());
-            assert_eq!(bits(&rows), expected, "{dtype:?} {shape:?}");
-        }
-        let turned = layer.forward(&ids.reshape((2, 3))?.t()?)?;
-        assert_eq!(bits(&turned), bits(&var.index_select(&all.reshape((2, 3))?.t()?.flatten_all()?, 0)?));
-        assert_eq!(layer.forward(&ids.get(2)?)?.dims(), [4]);
-        assert_eq!(layer.forward(&ids.narrow(0, 0, 0)?)?.dims(), [0, 4]);
-    }
-    Ok(())
-}
-
-#[test]
-fn rows_have_any_rank() -> Result<()> {
-    for shape in [vec![6], vec![6, 2, 3], vec![6, 0]] {
-        let row_len: usize = shape[1..].iter().product();
-        for kernel in [Kernel::Auto, Kernel::Portable] {
-            let var = var(&noise(1, 6 * row_len), &shape, DType::F64);
-            let dense = Var::from_tensor(&var.copy()?)?;
-            let mut optimizers = [optimizer(&var), optimizer(&dense)];
-            optimizers.iter_mut().try_for_each(|optimizer| optimizer.set_kernel(kernel))?;
-            let ids = Tensor::new(&[4u32, 1, 4], &CPU)?;
-            let rows = Table::new(&var)?.lookup(&ids)?;
-            assert_eq!(rows.dims()[1..], shape[1..]);
-            let factors = tensor(&noise(2, 3 * row_len), rows.dims(), DType::F64);
-            optimizers[0].step(&(rows * &factors)?.sum_all()?.backward()?)?;
-            let values = factors;
-            optimizers[1].apply_gradients([(&dense, &SparseGrad { indices: ids, values })])?;
-            assert_eq!(bits(&var), bits(&dense));
-            assert_eq!(optimizers[0].updates(), 1);
-        }
-    }
-    Ok(())
-}
-
-#[test]
-fn tables_of_billions_of_rows_are_counted_right() -> Result<()> {
-    // Rows without elements take no memory.
-    let var = Var::zeros((3_000_000_000, 0), DType::F32, &CPU)?;
-    let table = Table::new(&var)?;
-    assert_eq!(table.lookup(&Tensor::new(&[2_999_999_999u32, 2_147_483_648], &CPU)?)?.dims(), [2, 0]);
-    assert_error(
-        table.lookup(&Tensor::new(&[3_000_000_000i64], &CPU)?),
-        "id 3000000000 at position [0] of ids is out of range: the table has 3000000000 rows, so ids are 0 to 2999999999",
-    );
-    let larger = Var::zeros((5_000_000_000, 0), DType::F32, &CPU)?;
-    assert_error(Table::new(&larger), "invalid `rows`: expected at most 4294967295 rows, got 5000000000");
-    let mut adamax = optimizer(&var);
-    let rows = Tensor::zeros((2_000_000_000, 0), DType::F32, &CPU)?;
-    let error = "Adamax: invalid `rows`: expected at most 4294967295 rows in all, got 5000000000";
-    assert_error(adamax.append_rows("emb", &rows), error);
-    let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &CPU);
-    for (rows, dim) in [(5_000_000_000, 1), (4_000_000_000, usize::MAX / 2)] {
-        let error = embedding(rows, dim, vb.clone()).unwrap_err().to_string();
-        assert!(
-            error.starts_with("invalid `rows`: expected at most 4294967295 rows") && error.ends_with(&rows.to_string()),
-            "{error}"
-        );
-    }
-    Ok(())
-}
-
-#[test]
-fn set_rows_writes_the_last_of_equal_ids() -> Result<()> {
-    let var = table(6);
-    let before = var.to_vec2::<f32>()?;
-    let new = tensor(&noise(9, 12), &[3, 4], DType::F32);
-    Table::new(&var)?.set_rows(&Tensor::new(&[5i64, 2, 5], &CPU)?, &new)?;
-    let (after, new) = (var.to_vec2::<f32>()?, new.to_vec2::<f32>()?);
-    assert_eq!([&after[2], &after[5]], [&new[1], &new[2]]);
-    assert_eq!([&after[0], &after[4]], [&before[0], &before[4]]);
-    Ok(())
-}
-
-#[test]
-fn reset_rows_begin_anew() -> Result<()> {
-    for (kernel, steps) in [(Kernel::Auto, 1), (Kernel::Portable, 1), (Kernel::Auto, 4), (Kernel::Portable, 4)] {
-        let var = table(6);
-        let params = ParamsAdamax { gradient_accumulation_steps: steps, ..params() };
-        let mut adamax = Adamax::from_named([("emb", var.clone())], params)?;
-        adamax.set_kernel(kernel)?;
-        for seed in 0..6 {
-            adamax.apply_gradients([(&var, &sparse(&[0, 1, 2, 3], seed))])?;
-        }
-        let weights = bits(&var);
-        let before = adamax.state("emb")?;
-        adamax.reset_rows("emb", &Tensor::new(&[[3u8], [1], [3], [5]], &CPU)?)?;
-        let after = adamax.state("emb")?;
-        for (before, after) in [(&before.exp_avg, &after.exp_avg), (&before.exp_inf, &after.exp_inf)] {
-            let (before, after) = (before.to_vec2::<f32>()?, after.to_vec2::<f32>()?);
-            assert_eq!([&after[1], &after[3]], [&[0.0; 4]; 2]);
-            assert_eq!([&after[0], &after[2]], [&before[0], &before[2]]);
-            assert!(before[1].iter().any(|&x| x != 0.0));
-        }
-        if let Some(AccumulatedGrad::Rows(sum)) = after.accumulated {
-            assert_eq!(values(&sum.indices), [0.0, 2.0]);
-        } else {
-            assert_eq!(steps, 1);
-        }
-        assert_eq!(bits(&var), weights);
-        adamax.apply_gradients([(&var, &sparse(&[1], 77))])?;
-    }
-    Ok(())
-}
-
-#[test]
-fn appended_rows_leave_the_old_ones_as_they_are() -> Result<()> {
-    for (kernel, steps) in [(Kernel::Auto, 1), (Kernel::Portable, 1), (Kernel::Auto, 3), (Kernel::Portable, 3)] {
-        let params = ParamsAdamax { gradient_accumulation_steps: steps, ..params() };
-        let new = tensor(&noise(9, 8), &[2, 4], DType::F32);
-        // One that has all rows from the beginning.
-        let whole = Var::from_tensor(&Tensor::cat(&[table(6).as_tensor(), &new], 0)?)?;
-        let mut of_whole = Adamax::from_named([("emb", whole.clone())], params.clone())?;
-        let mut var = table(6);
-        let mut growing = Adamax::from_named([("emb", var.clone())], params.clone())?;
-        growing.set_kernel(kernel)?;
-        of_whole.set_kernel(kernel)?;
-        for seed in 0..8 {
-            if seed == 4 {
-                var = growing.append_rows("emb", &new)?;
-                assert_eq!(var.dims(), [8, 4]);
-            }
-            let rows: &[u32] = if seed < 4 { &[0, 5, 0] } else { &[5, 7, 1] };
-            growing.apply_gradients([(&var, &sparse(rows, seed))])?;
-            of_whole.apply_gradients([(&whole, &sparse(rows, seed))])?;
-        }
-        let named = |var: &Var| [("emb".to_owned(), var.clone())];
-        assert_eq!(Fingerprint::of(&growing, &named(&var)), Fingerprint::of(&of_whole, &named(&whole)), "{kernel:?}");
-        // A layer on the new variable reaches the optimizer, and a new optimizer takes the state.
-        let mut fresh = Adamax::from_named([("emb", var.clone())], params)?;
-        fresh.set_kernel(kernel)?;
-        fresh.restore(&growing.snapshot()?)?;
-        let loss = Embedding::new(var.as_tensor().clone())?.forward(&Tensor::new(&[7u32], &CPU)?)?.sum_all()?;
-        fresh.step(&loss.backward()?)?;
-        assert_eq!(fresh.report().missing().count(), 0);
-    }
-    Ok(())
-}
-
-#[test]
-fn models_with_candles_embedding_step_by_rows() -> Result<()> {
-    let ids = Tensor::new(&[[3u32, 1], [3, 6]], &CPU)?;
-    let factors = tensor(&noise(4, 16), &[2, 2, 4], DType::F32);
-    let run = |touched: Option<TouchedRows<'_>>| -> Result<Vec<u64>> {
-        let var = table(8);
-        let mut adamax = optimizer(&var);
-        for _ in 0..3 {
-            let rows = match touched {
-                None => Embedding::new(var.as_tensor().clone())?.forward(&ids)?,
-                Some(_) => candle_nn::Embedding::new(var.as_tensor().clone(), 4).forward(&ids)?,
-            };
-            let grads = (rows * &factors)?.sum_all()?.backward()?;
-            match touched {
-                None => adamax.step(&grads)?,
-                Some(touched) => adamax.step_rows(&grads, [(&var, touched)])?,
-            }
-        }
-        let state = adamax.state("emb")?;
-        Ok([bits(&var), bits(&state.exp_avg), bits(&state.exp_inf)].concat())
-    };
-    let ours = run(None)?;
-    assert_eq!(run(Some(TouchedRows::Ids(&ids)))?, ours);
-    assert_eq!(run(Some(TouchedRows::NonZero))?, ours);
-    let dense = tensor(&[0.0, 0.0, 1.0, 0.0, -0.0, 0.0, f64::NAN, 0.0], &[4, 2], DType::F32);
-    assert_eq!(values(&SparseGrad::nonzero_rows(&dense)?.indices), [1.0, 3.0]);
-    let some = SparseGrad::touched_rows(&dense, &Tensor::new(&[3i64, 0, 3], &CPU)?)?;
-    assert_eq!(values(&some.indices), [0.0, 3.0]);
-    assert_eq!(bits(&some.values), bits(&dense.index_select(&Tensor::new(&[0u32, 3], &CPU)?, 0)?));
-    Ok(())
-}
-
+/// That a lookup has candle's values, and that the step after it is the one of candle's dense gradient, bit for bit:
+/// from a state of zeros, a row with a gradient of zero stays as it is.
 #[track_caller]
-fn assert_error<T>(result: candle_adamax::Result<T>, text: &str) {
-    match result {
-        Ok(_) => panic!("expected the error: {text}"),
-        Err(error) => assert_eq!(error.to_string(), text),
+fn assert_as_candle(weight: &Var, ids: &Tensor) {
+    for kernel in KERNELS {
+        let weight = Var::from_tensor(&weight.copy().unwrap()).unwrap();
+        let own = Var::from_tensor(&weight.copy().unwrap()).unwrap();
+        let table = Table::new(&weight).unwrap();
+        let got = table.lookup(ids).unwrap();
+        let shape: Vec<usize> = ids.dims().iter().chain(&weight.dims()[1..]).copied().collect();
+        let flat = ids.flatten_all().unwrap().to_dtype(DType::U32).unwrap();
+        let want = own.index_select(&flat, 0).unwrap().reshape(shape).unwrap();
+        assert_eq!((got.dims(), got.dtype()), (want.dims(), want.dtype()));
+        assert_eq!(bits(&got), bits(&want));
+        let (mut optimizer_of_table, vars) = optimizer(&weight, ParamsAdamax::default(), kernel);
+        let (mut optimizer_of_candle, own_vars) = optimizer(&own, ParamsAdamax::default(), kernel);
+        optimizer_of_table.step(&loss(&got).backward().unwrap()).unwrap();
+        optimizer_of_candle.step(&loss(&want).backward().unwrap()).unwrap();
+        let expected = Fingerprint::of(&optimizer_of_candle, &own_vars);
+        assert!(Fingerprint::of(&optimizer_of_table, &vars) == expected, "{kernel:?} {:?}", ids.dims());
     }
 }
 
 #[test]
-fn wrong_ids_are_errors_that_name_them() -> Result<()> {
-    let var = table(10);
-    let layer = Embedding::new(var.as_tensor().clone())?;
-    let bag = EmbeddingBag::new(var.as_tensor().clone(), Pooling::Sum)?;
-    let before = bits(&var);
-    let text = |id: i64, position: &str| {
-        format!("id {id} at position {position} of ids is out of range: the table has 10 rows, so ids are 0 to 9")
-    };
-    for id in [10, -1, 1 << 31, (1 << 32) + 1, i64::MIN, i64::MAX] {
-        let ids = Tensor::new(&[[0i64, 1, 2], [3, id, 4]], &CPU)?;
-        assert_error(layer.table().lookup(&ids), &text(id, "[1, 1]"));
-        assert_eq!(layer.forward(&ids).unwrap_err().to_string(), text(id, "[1, 1]"));
-        assert_error(bag.pool(&Bags::batch(&ids)?), &text(id, "[1, 1]"));
-    }
+fn ids_of_every_dtype_and_shape() {
     for dtype in [DType::U8, DType::U32, DType::I16, DType::I32, DType::I64] {
-        let ids = Tensor::new(&[9u32, 10], &CPU)?.to_dtype(dtype)?;
-        assert_error(layer.table().lookup(&ids), &text(10, "[1]"));
+        let weight = var(&noise(1, 30), &[10, 3], DType::F32);
+        let all: Vec<i64> = (0..24).map(|i| i * 7 % 11 % 10).collect();
+        let all = Tensor::new(all, CPU).unwrap().to_dtype(dtype).unwrap();
+        for shape in [&[24usize] as &[usize], &[4, 6], &[2, 3, 4], &[2, 1, 3, 4], &[24, 1]] {
+            assert_as_candle(&weight, &all.reshape(shape).unwrap());
+        }
+        assert_as_candle(&weight, &all.get(5).unwrap());
+        // Transposed, and a part of something larger: elements that are not one after another.
+        let matrix = all.reshape((4, 6)).unwrap();
+        let parts =
+            [matrix.t(), matrix.narrow(1, 2, 3), matrix.narrow(0, 1, 2), all.get(3).unwrap().broadcast_as((2, 2))];
+        parts.into_iter().for_each(|ids| assert_as_candle(&weight, &ids.unwrap()));
+        // Of no ids there are no rows, and no row is updated.
+        let none = all.narrow(0, 0, 0).unwrap();
+        for (ids, dims) in [(none.clone(), vec![0, 3]), (none.reshape((2, 0, 3)).unwrap(), vec![2, 0, 3, 3])] {
+            let rows = Table::new(&weight).unwrap().lookup(&ids).unwrap();
+            assert_eq!(rows.dims(), dims);
+            let (mut optimizer, _) = optimizer(&weight, ParamsAdamax::default(), Kernel::Auto);
+            optimizer.step(&rows.sum_all().unwrap().backward().unwrap()).unwrap();
+            assert_eq!(bits(&weight), bits(&tensor(&noise(1, 30), &[10, 3], DType::F32)));
+        }
     }
-    let floats = Tensor::new(&[1f32], &CPU)?;
-    let text = "ids dtype mismatch for `ids`: expected an integer dtype, got F32";
-    assert_error(layer.table().lookup(&floats), text);
-    assert_error(bag.pool(&Bags::offsets(&floats, &Tensor::new(&[0u32], &CPU)?)?), text);
-    let none = Table::new(&Tensor::zeros((0, 4), DType::F32, &CPU)?)?;
-    let text = "id 0 at position [] of ids is out of range: the table has no rows";
-    assert_error(none.lookup(&Tensor::new(0u32, &CPU)?), text);
-    assert_eq!(bits(&var), before);
-    Ok(())
 }
 
 #[test]
-fn wrong_layers_and_bags_are_errors() -> Result<()> {
-    let row = |values: &[i64]| Tensor::new(values, &CPU).unwrap();
-    let ids = row(&[1, 2, 3]);
-    let offsets = |offsets: &[i64]| Bags::offsets(&ids, &row(offsets));
-    assert_error(offsets(&[1, 2]), "invalid `offsets[0]`: expected 0, where the first bag begins, got 1");
-    assert_error(offsets(&[0, 2, 1]), "invalid `offsets[2]`: expected at least 2, where the bag before begins, got 1");
-    assert_error(offsets(&[0, 4]), "invalid `offsets[1]`: expected at most 3, the number of ids, got 4");
-    assert_error(offsets(&[0, -1]), "invalid `offsets[1]`: expected at least 0, where the bag before begins, got -1");
-    assert_error(offsets(&[]), "invalid `offsets`: expected an offset for the bag of the 3 ids, got none");
-    let floats = Tensor::new(&[0f32], &CPU)?;
-    let text = "offsets dtype mismatch for `offsets`: expected an integer dtype, got F32";
-    assert_error(Bags::offsets(&ids, &floats), text);
-    let text = "invalid `offsets`: expected a row, [n], got [1, 1]";
-    assert_error(Bags::offsets(&ids, &row(&[0]).unsqueeze(0)?), text);
-    assert_error(Bags::batch(&ids), "invalid `ids`: expected a matrix, [bags, n], got [3]");
+fn tables_of_every_rank() {
+    let ids = Tensor::new(&[[1i64, 9, 3], [3, 0, 3]], CPU).unwrap();
+    for dtype in DTYPES {
+        for shape in [&[10usize] as &[usize], &[10, 3], &[10, 2, 3], &[10, 2, 1, 3]] {
+            let n = shape.iter().product();
+            let weight = var(&noise(1, n), shape, dtype);
+            // Halves are summed in f32, which candle does not, so each row is there once.
+            let once = Tensor::new(&[[1i64, 9], [3, 0]], CPU).unwrap();
+            let is_half = dtype.size_in_bytes() == 2;
+            assert_as_candle(&weight, if is_half { &once } else { &ids });
 
-    let text = "weights shape mismatch for `bags`: expected [3], got [2]";
-    assert_error(offsets(&[0])?.weights(&Tensor::new(&[1f32, 2.0], &CPU)?), text);
-    let weighted = |dtype| offsets(&[0])?.weights(&Tensor::ones(3, dtype, &CPU)?);
-    let bag = |pooling| EmbeddingBag::new(table(10).as_tensor().clone(), pooling);
-    let text = "invalid `weights`: expected none, but for Pooling::Sum, got Pooling::Mean";
-    assert_error(bag(Pooling::Mean)?.pool(&weighted(DType::F32)?), text);
-    let text = "invalid `weights`: expected none, but for Pooling::Sum, got Pooling::Max";
-    assert_error(bag(Pooling::Max)?.pool(&weighted(DType::F32)?), text);
-    let text = "weights dtype mismatch for `bags`: expected F32, as the table, got F64";
-    assert_error(bag(Pooling::Sum)?.pool(&weighted(DType::F64)?), text);
-
-    let layer = || Embedding::new(table(10).as_tensor().clone()).unwrap();
-    let text = "invalid `padding_idx`: expected an id below the 10 rows, got 10";
-    assert_error(layer().padding_idx(10), text);
-    assert_error(bag(Pooling::Sum)?.padding_idx(10), text);
-    for max_norm in [0.0, -1.0, f64::NAN, f64::INFINITY] {
-        let text = format!("invalid `max_norm`: expected a finite number above 0, got {max_norm}");
-        assert_error(layer().max_norm(max_norm), &text);
+            // The same rows as a gradient from the outside.
+            let mut dims = shape.to_vec();
+            dims[0] = 3;
+            let of_rows = tensor(&noise(3, n / 10 * 3), &dims, dtype);
+            let grad = SparseGrad { indices: Tensor::new(&[7u8, 2, 4], CPU).unwrap(), values: of_rows.clone() };
+            let whole = Tensor::zeros(shape, dtype, CPU).unwrap();
+            for (k, row) in [7, 2, 4].into_iter().enumerate() {
+                whole.slice_set(&of_rows.narrow(0, k, 1).unwrap().contiguous().unwrap(), 0, row).unwrap();
+            }
+            for kernel in KERNELS {
+                let run = |grad: Gradient<'_>| {
+                    let own = Var::from_tensor(&weight.copy().unwrap()).unwrap();
+                    let (mut optimizer, vars) = optimizer(&own, ParamsAdamax::default(), kernel);
+                    optimizer.apply_gradients([(&own, grad)]).unwrap();
+                    Fingerprint::of(&optimizer, &vars)
+                };
+                assert!(run((&grad).into()) == run((&whole).into()), "{dtype:?} {shape:?} {kernel:?}");
+            }
+            // And found again in that of all rows.
+            for found in [
+                SparseGrad::nonzero_rows(&whole).unwrap(),
+                SparseGrad::touched_rows(&whole, &Tensor::new(&[[4i32, 7], [2, 4]], CPU).unwrap()).unwrap(),
+            ] {
+                assert_eq!(values(&found.indices), [2.0, 4.0, 7.0]);
+                assert_eq!(bits(&found.values), bits(&whole.index_select(&ids_of(&[2, 4, 7]), 0).unwrap()));
+            }
+        }
     }
-    let frozen = Embedding::new(Tensor::zeros((3, 2), DType::F32, &CPU)?)?;
-    let text = "invalid `max_norm`: expected none for a weight that is no variable in host memory, got 1";
-    assert_error(frozen.max_norm(1.0), text);
-    for shape in [vec![3], vec![3, 2, 2]] {
-        let text = format!("invalid `weight`: expected a matrix, [rows, dim], got the shape {shape:?}");
-        assert_error(Embedding::new(Tensor::zeros(shape.as_slice(), DType::F32, &CPU)?), &text);
-    }
-    let text = "table dtype mismatch for `weight`: expected F64, F32, F16 or BF16, got U32";
-    assert_error(Table::new(&Tensor::zeros((3, 2), DType::U32, &CPU)?), text);
-    let text = "invalid `table`: expected a tensor with rows, that is of rank 1 or more, got a scalar";
-    assert_error(Table::new(&Tensor::zeros((), DType::F32, &CPU)?), text);
-    Ok(())
 }
 
 #[test]
-fn wrong_gradients_and_rows_change_nothing() -> Result<()> {
-    let (var, other) = (table(10), table(3));
-    let mut adamax = optimizer(&var);
-    adamax.apply_gradients([(&var, &sparse(&[1, 4], 1))])?;
-    let named = [("emb".to_owned(), var.clone())];
-    let before = Fingerprint::of(&adamax, &named);
-    let zeros = |shape: &[usize], dtype| Tensor::zeros(shape, dtype, &CPU).unwrap();
-    let ids = |ids: &[i64]| Tensor::new(ids, &CPU).unwrap();
-    let mut check = |text: &str, run: &dyn Fn(&mut Adamax) -> candle_adamax::Result<()>| {
-        assert_error(run(&mut adamax), text);
-        assert_eq!(Fingerprint::of(&adamax, &named), before, "{text}");
-    };
-    let grads = |indices: Tensor, values: Tensor| SparseGrad { indices, values };
-    for (text, grad) in [
-        (
-            "id 10 at position [1] of the indices of `emb` is out of range: the table has 10 rows, so ids are 0 to 9",
-            grads(ids(&[2, 10]), zeros(&[2, 4], DType::F32)),
-        ),
-        (
-            "id -3 at position [0] of the indices of `emb` is out of range: the table has 10 rows, so ids are 0 to 9",
-            grads(ids(&[-3]), zeros(&[1, 4], DType::F32)),
-        ),
-        (
-            "values shape mismatch for `emb`: expected [2, 4], got [2, 3]",
-            grads(ids(&[1, 2]), zeros(&[2, 3], DType::F32)),
-        ),
-        ("values shape mismatch for `emb`: expected [2, 4], got [8]", grads(ids(&[1, 2]), zeros(&[8], DType::F32))),
-        (
-            "values shape mismatch for `emb`: expected [2, 4], got [3, 4]",
-            grads(ids(&[1, 2]), zeros(&[3, 4], DType::F32)),
-        ),
-        ("values dtype mismatch for `emb`: expected F32, got F64", grads(ids(&[1, 2]), zeros(&[2, 4], DType::F64))),
-        (
-            "indices shape mismatch for `emb`: expected [2], got [1, 2]",
-            grads(ids(&[1, 2]).unsqueeze(0)?, zeros(&[2, 4], DType::F32)),
-        ),
-        (
-            "ids dtype mismatch for `the indices of `emb``: expected an integer dtype, got F32",
-            grads(zeros(&[2], DType::F32), zeros(&[2, 4], DType::F32)),
-        ),
-        (
-            "the gradient of `emb` shares the storage of the var `emb`: expected a tensor of its own, such as `grad.copy()`",
-            grads(ids(&[1, 2]), var.narrow(0, 0, 2)?),
-        ),
-    ] {
-        check(&format!("Adamax: {text}"), &|adamax| adamax.apply_gradients([(&var, &grad)]));
+fn rows_that_are_set() {
+    for dtype in DTYPES {
+        for shape in [&[6usize] as &[usize], &[6, 2], &[6, 2, 2]] {
+            let n: usize = shape.iter().product();
+            let weight = var(&noise(1, n), shape, dtype);
+            let table = Table::new(&weight).unwrap();
+            let (mut optimizer, vars) = optimizer(&weight, ParamsAdamax::default(), Kernel::Auto);
+            optimizer.apply_gradients([(&weight, &tensor(&noise(2, n), shape, dtype))]).unwrap();
+            let state = optimizer.state("w").unwrap();
+            let before = weight.copy().unwrap();
+            let row = |of: &Tensor, i| bits(&of.narrow(0, i, 1).unwrap());
+
+            // Of the three values for row 4 the last one stays.
+            let ids = Tensor::new(&[[4i64, 1], [4, 4]], CPU).unwrap();
+            let mut dims = shape.to_vec();
+            dims[0] = 4;
+            let rows = tensor(&noise(3, n / 6 * 4), &dims, dtype);
+            let all: Vec<usize> = [2, 2].iter().chain(&shape[1..]).copied().collect();
+            table.set_rows(&ids, &rows.reshape(all).unwrap()).unwrap();
+            for i in 0..6 {
+                let expected = match i {
+                    4 => row(&rows, 3),
+                    1 => row(&rows, 1),
+                    i => row(&before, i),
+                };
+                assert_eq!(row(&weight, i), expected, "{dtype:?} {shape:?} row {i}");
+            }
+
+            // Values that are rows of the table itself are read before one is written.
+            let before = weight.copy().unwrap();
+            table.set_rows(&ids_of(&[1, 2, 3]), &weight.narrow(0, 0, 3).unwrap()).unwrap();
+            let moved = before.index_select(&ids_of(&[0, 0, 1, 2, 4, 5]), 0).unwrap();
+            assert_eq!(bits(&weight), bits(&moved));
+            // No ids, no change.
+            table.set_rows(&ids_of(&[]), &rows.narrow(0, 0, 0).unwrap()).unwrap();
+            assert_eq!(bits(&weight), bits(&moved));
+            // The moments are those before.
+            let after = optimizer.state("w").unwrap();
+            assert_eq!((bits(&after.exp_avg), bits(&after.exp_inf)), (bits(&state.exp_avg), bits(&state.exp_inf)));
+            assert_eq!(Fingerprint::of(&optimizer, &vars).bits()["w"][0], bits(&moved));
+        }
     }
-    let grad = sparse(&[1], 2);
-    let twice = "Adamax: two gradients for `emb`; give their sum";
-    check(twice, &|adamax| adamax.apply_gradients([(&var, &grad), (&var, &grad)]));
-    let foreign = "Adamax: the var of pair 1, of shape [3, 4], is not one of this optimizer's; add it first";
-    check(foreign, &|adamax| adamax.apply_gradients([(&var, &grad), (&other, &grad)]));
+    // Values that are not contiguous.
+    let weight = Var::zeros((3, 2), DType::F32, CPU).unwrap();
+    let turned = tensor(&[1.0, 2.0, 3.0, 4.0], &[2, 2], DType::F32).t().unwrap();
+    Table::new(&weight).unwrap().set_rows(&ids_of(&[2, 0]), &turned).unwrap();
+    assert_eq!(values(&weight), [2.0, 4.0, 0.0, 0.0, 1.0, 3.0]);
+}
 
-    let none = GradStore::default();
-    let nonzero = TouchedRows::NonZero;
-    check(foreign, &|adamax| adamax.step_rows(&none, [(&var, nonzero), (&other, nonzero)]));
-    check(twice, &|adamax| adamax.step_rows(&none, [(&var, nonzero), (&var, nonzero)]));
-    let dense = var.sum_all()?.backward()?;
-    let outside = ids(&[3, 11]);
-    let text = "Adamax: id 11 at position [1] of the touched rows of `emb` is out of range: the table has 10 rows, so ids are 0 to 9";
-    check(text, &|adamax| adamax.step_rows(&dense, [(&var, TouchedRows::Ids(&outside))]));
+/// What a call does to a variable of `rows` rows: gradients of some of the first ten, or of all, with none elsewhere.
+fn call(optimizer: &mut Adamax, weight: &Var, nth: u64, dense: bool) {
+    let (rows, dtype) = (weight.dim(0).unwrap(), weight.dtype());
+    if dense {
+        let grad = tensor(&noise(50 + nth, 20), &[10, 2], dtype);
+        let rest = Tensor::zeros((rows - 10, 2), dtype, CPU).unwrap();
+        optimizer.apply_gradients([(weight, &Tensor::cat(&[grad, rest], 0).unwrap())]).unwrap();
+    } else {
+        let indices = Tensor::new(&[nth as i64 % 10, 3, 9, 3], CPU).unwrap();
+        let values = tensor(&noise(50 + nth, 8), &[4, 2], dtype);
+        optimizer.apply_gradients([(weight, &SparseGrad { indices, values })]).unwrap();
+    }
+}
 
-    let unknown = "Adamax: unknown var `nobody`; known are: emb";
-    check(unknown, &|adamax| adamax.reset_rows("nobody", &outside));
-    let text = "Adamax: id 11 at position [1] of ids is out of range: the table has 10 rows, so ids are 0 to 9";
-    check(text, &|adamax| adamax.reset_rows("emb", &outside));
-    let append =
-        |name: &'static str, rows: Tensor| move |adamax: &mut Adamax| adamax.append_rows(name, &rows).map(drop);
-    check(unknown, &append("nobody", zeros(&[1, 4], DType::F32)));
-    let text = "Adamax: rows shape mismatch for `emb`: expected [2, 4], got [2, 3]";
-    check(text, &append("emb", zeros(&[2, 3], DType::F32)));
-    let text = "Adamax: rows shape mismatch for `emb`: expected [4, 4], got [4]";
-    check(text, &append("emb", zeros(&[4], DType::F32)));
-    let text = "Adamax: rows dtype mismatch for `emb`: expected F32, got F64";
-    check(text, &append("emb", zeros(&[2, 4], DType::F64)));
+/// Accumulation or not, gradients of rows or dense ones, both kernels, all dtypes.
+fn ways() -> impl Iterator<Item = (ParamsAdamax, bool, Kernel, DType)> {
+    [1, 3].into_iter().flat_map(move |gradient_accumulation_steps| {
+        [false, true].into_iter().flat_map(move |dense| {
+            KERNELS.into_iter().flat_map(move |kernel| {
+                DTYPES.map(|dtype| {
+                    let ema = dense.then_some(Ema { momentum: 0.5, overwrite_frequency: None });
+                    let params = ParamsAdamax { gradient_accumulation_steps, ema, ..ParamsAdamax::default() };
+                    (params, dense, kernel, dtype)
+                })
+            })
+        })
+    })
+}
 
-    let own = Table::new(&var)?;
-    let set = |rows: Tensor, values: Tensor| {
-        let own = own.clone();
-        move |_: &mut Adamax| own.set_rows(&rows, &values)
-    };
-    let text = "id 10 at position [0] of ids is out of range: the table has 10 rows, so ids are 0 to 9";
-    check(text, &set(ids(&[10]), zeros(&[1, 4], DType::F32)));
-    let text = "values shape mismatch for `weight`: expected [1, 4], got [4]";
-    check(text, &set(ids(&[1]), zeros(&[4], DType::F32)));
-    let text = "values dtype mismatch for `weight`: expected F32, got BF16";
-    check(text, &set(ids(&[1]), zeros(&[1, 4], DType::BF16)));
-    let frozen = Table::new(&zeros(&[3, 4], DType::F32))?;
-    let text = "invalid `weight`: expected a variable, got a tensor that cannot be changed";
-    assert_error(frozen.set_rows(&ids(&[1]), &zeros(&[1, 4], DType::F32)), text);
-    Ok(())
+/// `tensor` with these rows set to zero.
+fn cleared(tensor: &Tensor, rows: &[usize]) -> Tensor {
+    let mask: Vec<f64> = (0..tensor.dim(0).unwrap()).map(|row| f64::from(!rows.contains(&row))).collect();
+    let mask = common::tensor(&mask, &[mask.len(), 1], tensor.dtype());
+    // A sum with 0 makes the products' -0 a 0.
+    (tensor.broadcast_mul(&mask).unwrap() + 0.0).unwrap()
+}
+
+#[test]
+fn rows_that_are_reset_begin_anew() {
+    for (params, dense, kernel, dtype) in ways() {
+        let weight = var(&noise(1, 20), &[10, 2], dtype);
+        let (mut reset, vars) = optimizer(&weight, params.clone(), kernel);
+        // Where three calls are accumulated, the last two of five are pending.
+        (0..5).for_each(|nth| call(&mut reset, &weight, nth, dense));
+        let own = Var::from_tensor(&weight.copy().unwrap()).unwrap();
+        let (mut edited, own_vars) = optimizer(&own, params, kernel);
+        let mut snapshot = reset.snapshot().unwrap();
+        let state = snapshot.vars.get_mut("w").unwrap();
+        state.exp_avg = cleared(&state.exp_avg, &[3, 4]);
+        state.exp_inf = cleared(&state.exp_inf, &[3, 4]);
+        match state.accumulated.as_mut().map(|(sum, _)| sum) {
+            None => assert_eq!(snapshot.params.gradient_accumulation_steps, 1),
+            Some(AccumulatedGrad::Dense(sum)) => *sum = cleared(sum, &[3, 4]),
+            Some(AccumulatedGrad::Rows(sum)) => {
+                assert_eq!(values(&sum.indices), [3.0, 4.0, 9.0]);
+                sum.indices = sum.indices.narrow(0, 2, 1).unwrap();
+                sum.values = sum.values.narrow(0, 2, 1).unwrap();
+            }
+        }
+        edited.restore(&snapshot).unwrap();
+        reset.reset_rows("w", &Tensor::new(&[[3i64], [4], [3]], CPU).unwrap()).unwrap();
+        assert!(Fingerprint::of(&reset, &vars) == Fingerprint::of(&edited, &own_vars), "{dense} {kernel:?} {dtype:?}");
+        for nth in 5..10 {
+            call(&mut reset, &weight, nth, dense);
+            call(&mut edited, &own, nth, dense);
+            let (got, expected) = (Fingerprint::of(&reset, &vars), Fingerprint::of(&edited, &own_vars));
+            assert!(got == expected, "call {nth}, {dense} {kernel:?} {dtype:?}");
+        }
+        let before = Fingerprint::of(&reset, &vars);
+        reset.reset_rows("w", &ids_of(&[])).unwrap();
+        assert!(Fingerprint::of(&reset, &vars) == before);
+    }
+}
+
+#[test]
+fn rows_that_are_appended_continue_as_if_they_had_been_there() {
+    for (way, (params, dense, kernel, dtype)) in ways().enumerate() {
+        let context = format!("{} steps, {dense} {kernel:?} {dtype:?}", params.gradient_accumulation_steps);
+        let first = tensor(&noise(1, 20), &[10, 2], dtype);
+        // Not contiguous, as it may come.
+        let rest = tensor(&noise(2, 8), &[2, 4], dtype).t().unwrap();
+        let old = Var::from_tensor(&first).unwrap();
+        let large = Var::from_tensor(&Tensor::cat(&[&first, &rest], 0).unwrap()).unwrap();
+        let (mut grown, _) = optimizer(&old, params.clone(), kernel);
+        let (mut expected, large_vars) = optimizer(&large, params.clone(), kernel);
+        for nth in 0..5 {
+            call(&mut grown, &old, nth, dense);
+            call(&mut expected, &large, nth, dense);
+        }
+        let new = grown.append_rows("w", &rest).unwrap();
+        let vars = vec![("w".to_owned(), new.clone())];
+        assert_eq!((new.dims(), new.dtype()), ([14, 2].as_slice(), dtype));
+        let state = grown.state("w").unwrap();
+        for moments in [&state.exp_avg, &state.exp_inf] {
+            assert_eq!(bits(&moments.narrow(0, 10, 4).unwrap()), [0; 8]);
+        }
+        assert!(Fingerprint::of(&grown, &vars) == Fingerprint::of(&expected, &large_vars), "{context}");
+
+        // A file of it is one of the large variable.
+        let path = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("appended-{way}.safetensors"));
+        grown.save(&path).unwrap();
+        let loaded_var = Var::from_tensor(&new.copy().unwrap()).unwrap();
+        let (mut loaded, loaded_vars) = optimizer(&loaded_var, params, kernel);
+        loaded.load(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+
+        for nth in 5..10 {
+            // Of the new rows, too.
+            let grad = SparseGrad {
+                indices: Tensor::new(&[12u32, 3, 13, 12], CPU).unwrap(),
+                values: tensor(&noise(90 + nth, 8), &[4, 2], dtype),
+            };
+            let all = [
+                (&mut grown, &new, &vars),
+                (&mut expected, &large, &large_vars),
+                (&mut loaded, &loaded_var, &loaded_vars),
+            ];
+            let all = all.map(|(optimizer, weight, vars)| {
+                call(optimizer, weight, nth, dense);
+                if !dense {
+                    optimizer.apply_gradients([(weight, &grad)]).unwrap();
+                }
+                Fingerprint::of(optimizer, vars)
+            });
+            assert!(all[0] == all[1], "call {nth}, {context}");
+            assert!(all[2] == all[1], "call {nth} after the file, {context}");
+        }
+
+        // The old variable is nobody's any more, and its memory is free; that of the new one is not.
+        let grad = tensor(&noise(9, 20), &[10, 2], dtype);
+        let text = "Adamax: the var of pair 0, of shape [10, 2], is not one of this optimizer's; add it first";
+        assert_eq!(grown.apply_gradients([(&old, &grad)]).unwrap_err().to_string(), text);
+        let part = |of: &Var| SparseGrad { indices: ids_of(&[0]), values: of.narrow(0, 0, 1).unwrap() };
+        let text = "Adamax: the gradient of `w` shares the storage of the var `w`: expected a tensor of its own, such \
+                    as `grad.copy()`";
+        assert_eq!(grown.apply_gradients([(&new, &part(&new))]).unwrap_err().to_string(), text);
+        if !dense {
+            grown.apply_gradients([(&new, &part(&old))]).unwrap();
+        }
+    }
+}
+
+#[test]
+fn rows_are_appended_to_any_rank_again_and_again() {
+    for kernel in KERNELS {
+        for shape in [&[2usize] as &[usize], &[2, 3], &[2, 3, 2], &[0, 3], &[2, 0]] {
+            let n = shape.iter().product();
+            let weight = var(&noise(1, n), shape, DType::F32);
+            let (mut optimizer, _) = optimizer(&weight, ParamsAdamax::default(), kernel);
+            let mut all = weight.as_tensor().copy().unwrap();
+            for more in [0usize, 1, 5] {
+                let mut dims = shape.to_vec();
+                dims[0] = more;
+                let rows = tensor(&noise(2, dims.iter().product()), &dims, DType::F32);
+                let grown = optimizer.append_rows("w", &rows).unwrap();
+                all = Tensor::cat(&[&all, &rows], 0).unwrap();
+                assert_eq!(grown.dims(), all.dims());
+                assert_eq!(bits(&grown), bits(&all));
+            }
+        }
+    }
+}
+
+/// A model with a layer of candle's, and one with a layer of this crate's.
+#[test]
+fn steps_of_rows_are_those_of_this_crates_embedding() {
+    for (params, dense, kernel, dtype) in ways() {
+        if dense {
+            continue;
+        }
+        for nonzero in [false, true] {
+            let weight = var(&noise(1, 20), &[10, 2], dtype);
+            let own = Var::from_tensor(&weight.copy().unwrap()).unwrap();
+            let theirs = candle_nn::Embedding::new(weight.as_tensor().clone(), 2);
+            let ours = Embedding::new(own.as_tensor().clone()).unwrap();
+            let (mut stepped, vars) = optimizer(&weight, params.clone(), kernel);
+            let (mut expected, own_vars) = optimizer(&own, params.clone(), kernel);
+            for nth in 0..7u32 {
+                // candle sums halves in their own dtype, so in those no row is there twice.
+                let again = if dtype.size_in_bytes() == 2 { (nth + 5) % 10 } else { nth };
+                let ids = Tensor::new(&[[nth, (nth + 3) % 10], [again, (nth + 4) % 10]], CPU).unwrap();
+                let touched = if nonzero { TouchedRows::NonZero } else { TouchedRows::Ids(&ids) };
+                let before = weight.copy().unwrap();
+                let grads = loss(&theirs.forward(&ids).unwrap()).backward().unwrap();
+                stepped.step_rows(&grads, [(&weight, touched)]).unwrap();
+                expected.step(&loss(&ours.forward(&ids).unwrap()).backward().unwrap()).unwrap();
+                let (got, want) = (Fingerprint::of(&stepped, &vars), Fingerprint::of(&expected, &own_vars));
+                assert!(got == want, "step {nth} of {dtype:?}, {kernel:?}, {nonzero}");
+                if params.gradient_accumulation_steps == 1 {
+                    // The other rows are not touched, whatever their moments are.
+                    let ids = values(&ids);
+                    for row in (0..10).filter(|&row| !ids.contains(&(row as f64))) {
+                        assert_eq!(bits(&weight.get(row).unwrap()), bits(&before.get(row).unwrap()));
+                    }
+                }
+            }
+            assert_ne!(bits(&weight), bits(&tensor(&noise(1, 20), &[10, 2], dtype)), "nothing was trained");
+        }
+    }
+}
+
+#[test]
+fn rows_above_max_norm_are_scaled_in_the_weight_when_they_are_looked_up() {
+    // Norms: 5, 10, 13, 0.5, 15, 0.
+    let numbers = [3.0, 4.0, -6.0, 8.0, 5.0, 12.0, 0.3, 0.4, 9.0, 12.0, 0.0, 0.0];
+    let ids = [1u32, 0, 3, 1, 5, 2];
+    for dtype in DTYPES {
+        let half_place = match dtype {
+            DType::F16 => 2f64.powi(-11),
+            DType::BF16 => 2f64.powi(-8),
+            _ => 0.0,
+        };
+        let before = tensor(&numbers, &[6, 2], dtype);
+        for way in [None, Some(Pooling::Sum), Some(Pooling::Mean), Some(Pooling::Max)] {
+            let weight = Var::from_tensor(&before).unwrap();
+            let own = weight.as_tensor().clone();
+            let got = match way {
+                None => Embedding::new(own).unwrap().max_norm(5.0).unwrap().forward(&ids_of(&ids)),
+                Some(pooling) => {
+                    let bags = Bags::batch(&ids_of(&ids).unsqueeze(1).unwrap()).unwrap();
+                    Ok(EmbeddingBag::new(own, pooling).unwrap().max_norm(5.0).unwrap().pool(&bags).unwrap())
+                }
+            };
+            let got = got.unwrap();
+            // At the limit, below it, or not looked up.
+            for row in [0, 3, 4, 5] {
+                assert_eq!(bits(&before.get(row).unwrap()), bits(&weight.get(row).unwrap()), "{dtype:?} row {row}");
+            }
+            for row in [1, 2] {
+                let (old, new) = (before.get(row).unwrap(), weight.get(row).unwrap());
+                let old = old.to_dtype(DType::F64).unwrap();
+                let norm = old.sqr().unwrap().sum_all().unwrap().sqrt().unwrap().to_scalar::<f64>().unwrap();
+                let want = values(&old.affine(5.0 / norm, 0.0).unwrap());
+                for (got, want) in values(&new).into_iter().zip(want) {
+                    // PyTorch divides by the norm plus 1e-7.
+                    let error = (half_place + 3e-7) * want.abs();
+                    assert!((got - want).abs() <= error, "{dtype:?} row {row}: expected {want}, got {got}");
+                }
+            }
+            // The lookup has the rows as they are now.
+            assert_eq!(bits(&got), bits(&weight.index_select(&ids_of(&ids), 0).unwrap()), "{dtype:?} {way:?}");
+        }
+        // Without it nothing is scaled, by another layer on the same weight.
+        let weight = Var::from_tensor(&before).unwrap();
+        let limited = Embedding::new(weight.as_tensor().clone()).unwrap().max_norm(5.0).unwrap();
+        Embedding::new(weight.as_tensor().clone()).unwrap().forward(&ids_of(&ids)).unwrap();
+        assert_eq!(bits(&weight), bits(&before));
+        // The row of the padding stays as it is.
+        limited.padding_idx(1).unwrap().forward(&ids_of(&[1, 1, 0])).unwrap();
+        assert_eq!(bits(&weight), bits(&before));
+    }
 }

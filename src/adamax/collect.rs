@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::Param;
 use crate::error::{ErrorKind, Result};
-use crate::gradient::sparse::{Part, coalesce, densify, read_ids, row_len, rows_of};
+use crate::gradient::sparse::{IdsOf, Part, coalesce, densify, read_ids, row_len, rows_of};
 use crate::gradient::{SparseGrad, TouchedRows};
 use crate::kernel::lend::storage_address;
 use crate::kernel::{Occurrences, RowGrad};
@@ -155,7 +155,7 @@ impl Checker<'_> {
                 ErrorKind::ShapeMismatch { what: "values", name: self.param.name.clone(), expected, got }.into()
             );
         }
-        let ids = read_ids(&format!("the indices of `{}`", self.param.name), indices, rows)?;
+        let ids = read_ids(IdsOf { what: "indices", of: &self.param.name }, indices, rows)?;
         let grad = self.tensor("values", Cow::Borrowed(values))?;
         Ok(Part { grad: on_host(grad)?, occurrences: Arc::new(Occurrences::new(ids, None, None)) })
     }
@@ -165,8 +165,8 @@ impl Checker<'_> {
         let rows = match touched {
             TouchedRows::NonZero => SparseGrad::nonzero_rows(&grad)?.indices.to_vec1::<u32>()?,
             TouchedRows::Ids(ids) => {
-                let what = format!("the touched rows of `{}`", self.param.name);
-                let mut rows = read_ids(&what, ids, rows_of(&grad)?)?;
+                let what = IdsOf { what: "touched rows", of: &self.param.name };
+                let mut rows = read_ids(what, ids, rows_of(&grad)?)?;
                 rows.sort_unstable();
                 rows.dedup();
                 rows

@@ -9,7 +9,7 @@ use super::collect::Found;
 use super::{Adamax, Sum};
 use crate::error::{ErrorKind, Result};
 use crate::gradient::TouchedRows;
-use crate::gradient::sparse::{self, read_ids, row_len, rows_of};
+use crate::gradient::sparse::{self, IDS, read_ids, row_len, rows_of};
 use crate::kernel::lend::storage_address;
 use crate::state::{Buffer, ParamState};
 
@@ -62,7 +62,7 @@ impl Adamax {
     pub fn reset_rows(&mut self, name: &str, ids: &Tensor) -> Result<()> {
         let index = self.index_of(name)?;
         let param = &mut self.vars[index];
-        let rows = rows_of(&param.var).and_then(|rows| read_ids("ids", ids, rows));
+        let rows = rows_of(&param.var).and_then(|rows| read_ids(IDS, ids, rows));
         let mut rows = match rows {
             Ok(rows) => rows,
             Err(error) => return Err(self.own(error)),

@@ -53,7 +53,7 @@ impl SparseGrad {
     /// A scalar gradient, ids that are not integers, an id out of range.
     pub fn touched_rows(grad: &Tensor, ids: &Tensor) -> Result<Self> {
         let rows = rows_of(grad)?;
-        let mut ids = read_ids("ids", ids, rows)?;
+        let mut ids = read_ids(IDS, ids, rows)?;
         ids.sort_unstable();
         ids.dedup();
         Self::select(grad, ids)
@@ -256,9 +256,19 @@ pub(crate) fn to_sparse(rows: &RowGrad<'_>, var: &Tensor) -> Result<SparseGrad> 
     Ok(SparseGrad { indices, values: rows.summed(var.dtype())?.to_tensor(&dims.into())? })
 }
 
+/// What ids are, for errors about them: the `what` of the variable `of`, or of nobody if that is empty.
+#[derive(Clone, Copy)]
+pub(crate) struct IdsOf<'n> {
+    pub(crate) what: &'static str,
+    pub(crate) of: &'n str,
+}
+
+/// The ids of a lookup, and those that a method of a table is given.
+pub(crate) const IDS: IdsOf<'_> = IdsOf { what: "ids", of: "" };
+
 /// The integers of `ids`, each checked to be a row of a table that has `rows`.
-pub(crate) fn read_ids(what: &str, ids: &Tensor, rows: usize) -> Result<Vec<u32>> {
-    fn check<T: Copy + Into<i64>>(what: &str, shape: &[usize], values: &[T], rows: usize) -> Result<Vec<u32>> {
+pub(crate) fn read_ids(what: IdsOf<'_>, ids: &Tensor, rows: usize) -> Result<Vec<u32>> {
+    fn check<T: Copy + Into<i64>>(what: IdsOf<'_>, shape: &[usize], values: &[T], rows: usize) -> Result<Vec<u32>> {
         let mut checked = Vec::with_capacity(values.len());
         for (position, &value) in values.iter().enumerate() {
             let id: i64 = value.into();
@@ -266,7 +276,11 @@ pub(crate) fn read_ids(what: &str, ids: &Tensor, rows: usize) -> Result<Vec<u32>
             match u32::try_from(id) {
                 Ok(row) if (row as usize) < rows => checked.push(row),
                 _ => {
-                    let (what, position) = (what.to_owned(), index(position, shape));
+                    let what = match what {
+                        IdsOf { what, of: "" } => what.to_owned(),
+                        IdsOf { what, of } => format!("the {what} of `{of}`"),
+                    };
+                    let position = index(position, shape);
                     return Err(ErrorKind::IdOutOfRange { what, id, position, rows }.into());
                 }
             }
@@ -282,8 +296,9 @@ pub(crate) fn read_ids(what: &str, ids: &Tensor, rows: usize) -> Result<Vec<u32>
         DType::I32 => check(what, shape, &flat.to_vec1::<i32>()?, rows),
         DType::I64 => check(what, shape, &flat.to_vec1::<i64>()?, rows),
         got => {
-            let (name, expected) = (what.to_owned(), "an integer dtype".to_owned());
-            Err(ErrorKind::DTypeMismatch { what: "ids", name, expected, got }.into())
+            let IdsOf { what, of } = what;
+            let (name, expected) = (if of.is_empty() { what } else { of }.to_owned(), "an integer dtype".to_owned());
+            Err(ErrorKind::DTypeMismatch { what, name, expected, got }.into())
         }
     }
 }

@@ -17,7 +17,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Tensor, TensorId};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::gradient::sparse::{Part, read_ids, row_len, rows_of};
+use crate::gradient::sparse::{IDS, Part, read_ids, row_len, rows_of};
 use crate::kernel::{self, Occurrences, is_supported};
 
 /// All tables in use, by their variable.
@@ -250,7 +250,7 @@ impl Table {
     }
 
     pub(crate) fn read(&self, ids: &Tensor) -> Result<Vec<u32>> {
-        read_ids("ids", ids, self.0.rows)
+        read_ids(IDS, ids, self.0.rows)
     }
 
     /// Rows that are pooled by bags.
