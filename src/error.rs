@@ -183,6 +183,13 @@ pub enum ErrorKind {
         rows: usize,
     },
 
+    /// A gradient in the `GradStore` belongs to a lookup that is not known any more.
+    #[error(
+        "the rows of a lookup are not known any more: it was differentiated more than once, as were too many after it, \
+         and its graph is gone; step earlier, or keep the losses until then"
+    )]
+    LostLookup,
+
     // === Gradients ===
     /// A gradient, or a tensor of a snapshot, has the wrong shape.
     #[error("{what} shape mismatch for `{name}`: expected {expected:?}, got {got:?}")]

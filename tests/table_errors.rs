@@ -228,7 +228,7 @@ fn sparse_gradients_that_do_not_fit() {
     }
     let scalar = var(&[1.0], &[], DType::F32);
     let mut optimizer = Adamax::from_named([("scalar", scalar.clone())], ParamsAdamax::default()).unwrap();
-    let text = "Adamax: invalid `table`: expected a tensor with rows, that is of rank 1 or more, got a scalar";
+    let text = "Adamax: invalid `scalar`: expected a tensor with rows, that is of rank 1 or more, got a scalar";
     assert_text(optimizer.apply_gradients([(&scalar, &sparse(&[0], &[1], DType::F32))]), text);
 }
 
@@ -337,7 +337,7 @@ fn rows_that_cannot_be_reset_or_appended() {
     assert_text(optimizer.append_rows("huge", &huge), text);
     let scalar = var(&[1.0], &[], DType::F32);
     let mut optimizer = Adamax::from_named([("scalar", scalar.clone())], params()).unwrap();
-    let text = "Encoder: invalid `table`: expected a tensor with rows, that is of rank 1 or more, got a scalar";
+    let text = "Encoder: invalid `scalar`: expected a tensor with rows, that is of rank 1 or more, got a scalar";
     assert_text(optimizer.append_rows("scalar", &scalar), text);
     assert_text(optimizer.reset_rows("scalar", &integers(&[0], DType::U8)), text);
 }
@@ -429,7 +429,7 @@ fn layers_that_cannot_be() {
         assert_text(Embedding::new(weight.clone()), &text);
         assert_text(EmbeddingBag::new(weight, Pooling::Max), &text);
     }
-    let text = "invalid `table`: expected a tensor with rows, that is of rank 1 or more, got a scalar";
+    let text = "invalid `weight`: expected a tensor with rows, that is of rank 1 or more, got a scalar";
     assert_text(Table::new(&tensor(&[1.0], &[], DType::F32)), text);
     assert_text(SparseGrad::nonzero_rows(&tensor(&[1.0], &[], DType::F32)), text);
     let ids = integers(&[0], DType::U32);

@@ -273,36 +273,3 @@ fn threads_look_up_in_one_table() -> Result<()> {
     pair.assert_same();
     Ok(())
 }
-
-/// The resident memory of this process in bytes.
-#[cfg(target_os = "linux")]
-fn resident() -> usize {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
-    statm.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
-}
-
-/// Runs `f` many times after a tenth as often to warm up; by how many bytes the process has grown.
-#[cfg(target_os = "linux")]
-fn growth(times: u32, mut f: impl FnMut(u32)) -> usize {
-    (0..times / 10).for_each(&mut f);
-    let before = resident();
-    (0..times).for_each(f);
-    resident().saturating_sub(before)
-}
-
-/// One record of each lookup would be 100,000 times 64 ids of four bytes: 26 MB.
-#[cfg(target_os = "linux")]
-#[test]
-fn lookups_and_dropped_gradients_leave_no_memory() -> Result<()> {
-    let mut pair = Pair::new();
-    let which: Vec<u32> = (0..64).map(|i| i % ROWS as u32).collect();
-    let batch = ids(&which);
-    let grown = growth(100_000, |_| drop(pair.layer.forward(&batch).unwrap()));
-    assert!(grown < 4 << 20, "inference: {grown} bytes more");
-    let before = bits(&pair.var);
-    let grown = growth(10_000, |seed| drop(pair.losses(&which, u64::from(seed)).0.backward().unwrap()));
-    assert!(grown < 4 << 20, "dropped gradients: {grown} bytes more");
-    pair.optimizer.step(&GradStore::default())?;
-    assert_eq!(bits(&pair.var), before);
-    Ok(())
-}

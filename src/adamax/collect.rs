@@ -140,7 +140,7 @@ impl Checker<'_> {
     /// A gradient of some rows, as a caller gave it.
     fn sparse<'g>(&self, grad: &'g SparseGrad) -> Result<Part<'g>> {
         let (SparseGrad { indices, values }, var) = (grad, &self.param.var);
-        let rows = rows_of(var)?;
+        let rows = rows_of(&self.param.name, var)?;
         if indices.rank() != 1 {
             let (expected, got) = (vec![indices.elem_count()], indices.dims().to_vec());
             return Err(
@@ -163,10 +163,13 @@ impl Checker<'_> {
     /// Some rows of a gradient in the shape of the variable, where they are.
     fn touched<'g>(&self, touched: TouchedRows<'_>, grad: Cow<'g, Tensor>) -> Result<Part<'g>> {
         let rows = match touched {
-            TouchedRows::NonZero => SparseGrad::nonzero_rows(&grad)?.indices.to_vec1::<u32>()?,
+            TouchedRows::NonZero => {
+                rows_of(&self.param.name, &grad)?;
+                SparseGrad::nonzero_rows(&grad)?.indices.to_vec1::<u32>()?
+            }
             TouchedRows::Ids(ids) => {
                 let what = IdsOf { what: "touched rows", of: &self.param.name };
-                let mut rows = read_ids(what, ids, rows_of(&grad)?)?;
+                let mut rows = read_ids(what, ids, rows_of(&self.param.name, &grad)?)?;
                 rows.sort_unstable();
                 rows.dedup();
                 rows

@@ -12,6 +12,7 @@ use crate::gradient::TouchedRows;
 use crate::gradient::sparse::{self, IDS, read_ids, row_len, rows_of};
 use crate::kernel::lend::storage_address;
 use crate::state::{Buffer, ParamState};
+use crate::table;
 
 impl Adamax {
     /// A call of [`step`](candle_nn::Optimizer::step) for models that keep `candle_nn`'s `Embedding`, whose gradients are
@@ -62,7 +63,7 @@ impl Adamax {
     pub fn reset_rows(&mut self, name: &str, ids: &Tensor) -> Result<()> {
         let index = self.index_of(name)?;
         let param = &mut self.vars[index];
-        let rows = rows_of(&param.var).and_then(|rows| read_ids(IDS, ids, rows));
+        let rows = rows_of(&param.name, &param.var).and_then(|rows| read_ids(IDS, ids, rows));
         let mut rows = match rows {
             Ok(rows) => rows,
             Err(error) => return Err(self.own(error)),
@@ -116,7 +117,7 @@ impl Adamax {
     fn grown(&self, index: usize, rows: &Tensor) -> Result<(Var, super::Param, usize)> {
         let param = &self.vars[index];
         let (old, name) = (&param.var, || param.name.clone());
-        let before = rows_of(old)?;
+        let before = rows_of(&param.name, old)?;
         let mut expected = old.dims().to_vec();
         expected[0] = rows.dims().first().copied().unwrap_or(1);
         if rows.dims() != expected {
@@ -187,12 +188,12 @@ impl Adamax {
         grads: &'g GradStore,
         touched: impl Fn(&Tensor) -> Option<TouchedRows<'g>>,
     ) -> Result<()> {
-        let tables = crate::table::all();
+        let tables = table::snapshot();
+        if tables.has_lost(grads) {
+            return Err(self.own(ErrorKind::LostLookup.into()));
+        }
         self.call(|param| {
-            let lookups = match tables.get(&param.var.id()) {
-                Some(table) => table.gradients(grads),
-                None => Vec::new(),
-            };
+            let lookups = tables.gradients(param.var.id(), grads);
             Found { dense: grads.get(&param.var), touched: touched(&param.var), lookups, sparse: None }
         })
     }

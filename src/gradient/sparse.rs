@@ -52,7 +52,7 @@ impl SparseGrad {
     ///
     /// A scalar gradient, ids that are not integers, an id out of range.
     pub fn touched_rows(grad: &Tensor, ids: &Tensor) -> Result<Self> {
-        let rows = rows_of(grad)?;
+        let rows = rows_of("gradient", grad)?;
         let mut ids = read_ids(IDS, ids, rows)?;
         ids.sort_unstable();
         ids.dedup();
@@ -65,9 +65,12 @@ impl SparseGrad {
     ///
     /// A scalar gradient.
     pub fn nonzero_rows(grad: &Tensor) -> Result<Self> {
-        let rows = rows_of(grad)?;
-        let magnitudes = grad.reshape((rows, ()))?.ne(0.0)?.to_dtype(DType::U32)?;
-        let counts = if magnitudes.elem_count() == 0 { vec![0; rows] } else { magnitudes.max(1)?.to_vec1::<u32>()? };
+        let rows = rows_of("gradient", grad)?;
+        if grad.elem_count() == 0 {
+            return Self::select(grad, Vec::new());
+        }
+        let differs = grad.reshape((rows, ()))?.ne(0.0)?.to_dtype(DType::U32)?;
+        let counts = differs.max(1)?.to_vec1::<u32>()?;
         Self::select(grad, (0..rows as u32).filter(|&row| counts[row as usize] != 0).collect())
     }
 
@@ -319,9 +322,9 @@ fn index(mut flat: usize, shape: &[usize]) -> Vec<usize> {
 }
 
 /// How many rows a tensor has; they are numbered with 32 bits.
-pub(crate) fn rows_of(tensor: &Tensor) -> Result<usize> {
+pub(crate) fn rows_of(name: &str, tensor: &Tensor) -> Result<usize> {
     match tensor.dims() {
-        [] => Err(Error::invalid("table", "a tensor with rows, that is of rank 1 or more", "a scalar")),
+        [] => Err(Error::invalid(name, "a tensor with rows, that is of rank 1 or more", "a scalar")),
         [rows, ..] if u32::try_from(*rows).is_err() => Err(Error::invalid("rows", "at most 4294967295 rows", rows)),
         [rows, ..] => Ok(*rows),
     }

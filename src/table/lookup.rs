@@ -1,11 +1,13 @@
 //! Lookups as operations of candle's graph.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use candle_core::op::BackpropOp;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Storage, Tensor, TensorId, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Storage, Tensor, bail};
 
-use super::{Table, lock};
+use super::Table;
+use super::records::{self, Lookup, lock};
 use crate::kernel::{self, Occurrences};
 
 /// The ids of a lookup, and which of them get a gradient.
@@ -75,21 +77,18 @@ fn anchor(table: &Table, shape: &[usize]) -> Tensor {
 /// What connects an anchor with rows of a table. It is owned by the operations of the graph and by gradients.
 struct Record {
     table: Table,
-    anchor: TensorId,
-    number: u64,
-    occurrences: Arc<Occurrences>,
+    lookup: Lookup,
+    differentiated: AtomicBool,
 }
 
 impl Record {
     fn new(table: &Table, anchor: &Tensor, occurrences: Arc<Occurrences>) -> Arc<Self> {
-        let mut lookups = lock(&table.0.lookups);
-        let number = lookups.next;
-        lookups.next += 1;
+        let lookup = Lookup::new(anchor.id(), occurrences);
         if anchor.is_variable() {
-            lookups.live.insert(anchor.id(), (number, Arc::downgrade(&occurrences)));
+            let weak = Arc::downgrade(&lookup.occurrences);
+            lock(&table.0.live).insert(lookup.anchor, (lookup.number, weak));
         }
-        drop(lookups);
-        Arc::new(Self { table: table.clone(), anchor: anchor.id(), number, occurrences })
+        Arc::new(Self { table: table.clone(), lookup, differentiated: AtomicBool::new(false) })
     }
 
     /// The gradient of the anchor, as one that owns this record: the graph may be gone when it is used.
@@ -97,8 +96,9 @@ impl Record {
         if !anchor.is_variable() {
             return Ok(None);
         }
-        // Two gradients of one anchor that `GradStore::extend` adds, or one that a caller detaches, own nothing.
-        lock(&self.table.0.lookups).keep(self.anchor, self.number, &self.occurrences);
+        if self.differentiated.swap(true, Ordering::Relaxed) {
+            records::keep(self.table.weight().id(), &self.lookup);
+        }
         let grad = Mutex::new(Some(grad.contiguous()?));
         anchor.apply_op1(Owned { _record: self.clone(), grad }).map(Some)
     }
@@ -106,7 +106,7 @@ impl Record {
 
 impl Drop for Record {
     fn drop(&mut self) {
-        lock(&self.table.0.lookups).live.remove(&self.anchor);
+        lock(&self.table.0.live).remove(&self.lookup.anchor);
     }
 }
 
@@ -123,7 +123,7 @@ impl CustomOp1 for Gather {
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        let Record { table, occurrences, .. } = &*self.record;
+        let Record { table, lookup: Lookup { occurrences, .. }, .. } = &*self.record;
         let ids = self.all.as_deref().unwrap_or(occurrences.ids());
         Ok((kernel::gather(table.weight(), table.row_len(), ids)?, self.shape.clone()))
     }
@@ -147,7 +147,7 @@ impl CustomOp1 for Pool {
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (table, occurrences) = (&self.record.table, &self.record.occurrences);
+        let (table, occurrences) = (&self.record.table, &self.record.lookup.occurrences);
         // The scales of a mean are those of its gradient; the mean itself is a sum, divided once.
         let factors = if self.weighted { occurrences.scales() } else { None };
         let (ids, starts) = (occurrences.ids(), &self.starts);
@@ -183,7 +183,7 @@ impl CustomOp2 for PoolWeighted {
         _: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let Record { table, occurrences, .. } = &*self.pool.record;
+        let Record { table, lookup: Lookup { occurrences, .. }, .. } = &*self.pool.record;
         let grad = grad.contiguous()?;
         // d/dweight[p] of sum_p weight[p] * row[p] is the product of the row with the gradient of its bag.
         let dots = kernel::dot_rows(table.weight(), &grad, table.row_len(), occurrences)?;

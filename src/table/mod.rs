@@ -4,29 +4,23 @@
 //! its size ever exists; the anchor, a leaf in the shape of the result, is what takes the gradient, and a record says
 //! to which rows it goes. Layer and optimizer find each other by the weight: one shared table for each variable.
 //!
-//! Invariant: a record lives as long as something that can still lead to its gradient: the graph, or a gradient in a
-//! `GradStore`. The table itself holds them weakly, but for a few recent ones, so what is thrown away leaves nothing
-//! that grows; and a record without a gradient in the `GradStore` of a step counts for nothing.
+//! Invariant: nothing here is as large as the table, and what is thrown away leaves nothing; see `records` for how long
+//! a record lives.
 
 mod lookup;
+mod records;
 
-use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, Weak};
 
-use candle_core::backprop::GradStore;
 use candle_core::{Tensor, TensorId};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::gradient::sparse::{IDS, Part, read_ids, row_len, rows_of};
+use crate::gradient::sparse::{IDS, read_ids, row_len, rows_of};
 use crate::kernel::{self, Occurrences, is_supported};
 
-/// All tables in use, by their variable.
-static TABLES: LazyLock<Mutex<HashMap<TensorId, Weak<Shared>>>> = LazyLock::new(Mutex::default);
-
-/// The last records that were differentiated are kept, so many of them and of so many ids at most: their gradients may
-/// lose what owns the record, which happens where `GradStore::extend` adds two of one anchor.
-const KEPT: usize = 64;
-const KEPT_IDS: usize = 1 << 20;
+pub(crate) use lookup::Pooled;
+pub(crate) use records::snapshot;
 
 /// A weight with rows, `[rows, ..]`, of which a step touches few.
 ///
@@ -65,54 +59,16 @@ struct Shared {
     weight: Tensor,
     rows: usize,
     row_len: usize,
-    lookups: Mutex<Lookups>,
-}
-
-#[derive(Default)]
-struct Lookups {
-    /// Counts lookups, whose order is that of the contributions to a row.
-    next: u64,
-    /// Those whose graph or gradient is there, by their anchors.
-    live: HashMap<TensorId, (u64, Weak<Occurrences>)>,
-    /// The last ones that were differentiated.
-    kept: VecDeque<(TensorId, u64, Arc<Occurrences>)>,
-}
-
-impl Lookups {
-    /// Keeps a record for a while.
-    fn keep(&mut self, anchor: TensorId, number: u64, occurrences: &Arc<Occurrences>) {
-        self.kept.retain(|(kept, ..)| *kept != anchor);
-        self.kept.push_back((anchor, number, occurrences.clone()));
-        let mut ids: usize = self.kept.iter().map(|(.., occurrences)| occurrences.ids().len()).sum();
-        while self.kept.len() > KEPT || (ids > KEPT_IDS && self.kept.len() > 1) {
-            ids -= self.kept.pop_front().map_or(0, |(.., oldest)| oldest.ids().len());
-        }
-    }
+    /// The lookups whose graph or gradient is there, by their anchors, with their numbers.
+    live: Mutex<HashMap<TensorId, (u64, Weak<Occurrences>)>>,
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        if !self.weight.is_variable() {
-            return;
-        }
-        let mut tables = lock(&TABLES);
-        // Another table of the same variable may have come since the last user of this one left.
-        if tables.get(&self.weight.id()).is_some_and(|table| table.strong_count() == 0) {
-            tables.remove(&self.weight.id());
+        if self.weight.is_variable() {
+            records::forget(self.weight.id());
         }
     }
-}
-
-/// A panic elsewhere leaves nothing half done under these locks.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// All tables of variables, by their variables.
-pub(crate) fn all() -> HashMap<TensorId, Table> {
-    let tables: Vec<_> = lock(&TABLES).iter().map(|(id, table)| (*id, table.clone())).collect();
-    // Without the lock: the last owner of a table, which this may become, takes it when it leaves.
-    tables.into_iter().filter_map(|(id, table)| Some((id, Table(table.upgrade()?)))).collect()
 }
 
 impl Table {
@@ -121,30 +77,35 @@ impl Table {
     ///
     /// # Errors
     ///
-    /// A scalar, more than 4,294,967,295 rows, or another dtype.
+    /// A scalar, more than 4,294,967,295 rows, or another dtype; a tensor that is computed from variables, whose
+    /// gradient would be lost.
     pub fn new(weight: &Tensor) -> Result<Self> {
         if !is_supported(weight.dtype()) {
             let (name, expected, got) = ("weight".to_owned(), "F64, F32, F16 or BF16".to_owned(), weight.dtype());
             return Err(ErrorKind::DTypeMismatch { what: "table", name, expected, got }.into());
         }
-        let rows = rows_of(weight)?;
+        let rows = rows_of("weight", weight)?;
         let make = |weight: Tensor| {
             let row_len = row_len(&weight);
-            Arc::new(Shared { weight, rows, row_len, lookups: Mutex::default() })
+            Arc::new(Shared { weight, rows, row_len, live: Mutex::default() })
         };
-        if !weight.is_variable() {
-            return Ok(Self(make(weight.contiguous()?)));
-        }
-        let mut tables = lock(&TABLES);
-        if let Some(shared) = tables.get(&weight.id()).and_then(Weak::upgrade) {
+        if weight.is_variable() {
+            let mut is_new = false;
+            let shared = records::share(weight.id(), || {
+                is_new = true;
+                make(weight.clone())
+            });
+            // Not while others wait for the records.
+            if is_new && weight.device().is_cpu() {
+                kernel::enlarge(weight)?;
+            }
             return Ok(Self(shared));
         }
-        if weight.device().is_cpu() {
-            kernel::enlarge(weight)?;
+        if weight.track_op() {
+            let expected = "a variable, or a tensor that needs no gradient, such as `weight.detach()`";
+            return Err(Error::invalid("weight", expected, "one that is computed from variables"));
         }
-        let shared = make(weight.clone());
-        tables.insert(weight.id(), Arc::downgrade(&shared));
-        Ok(Self(shared))
+        Ok(Self(make(weight.contiguous()?)))
     }
 
     /// The weight, `[rows, ..]`.
@@ -223,24 +184,6 @@ impl Table {
         Ok(weight.detach().reshape((self.0.rows, row_len))?.scatter_set(&rows, &values, 0)?)
     }
 
-    /// The gradients in `grads` of this table's lookups, in the order of the lookups.
-    pub(crate) fn gradients<'g>(&self, grads: &'g GradStore) -> Vec<Part<'g>> {
-        let mut found: Vec<(u64, Part<'g>)> = Vec::new();
-        let lookups = lock(&self.0.lookups);
-        let live =
-            lookups.live.iter().filter_map(|(anchor, (n, occurrences))| Some((anchor, *n, occurrences.upgrade()?)));
-        let kept = lookups.kept.iter().map(|(anchor, n, occurrences)| (anchor, *n, occurrences.clone()));
-        for (anchor, n, occurrences) in live.chain(kept) {
-            if let Some(grad) = grads.get_id(*anchor) {
-                found.push((n, Part { grad: std::borrow::Cow::Borrowed(grad), occurrences }));
-            }
-        }
-        drop(lookups);
-        found.sort_by_key(|(n, _)| *n);
-        found.dedup_by_key(|(n, _)| *n);
-        found.into_iter().map(|(_, part)| part).collect()
-    }
-
     pub(crate) fn on_host(&self) -> bool {
         self.0.weight.device().is_cpu()
     }
@@ -258,8 +201,6 @@ impl Table {
         lookup::pool(self, pooled)
     }
 }
-
-pub(crate) use lookup::Pooled;
 
 impl std::fmt::Debug for Table {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
