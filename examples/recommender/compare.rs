@@ -1,11 +1,14 @@
 //! What a training step costs: with the rows of its batch, with dense tables, and candle's own way.
 //!
-//! The models are fresh and nobody has trained them; they are timed in turn, in one run, on the same batches.
+//! The models are fresh and nobody has trained them; they are timed in turn, in one run. Their batches are those of
+//! an epoch: in random order, and no batch comes twice, so that the rows of a batch are where training finds them, in
+//! memory, and not in the caches of the step before.
 
 use std::time::Instant;
 
 use anyhow::Result;
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
+use rand::seq::SliceRandom;
 
 use crate::data::{Rating, Ratings};
 use crate::settings::Settings;
@@ -19,7 +22,8 @@ const LIMIT: usize = 1 << 30;
 const WARM_UP: usize = 20;
 /// How often each is timed.
 const ROUNDS: usize = 5;
-/// Steps of rows in a round, of which the first finds nothing in the caches and is not counted.
+/// Steps of rows in a round, each with a batch of its own. The first is not counted: the dense steps before it have taken
+/// even the small weights out of the caches, which does not happen in training. The last batch is the dense steps', too.
 const STEPS: usize = 5;
 
 /// Median seconds of a training step: batch, forward, backward and the optimizer.
@@ -46,24 +50,28 @@ pub(crate) fn compare(settings: &Settings, ratings: &Ratings, split: &Split) -> 
     let mut adamw = AdamW::new(dense.varmap.all_vars(), ParamsAdamW::default())?;
 
     let rng = &mut random(settings.seed, Stream::Epoch(0));
-    let mut batches = split.train.chunks(settings.batch).cycle().map(|chunk| chunk.iter().collect::<Vec<&Rating>>());
+    let mut order: Vec<&Rating> = split.train.iter().collect();
+    order.shuffle(rng);
+    let mut batches = order.chunks(settings.batch).cycle();
     for batch in batches.by_ref().take(WARM_UP) {
-        rows.step(&batch, rng)?;
+        rows.step(batch, rng)?;
     }
     let [mut of_rows, mut of_dense, mut of_candle] = [const { Vec::new() }; 3];
-    for batch in batches.take(ROUNDS + 1) {
-        for step in 0..STEPS {
+    for _ in 0..=ROUNDS {
+        let mut last: &[&Rating] = &[];
+        for (step, batch) in batches.by_ref().take(STEPS).enumerate() {
             let start = Instant::now();
-            rows.step(&batch, rng)?;
+            rows.step(batch, rng)?;
             if step > 0 {
                 of_rows.push(start.elapsed().as_secs_f64());
             }
+            last = batch;
         }
         let start = Instant::now();
-        dense.step(&batch, rng)?;
+        dense.step(last, rng)?;
         of_dense.push(start.elapsed().as_secs_f64());
         let start = Instant::now();
-        let drawn = dense.batch(&batch, rng)?;
+        let drawn = dense.batch(last, rng)?;
         adamw.step(&dense.loss(&drawn)?.0.backward()?)?;
         of_candle.push(start.elapsed().as_secs_f64());
     }
