@@ -188,10 +188,14 @@ mod tests {
 
     #[test]
     fn a_resumed_run_has_the_bits_of_an_unbroken_one() -> Result<()> {
-        let folder = std::env::temp_dir().join(format!("candle-adamax-recommender-{}", std::process::id()));
+        resume("rows", &["--schedule", "exponential", "--clip-norm", "1"])?;
+        resume("dense", &["--schedule", "exponential", "--clip-norm", "1", "--dense", "--ema", "0.9"])
+    }
+
+    fn resume(name: &str, options: &[&'static str]) -> Result<()> {
+        let folder = std::env::temp_dir().join(format!("candle-adamax-recommender-{}-{name}", std::process::id()));
         fs::create_dir_all(&folder)?;
-        let options = ["--schedule", "exponential", "--dense", "--ema", "0.9", "--clip-norm", "1"];
-        let epochs = |number, more: &[&'static str]| [options.as_slice(), &["--epochs", number], more].concat();
+        let epochs = |number, more: &[&'static str]| [options, &["--epochs", number], more].concat();
 
         train(&folder, "unbroken", &epochs("3", &[]))?;
         train(&folder, "resumed", &epochs("1", &[]))?;

@@ -169,3 +169,36 @@ impl Weights<'_> {
         Ok(var)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_adamax::{Adamax, ParamsAdamax};
+    use candle_core::Var;
+    use candle_nn::Optimizer;
+
+    use super::*;
+
+    #[test]
+    fn both_kinds_of_histories_have_the_same_means_and_gradients() -> Result<()> {
+        let weights = Tensor::arange(0f32, 10.0, &Device::Cpu)?.reshape((5, 2))?;
+        for dense in [false, true] {
+            let var = Var::from_tensor(&weights)?;
+            let weight = var.as_tensor().clone();
+            let history = match dense {
+                false => History::Rows(EmbeddingBag::new(weight, Pooling::Mean)?),
+                true => History::Dense(candle_nn::Embedding::new(weight, 2)),
+            };
+            let pooled = history.forward(&[&[4, 0], &[], &[4, 2]])?;
+            assert_eq!(pooled.to_vec2::<f32>()?, [[4.0, 5.0], [0.0, 0.0], [6.0, 7.0]], "dense: {dense}");
+
+            // After one step u is the magnitude of the gradient: a half for each place in a history of two.
+            let mut optimizer = Adamax::from_named([("history", var)], ParamsAdamax::default())?;
+            optimizer.backward_step(&pooled.sum_all()?)?;
+            let gradients = optimizer.state("history")?.exp_inf.to_vec2::<f32>()?;
+            assert_eq!(gradients, [[0.5, 0.5], [0.0, 0.0], [0.5, 0.5], [0.0, 0.0], [1.0, 1.0]], "dense: {dense}");
+
+            assert_eq!(history.forward(&[&[], &[]])?.to_vec2::<f32>()?, [[0.0; 2]; 2], "dense: {dense}");
+        }
+        Ok(())
+    }
+}
