@@ -89,13 +89,13 @@ pub(crate) fn comparison(comparison: Option<Comparison>) {
 
 /// How much there is to update, and what the optimizer keeps for it.
 pub(crate) fn memory(optimizer: &Adamax) -> Result<()> {
-    let vars = optimizer.snapshot()?.vars;
     let bytes = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
     let kib = |bytes: usize| format!("{} KiB", grouped(bytes.div_ceil(1024)));
     println!("\n{:<30}  {:>9}  {:>8}  {:>8}", "", "numbers", "weights", "moments");
     for (part, is_mlp) in [("embeddings and biases", false), ("MLP and heads", true)] {
         let (mut numbers, mut moments) = (0, 0);
-        for (_, var) in vars.iter().filter(|(name, _)| name.starts_with("mlp") == is_mlp) {
+        for name in optimizer.names().filter(|name| name.starts_with("mlp") == is_mlp) {
+            let var = optimizer.state(name)?; // a copy, of one variable at a time
             numbers += var.exp_avg.elem_count();
             moments += bytes(&var.exp_avg) + bytes(&var.exp_inf);
         }
