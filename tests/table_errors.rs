@@ -431,11 +431,15 @@ fn layers_that_cannot_be() {
     }
     let text = "invalid `weight`: expected a tensor with rows, that is of rank 1 or more, got a scalar";
     assert_text(Table::new(&tensor(&[1.0], &[], DType::F32)), text);
+    let text = "invalid `gradient`: expected a tensor with rows, that is of rank 1 or more, got a scalar";
     assert_text(SparseGrad::nonzero_rows(&tensor(&[1.0], &[], DType::F32)), text);
     let ids = integers(&[0], DType::U32);
     assert_text(SparseGrad::touched_rows(&tensor(&[1.0], &[], DType::F32), &ids), text);
 
     let weight = var(&noise(1, 40), &[10, 4], DType::F32);
+    let text = "invalid `weight`: expected a variable, or a tensor that needs no gradient, such as `weight.detach()`, \
+                got one that is computed from variables";
+    assert_text(Embedding::new((weight.as_tensor() * 2.0).unwrap()), text);
     let own = || weight.as_tensor().clone();
     for id in [10, usize::MAX, (1 << 32) + 1] {
         let text = format!("invalid `padding_idx`: expected an id below the 10 rows, got {id}");
