@@ -5,8 +5,10 @@ use candle_core::Var;
 use serde::{Deserialize, Serialize};
 
 use crate::check;
+use crate::codec::StateDType;
 use crate::error::Result;
-use crate::params::{ParamsAdamax, check_beta, check_decay};
+use crate::params::{Keeping, ParamsAdamax, SparseUpdate, check_beta, check_decay};
+use crate::rounding::Rounding;
 use crate::rule::{Hyperparameters, WeightDecay};
 use crate::schedule::LearningRate;
 
@@ -41,12 +43,31 @@ pub struct GroupSettings {
     pub eps: Option<f64>,
     /// Its decay; the optimizer's `no_decay` spares names here, too.
     pub weight_decay: Option<WeightDecay>,
+    /// How its moments are stored.
+    pub state_dtype: Option<StateDType>,
+    /// Whether the elements of a row share one norm.
+    pub rowwise_norm: Option<bool>,
+    /// How its f16 and bf16 variables are rounded.
+    pub rounding: Option<Rounding>,
+    /// What a step does to rows that had no gradient in it.
+    pub sparse_update: Option<SparseUpdate>,
 }
 
 impl GroupSettings {
     /// A group that overrides nothing.
     pub fn new(name: impl Into<String>) -> Self {
-        Self { name: name.into(), lr: GroupLr::Inherit, beta1: None, beta2: None, eps: None, weight_decay: None }
+        Self {
+            name: name.into(),
+            lr: GroupLr::Inherit,
+            beta1: None,
+            beta2: None,
+            eps: None,
+            weight_decay: None,
+            state_dtype: None,
+            rowwise_norm: None,
+            rounding: None,
+            sparse_update: None,
+        }
     }
 
     /// Checks every setting.
@@ -81,6 +102,20 @@ impl GroupSettings {
             epsilon: base.epsilon,
             weight_decay: self.weight_decay.unwrap_or(base.weight_decay),
         }
+    }
+
+    /// The optimizer's ways of keeping state with this group's overrides, checked together with its numbers.
+    pub(crate) fn keeping(&self, params: &ParamsAdamax) -> Result<Keeping> {
+        let base = params.keeping();
+        let keeping = Keeping {
+            state_dtype: self.state_dtype.unwrap_or(base.state_dtype),
+            rowwise_norm: self.rowwise_norm.unwrap_or(base.rowwise_norm),
+            rounding: self.rounding.unwrap_or(base.rounding),
+            sparse_update: self.sparse_update.unwrap_or(base.sparse_update),
+        };
+        let checked = keeping.validate(&self.hyperparameters(params));
+        checked.map_err(|error| error.within(format_args!("groups.{}", self.name)))?;
+        Ok(keeping)
     }
 
     /// This group's learning rate in call `call`, where the optimizer's is `base`.
@@ -169,6 +204,30 @@ impl ParamGroup {
     /// Its own decay.
     pub fn weight_decay(mut self, decay: WeightDecay) -> Self {
         self.settings.weight_decay = Some(decay);
+        self
+    }
+
+    /// How its moments are stored.
+    pub fn state_dtype(mut self, dtype: StateDType) -> Self {
+        self.settings.state_dtype = Some(dtype);
+        self
+    }
+
+    /// Whether the elements of a row share one norm.
+    pub fn rowwise_norm(mut self, rowwise: bool) -> Self {
+        self.settings.rowwise_norm = Some(rowwise);
+        self
+    }
+
+    /// How its f16 and bf16 variables are rounded.
+    pub fn rounding(mut self, rounding: Rounding) -> Self {
+        self.settings.rounding = Some(rounding);
+        self
+    }
+
+    /// What a step does to rows that had no gradient in it.
+    pub fn sparse_update(mut self, update: SparseUpdate) -> Self {
+        self.settings.sparse_update = Some(update);
         self
     }
 }

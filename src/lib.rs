@@ -71,15 +71,18 @@
 mod adamax;
 mod check;
 mod checkpoint;
+mod codec;
 mod element;
 mod embedding;
 mod error;
 mod gradient;
 mod group;
 mod kernel;
+mod ledger;
 mod pages;
 mod params;
 mod reduce;
+mod rounding;
 mod rule;
 mod schedule;
 mod state;
@@ -87,13 +90,15 @@ mod table;
 
 pub use adamax::{Adamax, State, StepReport};
 pub use checkpoint::{AccumulatedGrad, Counters, Snapshot, VarSnapshot};
+pub use codec::StateDType;
 pub use embedding::{Bags, Embedding, EmbeddingBag, Pooling, embedding, embedding_bag};
 pub use error::{Error, ErrorKind, Result};
 pub use gradient::{Gradient, SparseGrad, TouchedRows};
 pub use group::{GroupLr, GroupSettings, ParamGroup};
 pub use kernel::Kernel;
-pub use params::{ClipGradNorm, Ema, ParamsAdamax, StepCount};
+pub use params::{ClipGradNorm, Ema, ParamsAdamax, SparseUpdate, StepCount};
 pub use reduce::NormType;
+pub use rounding::Rounding;
 pub use rule::{Epsilon, WeightDecay};
 pub use schedule::{
     CosineDecay, CosineDecayRestarts, ExponentialDecay, InverseTimeDecay, Join, LearningRate, LearningRateSchedule,

@@ -4,8 +4,10 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::check;
-use crate::error::{ErrorKind, Result};
+use crate::codec::StateDType;
+use crate::error::{Error, ErrorKind, Result};
 use crate::reduce::NormType;
+use crate::rounding::Rounding;
 use crate::rule::{Epsilon, Hyperparameters, WeightDecay};
 use crate::schedule::{LearningRate, scalar};
 
@@ -45,6 +47,52 @@ pub struct Ema {
 impl Default for Ema {
     fn default() -> Self {
         Self { momentum: 0.99, overwrite_frequency: None }
+    }
+}
+
+/// What a step does to the rows of a table that had no gradient in it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SparseUpdate {
+    /// Nothing: neither they nor their moments change. TensorFlow's, for `IndexedSlices`.
+    #[default]
+    Lazy,
+    /// What a dense step would do to them, paid when they are next looked up: their moments decay and they go on moving,
+    /// and the sum of the steps that they missed is the same, within the rounding of the arithmetic. A step costs what its
+    /// touched rows cost. Needs `beta1 < beta2`, and excludes [`WeightDecay::L2`], whose gradient no row is without.
+    ///
+    /// The weights of rows that have not been paid for are behind: [`Adamax::catch_up`](crate::Adamax::catch_up) brings all
+    /// of them up to date before the weight is read as a whole. Lookups, checkpoints and
+    /// [`Table::weight`](crate::Table::weight) do so by themselves.
+    Exact,
+}
+
+/// How the state of a group of parameters is kept.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Keeping {
+    pub(crate) state_dtype: StateDType,
+    pub(crate) rowwise_norm: bool,
+    pub(crate) rounding: Rounding,
+    pub(crate) sparse_update: SparseUpdate,
+}
+
+impl Keeping {
+    /// Checks it against the numbers of its group.
+    pub(crate) fn validate(&self, hyper: &Hyperparameters) -> Result<()> {
+        let Hyperparameters { beta1, beta2, weight_decay, .. } = *hyper;
+        let needs = match (self.sparse_update, self.state_dtype) {
+            (SparseUpdate::Exact, _) => Some("`sparse_update: Exact`"),
+            (_, StateDType::F16) => Some("`state_dtype: F16`"),
+            (_, StateDType::Q8) => Some("`state_dtype: Q8`"),
+            _ => None,
+        };
+        if let Some(needs) = needs.filter(|_| beta1 >= beta2) {
+            return Err(Error::invalid("beta1", format!("a number below `beta2`, {beta2}, for {needs}"), beta1));
+        }
+        if let (SparseUpdate::Exact, WeightDecay::L2(lambda)) = (self.sparse_update, weight_decay) {
+            let expected = "None or Decoupled for `sparse_update: Exact`: with L2 no row is without a gradient";
+            return Err(Error::invalid("weight_decay", expected, format!("L2({lambda})")));
+        }
+        Ok(())
     }
 }
 
@@ -123,6 +171,19 @@ pub struct ParamsAdamax {
     /// its gradients was finite: the gradients that wait are dropped with the call. Default: false, so that NaN
     /// propagates and shows itself.
     pub skip_nonfinite: bool,
+    /// How moments are stored. Default: [`StateDType::F32`].
+    pub state_dtype: StateDType,
+    /// Whether the elements of a row of a variable (of all that is under one index of its first dimension) share one u,
+    /// the largest of the row: `u = max(beta2 * u, |g_1|, |g_2|, ..)`. u then takes 4 bytes a row, and no weight moves
+    /// further in a step than it would with a u of its own. Default: false.
+    pub rowwise_norm: bool,
+    /// How f16 and bf16 variables are rounded after an update. Default: [`Rounding::Nearest`].
+    pub rounding: Rounding,
+    /// What a step does to rows that had no gradient in it. Default: [`SparseUpdate::Lazy`].
+    pub sparse_update: SparseUpdate,
+    /// Of the random numbers of stochastic rounding, which are those of a counter: the same seed, names and gradients
+    /// give the same bits, on any number of threads. Default: 0.
+    pub seed: u64,
     /// Whether a step in which no variable had a gradient is fine. Default: false, an error: a graph that is cut
     /// without a word is a common mistake.
     pub allow_no_gradients: bool,
@@ -151,6 +212,11 @@ impl Default for ParamsAdamax {
             ema: None,
             gradient_accumulation_steps: 1,
             skip_nonfinite: false,
+            state_dtype: StateDType::F32,
+            rowwise_norm: false,
+            rounding: Rounding::Nearest,
+            sparse_update: SparseUpdate::Lazy,
+            seed: 0,
             allow_no_gradients: false,
         }
     }
@@ -201,6 +267,7 @@ impl ParamsAdamax {
         let no_empty_part = self.no_decay.iter().all(|part| !part.is_empty());
         check::require(no_empty_part, "no_decay", "parts of names", "an empty one, which is part of every name")?;
         self.validate_clips()?;
+        self.keeping().validate(&self.hyperparameters())?;
         if let Some(factor) = self.loss_scale_factor {
             check_positive("loss_scale_factor", factor)?;
         }
@@ -254,6 +321,16 @@ impl ParamsAdamax {
             eps: self.eps,
             epsilon: self.epsilon,
             weight_decay: self.weight_decay,
+        }
+    }
+
+    /// The ways of keeping state that groups may override.
+    pub(crate) fn keeping(&self) -> Keeping {
+        Keeping {
+            state_dtype: self.state_dtype,
+            rowwise_norm: self.rowwise_norm,
+            rounding: self.rounding,
+            sparse_update: self.sparse_update,
         }
     }
 

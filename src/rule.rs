@@ -117,19 +117,48 @@ impl Coefficients<f64> {
 /// instead of becoming `0 * inf`; the comparison does not depend on the element, and compilers take it out of the loop.
 #[inline(always)]
 pub(crate) fn update<A: Arithmetic>(c: &Coefficients<A>, w: A, grad: A, m: A, u: A) -> (A, A, A) {
+    let g = gradient(c, w, grad);
+    let m = first_moment(c, m, g);
+    let u = maximum(c.beta2 * u, seen(c, g));
+    (apply(c, w, ratio(c, m, u)), m, u)
+}
+
+/// The gradient that enters the moments: scaled, clamped, with L2's share of the weight.
+#[inline(always)]
+pub(crate) fn gradient<A: Arithmetic>(c: &Coefficients<A>, w: A, grad: A) -> A {
     let g = clamp(grad * c.grad_scale, c.clamp);
-    let g = if c.l2 == A::ZERO { g } else { g + c.l2 * w };
-    let m = c.beta1 * m + c.one_minus_beta1 * g;
-    let u = maximum(c.beta2 * u, g.abs() + c.eps_inside);
+    if c.l2 == A::ZERO { g } else { g + c.l2 * w }
+}
+
+/// The new m.
+#[inline(always)]
+pub(crate) fn first_moment<A: Arithmetic>(c: &Coefficients<A>, m: A, g: A) -> A {
+    c.beta1 * m + c.one_minus_beta1 * g
+}
+
+/// What the decayed u is compared with.
+#[inline(always)]
+pub(crate) fn seen<A: Arithmetic>(c: &Coefficients<A>, g: A) -> A {
+    g.abs() + c.eps_inside
+}
+
+/// By how many step sizes the weight moves.
+#[inline(always)]
+pub(crate) fn ratio<A: Arithmetic>(c: &Coefficients<A>, m: A, u: A) -> A {
     let denominator = u + c.eps_outside;
-    let ratio = if denominator == A::ZERO { A::ZERO } else { m / denominator };
+    if denominator == A::ZERO { A::ZERO } else { m / denominator }
+}
+
+/// The new weight: decayed, and moved.
+#[inline(always)]
+pub(crate) fn apply<A: Arithmetic>(c: &Coefficients<A>, w: A, ratio: A) -> A {
     let w = if c.decay == A::ZERO { w } else { w - c.decay * w };
-    (w - c.step_size * ratio, m, u)
+    w - c.step_size * ratio
 }
 
 /// `x` moved into `[-limit, limit]`; a NaN stays one, infinities become the limits.
 #[inline(always)]
-fn clamp<A: Arithmetic>(x: A, limit: A) -> A {
+pub(crate) fn clamp<A: Arithmetic>(x: A, limit: A) -> A {
     if x > limit {
         limit
     } else if x < -limit {

@@ -15,7 +15,7 @@ pub(super) struct Averages {
 impl Averages {
     pub(super) fn prepare(params: &[Param], ema: Option<Ema>) -> Result<Self> {
         let fresh = |param: &Param| match (ema, &param.ema) {
-            (Some(_), None) => Buffer::zeros(&param.var, param.state.exp_avg.place()).map(Some),
+            (Some(_), None) => Buffer::zeros(&param.var, param.place()).map(Some),
             _ => Ok(None),
         };
         Ok(Self { fresh: params.iter().map(fresh).collect::<Result<_>>()? })

@@ -5,6 +5,7 @@ use std::fmt;
 
 use candle_core::Var;
 
+use super::held::{GroupPlan, Held};
 use super::{Accumulated, Adamax, Param, Report, Sum};
 use crate::check;
 use crate::checkpoint::Counters;
@@ -13,8 +14,9 @@ use crate::group::{DEFAULT_GROUP, GroupSettings, ParamGroup};
 use crate::kernel::lend::storage_address;
 use crate::kernel::{Kernel, is_supported};
 use crate::params::ParamsAdamax;
+use crate::rounding::key_of;
 use crate::rule::WeightDecay;
-use crate::state::{Buffer, ParamState};
+use crate::state::{Buffer, Moments, ParamState, Stored};
 
 impl Adamax {
     pub(super) fn without_vars(params: ParamsAdamax) -> Result<Self> {
@@ -57,7 +59,8 @@ impl Adamax {
         if self.groups.iter().any(|known| known.name == settings.name) {
             return Err(ErrorKind::DuplicateName(settings.name).into());
         }
-        self.insert_named(self.groups.len(), vars)?;
+        let vars = vars.into_iter().map(|(name, var)| (name, None, var)).collect();
+        self.insert(self.groups.len(), &settings, vars)?;
         self.groups.push(settings);
         Ok(())
     }
@@ -69,6 +72,7 @@ impl Adamax {
     /// No variable has this name.
     pub fn remove_var(&mut self, name: &str) -> Result<Var> {
         let index = self.index_of(name)?;
+        self.vars[index].state.pay_all().map_err(|error| self.own(error))?;
         let param = self.vars.remove(index);
         self.storages.remove(&storage_address(&param.var));
         // Its indices are no longer those of the variables.
@@ -104,6 +108,8 @@ impl Adamax {
             let got = params.gradient_accumulation_steps;
             return Err(self.own(Error::invalid("gradient_accumulation_steps", expected, got)));
         }
+        let plans = self.plans(&params, &self.groups, self.kernel).map_err(|error| self.own(error))?;
+        let states = self.replanned(&plans).map_err(|error| self.own(error))?;
         for param in &mut self.vars {
             param.decays = params.decays(&param.name);
             if params.ema.is_none() {
@@ -111,6 +117,7 @@ impl Adamax {
             }
         }
         self.params = params;
+        self.take_states(states, &plans);
         Ok(())
     }
 
@@ -123,19 +130,20 @@ impl Adamax {
     ///
     /// # Errors
     ///
-    /// No group has this name, or a setting is not allowed.
+    /// No group has this name, or a setting is not allowed. Nothing has changed then.
     pub fn set_group(&mut self, settings: GroupSettings) -> Result<()> {
         settings.validate().map_err(|error| self.own(error))?;
-        match self.groups.iter_mut().find(|group| group.name == settings.name) {
-            Some(group) => {
-                *group = settings;
-                Ok(())
-            }
-            None => {
-                let names = self.groups.iter().map(|group| group.name.as_str());
-                Err(self.own(unknown("group", &settings.name, names)))
-            }
-        }
+        let mut groups = self.groups.clone();
+        let Some(group) = groups.iter_mut().find(|group| group.name == settings.name) else {
+            let names = self.groups.iter().map(|group| group.name.as_str());
+            return Err(self.own(unknown("group", &settings.name, names)));
+        };
+        *group = settings;
+        let plans = self.plans(&self.params, &groups, self.kernel).map_err(|error| self.own(error))?;
+        let states = self.replanned(&plans).map_err(|error| self.own(error))?;
+        self.groups = groups;
+        self.take_states(states, &plans);
+        Ok(())
     }
 
     /// How many calls of `step` counted, that is, were neither skipped nor failed. Schedules count them.
@@ -159,23 +167,39 @@ impl Adamax {
     ///
     /// The device has no memory for the state; nothing has changed then.
     pub fn set_kernel(&mut self, kernel: Kernel) -> Result<()> {
+        self.plans(&self.params, &self.groups, kernel).map_err(|error| self.own(error))?;
+        self.catch_up()?;
         let mut moved = Vec::with_capacity(self.vars.len());
         for param in &self.vars {
             let place = kernel.place(&param.var);
             let buffer = |buffer: &Buffer| -> Result<Buffer> {
                 Buffer::from_tensor(&buffer.to_tensor(param.var.shape())?, &param.var, place)
             };
-            let (exp_avg, exp_inf) = (buffer(&param.state.exp_avg)?, buffer(&param.state.exp_inf)?);
+            let state = param.state.get();
+            // Only moments as they are can be elsewhere; what stays need not be copied.
+            let state = match &state.moments.stored {
+                Stored::Full { exp_avg, exp_inf } if state.place() != place => {
+                    let stored = Stored::Full { exp_avg: buffer(exp_avg)?, exp_inf: buffer(exp_inf)? };
+                    Some(ParamState {
+                        moments: Moments { layout: state.moments.layout, stored },
+                        master: None,
+                        step: state.step,
+                    })
+                }
+                _ => None,
+            };
             // Accumulated rows are in host memory anyway.
             let sum = match &param.accumulated {
                 Some(Accumulated { sum: Sum::Dense(sum), .. }) => Some(Sum::Dense(buffer(sum)?)),
                 _ => None,
             };
             let ema = param.ema.as_ref().map(buffer).transpose()?;
-            moved.push((ParamState { exp_avg, exp_inf, step: param.state.step }, sum, ema));
+            moved.push((state, sum, ema));
         }
         for (param, (state, sum, ema)) in self.vars.iter_mut().zip(moved) {
-            param.state = state;
+            if let Some(state) = state {
+                param.state = Held::Own(state);
+            }
             param.ema = ema;
             if let (Some(accumulated), Some(sum)) = (&mut param.accumulated, sum) {
                 accumulated.sum = sum;
@@ -187,11 +211,18 @@ impl Adamax {
 
     /// Adds variables to a group, all or none.
     pub(super) fn insert_named(&mut self, group: usize, vars: Vec<(String, Var)>) -> Result<()> {
-        self.insert(group, vars.into_iter().map(|(name, var)| (name, None, var)).collect())
+        let settings = self.groups[group].clone();
+        self.insert(group, &settings, vars.into_iter().map(|(name, var)| (name, None, var)).collect())
     }
 
     /// Adds variables to a group, all or none: names, positions of those without a name, variables.
-    pub(super) fn insert(&mut self, group: usize, vars: Vec<(String, Option<usize>, Var)>) -> Result<()> {
+    pub(super) fn insert(
+        &mut self,
+        group: usize,
+        settings: &GroupSettings,
+        vars: Vec<(String, Option<usize>, Var)>,
+    ) -> Result<()> {
+        let plan = GroupPlan::of(&self.params, settings).map_err(|error| self.own(error))?;
         let mut storages: HashMap<usize, String> = HashMap::new();
         let mut names: HashMap<String, ()> = HashMap::new();
         let mut new = Vec::with_capacity(vars.len());
@@ -214,9 +245,12 @@ impl Adamax {
                 return Err(self.own(ErrorKind::DuplicateName(name).into()));
             }
             storages.insert(address, name.clone());
-            let state = ParamState::zeros(&var, self.kernel.place(&var))?;
-            let decays = self.params.decays(&name);
-            new.push(Param { name, unnamed, group, decays, var, state, accumulated: None, ema: None });
+            let place = self.kernel.place(&var);
+            plan.check(place).map_err(|error| self.own(error))?;
+            let layout = plan.layout(&var, false);
+            let state = Held::Own(ParamState::zeros(&var, place, &layout, plan.keeping.rounding)?);
+            let (decays, key) = (self.params.decays(&name), key_of(&name));
+            new.push(Param { name, unnamed, group, decays, key, var, state, accumulated: None, ema: None });
         }
         self.storages.extend(storages);
         self.vars.extend(new);

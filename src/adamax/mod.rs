@@ -7,6 +7,7 @@
 mod accumulate;
 mod collect;
 mod ema;
+mod held;
 mod manage;
 mod report;
 mod rows;
@@ -21,18 +22,21 @@ use candle_nn::{Optimizer, VarMap};
 use self::accumulate::{Accumulated, Sum};
 use self::collect::{Collected, Found, Grad, collect};
 use self::ema::Averages;
+use self::held::{GroupPlan, Held};
 pub use self::report::StepReport;
 use self::report::{Outcome, Report};
 pub use self::snapshot::State;
 use crate::checkpoint::Counters;
+use crate::codec::shrinkage;
 use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::{Gradient, SparseGrad, Summary};
 use crate::group::{DEFAULT_GROUP, GroupSettings, ParamGroup};
-use crate::kernel::{self, Kernel, RowGrad, RowTask, RowValues, Source, Task, Update};
+use crate::kernel::{self, Kernel, Orders, RowGrad, RowTask, RowValues, Source, Task, Update};
 use crate::params::{ParamsAdamax, StepCount};
-use crate::rule::{Coefficients, Hyperparameters, WeightDecay};
+use crate::rounding::derive;
+use crate::rule::Coefficients;
 use crate::schedule::LearningRate;
-use crate::state::{Buffer, ParamState, Place};
+use crate::state::{Buffer, Place};
 
 /// The Adamax optimizer (Kingma & Ba 2015, section 7.1) for candle's variables.
 ///
@@ -81,8 +85,10 @@ struct Param {
     unnamed: Option<usize>,
     group: usize,
     decays: bool,
+    /// Of its random numbers, from its name.
+    key: u64,
     var: Var,
-    state: ParamState,
+    state: Held,
     accumulated: Option<Accumulated>,
     ema: Option<Buffer>,
 }
@@ -90,7 +96,7 @@ struct Param {
 impl Param {
     /// Where its state lives.
     fn place(&self) -> Place {
-        self.state.exp_avg.place()
+        self.state.get().place()
     }
 }
 
@@ -105,7 +111,8 @@ impl Optimizer for Adamax {
     fn new(vars: Vec<Var>, params: ParamsAdamax) -> candle_core::Result<Self> {
         let mut adamax = Self::without_vars(params)?;
         let vars = vars.into_iter().enumerate().map(|(i, var)| (format!("var.{i}"), Some(i), var)).collect();
-        adamax.insert(0, vars)?;
+        let settings = adamax.groups[0].clone();
+        adamax.insert(0, &settings, vars)?;
         Ok(adamax)
     }
 
@@ -254,35 +261,83 @@ impl Adamax {
         if self.params.skip_nonfinite && !summary.is_finite() {
             return Ok(Outcome::Skipped);
         }
+        self.prepare_states(gradients, rates)?;
         let update = self.counters.updates + 1;
-        let sign = if self.params.maximize { -1.0 } else { 1.0 };
-        let mut last = None;
-        let (mut tasks, mut row_tasks) = (Vec::with_capacity(self.vars.len()), Vec::new());
-        for (index, param) in self.vars.iter_mut().enumerate() {
-            let Some(grad) = gradients.of(index, param.accumulated.as_ref()) else { continue };
-            let t = match self.params.step_count {
-                StepCount::Shared => update,
-                StepCount::PerVar => param.state.step + 1,
-            };
-            let coefficients = Coefficients {
-                grad_scale: sign * summary.grad_scale(tasks.len() + row_tasks.len()),
-                clamp: self.params.clip_value.unwrap_or(f64::INFINITY),
-                ..rates.coefficients(param.group, param.decays, t, &mut last)
-            };
-            let (var, state) = (param.var.as_tensor(), &mut param.state);
+        let orders = self.orders(gradients, rates, &summary, update)?;
+        let mut locked: Vec<_> = self.vars.iter_mut().map(Param::unlock).collect();
+        let (mut tasks, mut row_tasks) = (Vec::with_capacity(locked.len()), Vec::new());
+        for (index, (orders, (var, accumulated, state))) in orders.iter().zip(&mut locked).enumerate() {
+            let (Some(orders), Some(grad)) = (*orders, gradients.of(index, *accumulated)) else { continue };
             match grad {
-                GradRef::Rows(grad) => row_tasks.push(RowTask { var, grad, coefficients, state }),
+                GradRef::Rows(grad) => {
+                    state.pay(Some(&grad.rows))?;
+                    row_tasks.push(RowTask { var: *var, grad, orders, state });
+                }
                 GradRef::Dense(read) => {
-                    tasks.push(Task { lent: Some(var), read: Some(read), kind: Update { coefficients, state } });
+                    state.pay(None)?;
+                    tasks.push(Task { lent: Some(*var), read: Some(read), kind: Update { orders, state } });
                 }
             }
         }
         kernel::update(tasks, row_tasks)?;
-        for (index, param) in self.vars.iter_mut().enumerate() {
-            param.state.step += u64::from(gradients.of(index, param.accumulated.as_ref()).is_some());
+        for (index, (orders, (_, accumulated, state))) in orders.iter().zip(&mut locked).enumerate() {
+            let (Some(orders), Some(grad)) = (orders, gradients.of(index, *accumulated)) else { continue };
+            state.step += 1;
+            state.book(orders, grad)?;
         }
+        drop(locked);
         self.counters.updates = update;
         Ok(Outcome::Updated { total_norm: summary.total_norm() })
+    }
+
+    /// Gets the states of tables ready for gradients of rows.
+    fn prepare_states(&mut self, gradients: Gradients<'_>, rates: &Rates) -> Result<()> {
+        let seed = self.params.seed;
+        for (index, param) in self.vars.iter_mut().enumerate() {
+            if let Some(GradRef::Rows(_)) = gradients.of(index, param.accumulated.as_ref()) {
+                let key = derive(seed, param.key);
+                param.prepare_rows(&rates.groups[param.group].plan, key)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What each variable with a gradient is updated with.
+    fn orders(
+        &self,
+        gradients: Gradients<'_>,
+        rates: &Rates,
+        summary: &Summary,
+        update: u64,
+    ) -> Result<Vec<Option<Orders>>> {
+        let sign = if self.params.maximize { -1.0 } else { 1.0 };
+        let (mut last, mut nth) = (None, 0);
+        let orders = self.vars.iter().enumerate().map(|(index, param)| {
+            if gradients.of(index, param.accumulated.as_ref()).is_none() {
+                return Ok(None);
+            }
+            let state = param.state.get();
+            let t = match self.params.step_count {
+                StepCount::Shared => update,
+                StepCount::PerVar => state.step + 1,
+            };
+            let coefficients = Coefficients {
+                grad_scale: sign * summary.grad_scale(nth),
+                clamp: self.params.clip_value.unwrap_or(f64::INFINITY),
+                ..rates.coefficients(param.group, param.decays, t, &mut last)
+            };
+            nth += 1;
+            let GroupRates { plan, octaves, lr } = &rates.groups[param.group];
+            if let (Held::Shared(_), true) = (&param.state, coefficients.decay >= 1.0) {
+                let expected = "a decay below 1 of the weight in a step, for `sparse_update: Exact`";
+                return Err(Error::invalid("lr", expected, lr));
+            }
+            let key = derive(derive(self.params.seed, param.key), state.step + 1);
+            let encoding = state.moments.layout.encoding;
+            let shrink = shrinkage(*octaves, key, state.step + 1);
+            Ok(Some(Orders { coefficients, encoding, shrink, rounding: plan.keeping.rounding, key }))
+        });
+        orders.collect()
     }
 
     /// What gradients are multiplied by to undo the scaling of the loss.
@@ -345,7 +400,14 @@ impl<'c> Gradients<'c> {
 /// The learning rate of one call, for the optimizer and for each group, with the group's other numbers.
 struct Rates {
     base: f64,
-    groups: Vec<(f64, Hyperparameters)>,
+    groups: Vec<GroupRates>,
+}
+
+struct GroupRates {
+    lr: f64,
+    plan: GroupPlan,
+    /// `-log2(beta2)`.
+    octaves: f64,
 }
 
 /// The coefficients that were asked for last, and for what.
@@ -354,7 +416,11 @@ type Last = Option<((usize, bool, u64), Coefficients<f64>)>;
 impl Rates {
     fn of_call(params: &ParamsAdamax, groups: &[GroupSettings], call: u64) -> Result<Self> {
         let base = params.lr.at(call)?;
-        let groups = groups.iter().map(|group| Ok((group.lr(base, call)?, group.hyperparameters(params))));
+        let groups = groups.iter().map(|group| {
+            let plan = GroupPlan::of(params, group)?;
+            let octaves = -plan.hyper.beta2.log2();
+            Ok(GroupRates { lr: group.lr(base, call)?, plan, octaves })
+        });
         Ok(Self { base, groups: groups.collect::<Result<_>>()? })
     }
 
@@ -366,11 +432,8 @@ impl Rates {
         {
             return coefficients;
         }
-        let (lr, mut hyper) = self.groups[group];
-        if !decays {
-            hyper.weight_decay = WeightDecay::None;
-        }
-        let coefficients = Coefficients::of_update(&hyper, lr, t);
+        let GroupRates { lr, plan, .. } = &self.groups[group];
+        let coefficients = Coefficients::of_update(&plan.hyper(decays), *lr, t);
         *last = Some((key, coefficients));
         coefficients
     }

@@ -6,6 +6,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 
 use super::collect::Found;
+use super::held::Held;
 use super::{Adamax, Sum};
 use crate::error::{ErrorKind, Result};
 use crate::gradient::TouchedRows;
@@ -71,8 +72,10 @@ impl Adamax {
         rows.sort_unstable();
         rows.dedup();
         let len = row_len(&param.var);
-        param.state.exp_avg.clear_rows(&rows, len)?;
-        param.state.exp_inf.clear_rows(&rows, len)?;
+        let mut state = param.state.get_mut();
+        state.pay(Some(&rows))?;
+        state.moments.clear_rows(&rows, len)?;
+        drop(state);
         match param.accumulated.as_mut().map(|accumulated| &mut accumulated.sum) {
             Some(Sum::Dense(sum)) => sum.clear_rows(&rows, len)?,
             Some(Sum::Rows(sum)) => sum.remove(&rows),
@@ -137,6 +140,7 @@ impl Adamax {
         if u32::try_from(dims[0]).is_err() {
             return Err(crate::Error::invalid("rows", "at most 4294967295 rows in all", dims[0]));
         }
+        param.state.pay_all()?;
         let var = Var::zeros(dims, old.dtype(), old.device())?;
         if old.elem_count() > 0 {
             var.slice_set(&old.detach(), 0, 0)?;
@@ -144,11 +148,13 @@ impl Adamax {
         if rows.elem_count() > 0 {
             var.slice_set(&rows.detach().contiguous()?, 0, before)?;
         }
-        let state = ParamState {
-            exp_avg: param.state.exp_avg.grown(&var)?,
-            exp_inf: param.state.exp_inf.grown(&var)?,
-            step: param.state.step,
-        };
+        let before = param.state.get();
+        let state = Held::Own(ParamState {
+            moments: before.moments.grown(&var)?,
+            master: before.master.as_ref().map(|master| master.grown(var.elem_count())),
+            step: before.step,
+        });
+        drop(before);
         let accumulated = match &param.accumulated {
             None => None,
             Some(accumulated) => Some(super::Accumulated {
@@ -168,9 +174,9 @@ impl Adamax {
                 Some(Buffer::from_tensor(&Tensor::cat(&[old, rows], 0)?, &var, param.place())?)
             }
         };
-        let (name, unnamed, group, decays) = (name(), param.unnamed, param.group, param.decays);
+        let (name, unnamed, group, decays, key) = (name(), param.unnamed, param.group, param.decays, param.key);
         let address = storage_address(&var);
-        let grown = super::Param { name, unnamed, group, decays, var: var.clone(), state, accumulated, ema };
+        let grown = super::Param { name, unnamed, group, decays, key, var: var.clone(), state, accumulated, ema };
         Ok((var, grown, address))
     }
 

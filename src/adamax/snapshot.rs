@@ -5,6 +5,7 @@ use std::path::Path;
 
 use candle_core::{DType, Tensor};
 
+use super::held::{GroupPlan, Held};
 use super::{Accumulated, Adamax, Param, Sum, collect};
 use crate::checkpoint::{self, AccumulatedGrad, Counters, Snapshot, VarSnapshot};
 use crate::error::{Error, ErrorKind, Result};
@@ -12,7 +13,7 @@ use crate::gradient::{SparseGrad, sparse};
 use crate::group::{GroupLr, GroupSettings};
 use crate::kernel::RowGrad;
 use crate::schedule::LearningRate;
-use crate::state::{Buffer, ParamState, arithmetic};
+use crate::state::{Buffer, Master, MomentTensors, Moments, ParamState, arithmetic};
 
 /// The state of one variable: copies, in host memory, in the shape of the variable; f64 for f64 variables, else f32.
 #[derive(Clone, Debug)]
@@ -27,6 +28,8 @@ pub struct State {
     pub ema: Option<Tensor>,
     /// The sum of the unscaled gradients since the last update, if there are any.
     pub accumulated: Option<AccumulatedGrad>,
+    /// The bytes that moments and master take, as they are stored.
+    pub bytes: usize,
 }
 
 impl Adamax {
@@ -37,8 +40,11 @@ impl Adamax {
     /// No variable has this name.
     pub fn state(&self, name: &str) -> Result<State> {
         let param = &self.vars[self.index_of(name)?];
-        let VarSnapshot { step, exp_avg, exp_inf, ema, accumulated, .. } = self.var_snapshot(param)?;
-        Ok(State { exp_avg, exp_inf, step, ema, accumulated: accumulated.map(|(sum, _)| sum) })
+        let VarSnapshot { step, ema, accumulated, .. } = self.var_snapshot(param)?;
+        let state = param.state.get();
+        let (exp_avg, exp_inf) = state.moments.to_tensors(param.var.shape())?;
+        let bytes = state.moments.bytes() + state.master.as_ref().map_or(0, Master::bytes);
+        Ok(State { exp_avg, exp_inf, step, ema, accumulated: accumulated.map(|(sum, _)| sum), bytes })
     }
 
     /// All state as plain data: settings, counters, moments. Nothing is shared with the optimizer; the variables
@@ -110,11 +116,17 @@ impl Adamax {
                 Sum::Rows(sum) => AccumulatedGrad::Rows(sparse::to_sparse(sum, &param.var)?),
             })
         };
+        param.state.pay_all()?;
+        let state = param.state.get();
+        let MomentTensors { exp_avg, exp_inf, units } = state.moments.to_stored(param.var.shape())?;
         Ok(VarSnapshot {
             group: self.groups[param.group].name.clone(),
-            step: param.state.step,
-            exp_avg: tensor(&param.state.exp_avg)?,
-            exp_inf: tensor(&param.state.exp_inf)?,
+            step: state.step,
+            exp_avg,
+            exp_inf,
+            units,
+            by_rows: state.moments.layout.by_rows,
+            master: state.master.as_ref().map(|master| master.to_tensor(param.var.shape())).transpose()?,
             ema: param.ema.as_ref().map(tensor).transpose()?,
             accumulated: accumulated.map(|a| Ok::<_, Error>((sum(&a.sum)?, a.calls))).transpose()?,
         })
@@ -140,10 +152,16 @@ impl Adamax {
         if let Some(surplus) = vars.keys().find(|name| self.index_of(name).is_err()) {
             return Err(Error::checkpoint(surplus, "no such var", "a surplus one"));
         }
-        let restored = self.vars.iter().map(|param| self.restore_var(param, counters, vars.get(&param.name)));
+        let plans = self.plans(&params, &groups, self.kernel)?;
+        let restored =
+            self.vars.iter().map(|param| self.restore_var(param, &plans[param.group], counters, vars.get(&param.name)));
         let restored = restored.collect::<Result<Vec<_>>>()?;
         for (param, (state, accumulated, ema)) in self.vars.iter_mut().zip(restored) {
-            param.state = state;
+            // What rows owe is not paid: the weights are those of the snapshot, or will be.
+            if let Held::Shared(debts) = &param.state {
+                debts.forget();
+            }
+            param.state = Held::Own(state);
             param.accumulated = accumulated;
             param.ema = ema;
             param.decays = params.decays(&param.name);
@@ -183,6 +201,7 @@ impl Adamax {
     fn restore_var(
         &self,
         param: &Param,
+        plan: &GroupPlan,
         counters: &Counters,
         snapshot: Option<&VarSnapshot>,
     ) -> Result<(ParamState, Option<Accumulated>, Option<Buffer>)> {
@@ -194,15 +213,20 @@ impl Adamax {
         if snapshot.group != *group {
             return Err(Error::checkpoint(name, format!("a var of group `{group}`"), format!("`{}`", snapshot.group)));
         }
+        let check =
+            |what: &'static str, tensor: &Tensor, (expected_dtype, expected): (DType, Vec<usize>)| -> Result<()> {
+                let (name, got) = (name.clone(), tensor.dims().to_vec());
+                if expected != got {
+                    return Err(ErrorKind::ShapeMismatch { what, name, expected, got }.into());
+                }
+                let (expected, got) = (format!("{expected_dtype:?}"), tensor.dtype());
+                if expected_dtype != got {
+                    return Err(ErrorKind::DTypeMismatch { what, name, expected, got }.into());
+                }
+                Ok(())
+            };
         let buffer = |what: &'static str, tensor: &Tensor| -> Result<Buffer> {
-            let (name, expected, got) = (name.clone(), param.var.dims().to_vec(), tensor.dims().to_vec());
-            if expected != got {
-                return Err(ErrorKind::ShapeMismatch { what, name, expected, got }.into());
-            }
-            let (expected, got): (DType, DType) = (arithmetic(param.var.dtype()), tensor.dtype());
-            if expected != got {
-                return Err(ErrorKind::DTypeMismatch { what, name, expected: format!("{expected:?}"), got }.into());
-            }
+            check(what, tensor, (arithmetic(param.var.dtype()), param.var.dims().to_vec()))?;
             Buffer::from_tensor(tensor, &param.var, param.place())
         };
         let Counters { updates, pending, .. } = *counters;
@@ -210,9 +234,30 @@ impl Adamax {
             let (entry, expected) = (format!("{name}.step"), format!("at most the {updates} updates of the optimizer"));
             return Err(Error::checkpoint(entry, expected, snapshot.step));
         }
+        let layout = plan.layout(&param.var, snapshot.by_rows);
+        let [of_exp_avg, of_exp_inf] = Moments::expected(&param.var, &layout);
+        check("exp_avg", &snapshot.exp_avg, of_exp_avg)?;
+        check("exp_inf", &snapshot.exp_inf, of_exp_inf)?;
+        let optional = |what: &'static str, tensor: &Option<Tensor>, expected: Option<(DType, Vec<usize>)>| match (
+            tensor, expected,
+        ) {
+            (None, None) => Ok(()),
+            (Some(tensor), Some(expected)) => check(what, tensor, expected),
+            (None, Some(_)) => Err(Error::checkpoint(format!("{name}.{what}"), "a tensor", "none")),
+            (Some(_), None) => Err(Error::checkpoint(format!("{name}.{what}"), "no such tensor", "a surplus one")),
+        };
+        optional("units", &snapshot.units, Moments::expected_units(&param.var, &layout))?;
+        let has_master = Master::zeros(param.var.dtype(), 0, plan.keeping.rounding).is_some();
+        let of_master = has_master.then(|| (Master::dtype(param.var.dtype()), param.var.dims().to_vec()));
+        optional("master", &snapshot.master, of_master)?;
+        let tensors = MomentTensors {
+            exp_avg: snapshot.exp_avg.clone(),
+            exp_inf: snapshot.exp_inf.clone(),
+            units: snapshot.units.clone(),
+        };
         let state = ParamState {
-            exp_avg: buffer("exp_avg", &snapshot.exp_avg)?,
-            exp_inf: buffer("exp_inf", &snapshot.exp_inf)?,
+            moments: Moments::from_stored(&tensors, &param.var, param.place(), &layout)?,
+            master: snapshot.master.as_ref().map(Master::from_tensor).transpose()?,
             step: snapshot.step,
         };
         let ema = snapshot.ema.as_ref().map(|ema| buffer("ema", ema)).transpose()?;

@@ -40,17 +40,25 @@ pub struct Snapshot {
     pub vars: BTreeMap<String, VarSnapshot>,
 }
 
-/// The state of one variable; tensors are in host memory, in the variable's shape, f64 for f64 variables, else f32.
+/// The state of one variable, bit for bit. Tensors are in host memory, in the variable's shape and in f64 for f64
+/// variables, else f32, where nothing else is said. How moments are stored is a setting of the optimizer or the group
+/// ([`StateDType`](crate::StateDType)).
 #[derive(Clone, Debug)]
 pub struct VarSnapshot {
     /// The name of its group.
     pub group: String,
     /// How many updates it has had.
     pub step: u64,
-    /// m, the first moment.
+    /// m, the first moment; or its codes, of dtype BF16, F16 or, for Q8, U8.
     pub exp_avg: Tensor,
-    /// u, the exponentially weighted infinity norm.
+    /// u, the exponentially weighted infinity norm; or its codes; or one for each row.
     pub exp_inf: Tensor,
+    /// The logarithms of the units of codes, of dtype U32: one for each row or block of 1,024 elements.
+    pub units: Option<Tensor>,
+    /// Whether units are those of rows.
+    pub by_rows: bool,
+    /// What master copies keep beside the variable: I16 for bf16, F32 for f16.
+    pub master: Option<Tensor>,
     /// Its moving average, if one is kept.
     pub ema: Option<Tensor>,
     /// The sum of its unscaled gradients since the last update, and of how many calls they are.

@@ -1,5 +1,5 @@
 //! The crate's own format: a safetensors file. Its tensors are `NAME.exp_avg`, `NAME.exp_inf` and, where there is one,
-//! `NAME.ema` and `NAME.accumulated` (of some rows: `NAME.accumulated.indices` and `.values`); everything else is one JSON text in its metadata, under `candle_adamax`.
+//! `NAME.units`, `NAME.master`, `NAME.ema` and `NAME.accumulated` (of some rows: `NAME.accumulated.indices` and `.values`); everything else is one JSON text in its metadata, under `candle_adamax`.
 //!
 //! Invariant: reading accepts exactly what writing makes. Whatever is missing or surplus is an error that names it.
 
@@ -39,6 +39,9 @@ struct Header {
 struct VarHeader {
     group: String,
     step: u64,
+    units: bool,
+    by_rows: bool,
+    master: bool,
     ema: bool,
     /// Of how many calls the accumulated gradient is; there is none if 0.
     accumulated: u64,
@@ -60,7 +63,9 @@ pub(crate) fn write(snapshot: &Snapshot, path: &Path) -> Result<()> {
     for (name, var) in vars {
         tensors.push((format!("{name}.exp_avg"), &var.exp_avg));
         tensors.push((format!("{name}.exp_inf"), &var.exp_inf));
-        tensors.extend(var.ema.iter().map(|ema| (format!("{name}.ema"), ema)));
+        for (what, tensor) in [("units", &var.units), ("master", &var.master), ("ema", &var.ema)] {
+            tensors.extend(tensor.iter().map(|tensor| (format!("{name}.{what}"), tensor)));
+        }
         match &var.accumulated {
             None => {}
             Some((AccumulatedGrad::Dense(sum), _)) => tensors.push((format!("{name}.accumulated"), sum)),
@@ -72,6 +77,9 @@ pub(crate) fn write(snapshot: &Snapshot, path: &Path) -> Result<()> {
         let header = VarHeader {
             group: var.group.clone(),
             step: var.step,
+            units: var.units.is_some(),
+            by_rows: var.by_rows,
+            master: var.master.is_some(),
             ema: var.ema.is_some(),
             accumulated: var.accumulated.as_ref().map_or(0, |(_, calls)| *calls),
             accumulated_rows: matches!(var.accumulated, Some((AccumulatedGrad::Rows(_), _))),
@@ -127,12 +135,16 @@ pub(crate) fn read(path: &Path) -> Result<Snapshot> {
         Ok(tensor)
     };
     let mut vars = BTreeMap::new();
-    for (name, VarHeader { group, step, ema, accumulated, accumulated_rows }) in header.vars {
+    for (name, header) in header.vars {
+        let VarHeader { group, step, units, by_rows, master, ema, accumulated, accumulated_rows } = header;
         let var = VarSnapshot {
             group,
             step,
             exp_avg: take(&name, "exp_avg")?,
             exp_inf: take(&name, "exp_inf")?,
+            units: units.then(|| take(&name, "units")).transpose()?,
+            by_rows,
+            master: master.then(|| take(&name, "master")).transpose()?,
             ema: ema.then(|| take(&name, "ema")).transpose()?,
             accumulated: match (accumulated, accumulated_rows) {
                 (0, _) => None,

@@ -198,7 +198,7 @@ impl EmbeddingBag {
     /// with another pooling than the sum.
     pub fn pool(&self, bags: &Bags) -> Result<Tensor> {
         let Bags { ids, starts, weights } = bags;
-        let dtype = self.table.weight().dtype();
+        let dtype = self.table.raw().dtype();
         if let Some(weights) = weights {
             if self.pooling != Pooling::Sum {
                 return Err(Error::invalid(
@@ -272,7 +272,7 @@ impl EmbeddingBag {
     /// In candle's operations, for other devices.
     fn pool_dense(&self, pooled: Pooled) -> Result<Tensor> {
         let Pooled { ids, starts, bags, mean, factors, .. } = pooled;
-        let (weight, dim) = (self.table.weight(), self.table.row_len());
+        let (weight, dim) = (self.table.raw(), self.table.row_len());
         let (device, n) = (weight.device(), ids.len());
         let zeros = || Tensor::zeros((starts.len() - 1, dim), weight.dtype(), device);
         if n == 0 {

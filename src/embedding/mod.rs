@@ -61,7 +61,7 @@ impl Options {
 
     fn max_norm(&mut self, table: &Table, max_norm: f64) -> Result<()> {
         check::require(max_norm.is_finite() && max_norm > 0.0, "max_norm", "a finite number above 0", max_norm)?;
-        let writable = table.weight().is_variable() && table.on_host();
+        let writable = table.raw().is_variable() && table.on_host();
         check::require(writable, "max_norm", "none for a weight that is no variable in host memory", max_norm)?;
         self.max_norm = Some(max_norm);
         Ok(())

@@ -53,6 +53,45 @@ pub(crate) enum ElementsMut<'a> {
     BF16(&'a mut [bf16]),
 }
 
+impl<'a> ElementsMut<'a> {
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::F64(values) => values.len(),
+            Self::F32(values) => values.len(),
+            Self::F16(values) => values.len(),
+            Self::BF16(values) => values.len(),
+        }
+    }
+
+    /// The first `n`, and the others.
+    pub(crate) fn split_at(self, n: usize) -> (Self, Self) {
+        fn both<'a, T>(
+            (a, b): (&'a mut [T], &'a mut [T]),
+            of: fn(&'a mut [T]) -> ElementsMut<'a>,
+        ) -> (ElementsMut<'a>, ElementsMut<'a>) {
+            (of(a), of(b))
+        }
+        match self {
+            Self::F64(values) => both(values.split_at_mut(n), ElementsMut::F64),
+            Self::F32(values) => both(values.split_at_mut(n), ElementsMut::F32),
+            Self::F16(values) => both(values.split_at_mut(n), ElementsMut::F16),
+            Self::BF16(values) => both(values.split_at_mut(n), ElementsMut::BF16),
+        }
+    }
+
+    /// Whether gradients of this type can be those of these elements.
+    pub(crate) fn takes(&self, grads: Elements<'_>) -> bool {
+        match (self, grads) {
+            (Self::F64(_), Elements::F64(_))
+            | (Self::F32(_) | Self::F16(_) | Self::BF16(_), Elements::F32(_))
+            | (Self::F16(_), Elements::F16(_))
+            | (Self::BF16(_), Elements::BF16(_)) => true,
+            _ => false,
+        }
+    }
+}
+
 /// Identifies the memory of a tensor: equal addresses, same memory. Views of a tensor have its address.
 pub(crate) fn storage_address(tensor: &Tensor) -> usize {
     let (storage, _) = tensor.storage_and_layout();

@@ -14,7 +14,7 @@ use crate::reduce::NormType;
 use crate::state::Place;
 use lend::Borrowed;
 
-pub(crate) use cpu::{Accumulate, Average, RowTask, Task, Update};
+pub(crate) use cpu::{Accumulate, Average, Orders, PayTask, RowTask, Task, Update};
 pub(crate) use lend::Source;
 pub(crate) use lookup::{copy, dot_rows, enlarge, gather, largest, largest_backward, pool, renormalize};
 pub(crate) use rows::{Contribution, Occurrences, RowGrad, RowValues};
@@ -48,13 +48,18 @@ pub(crate) fn is_supported(dtype: DType) -> bool {
 
 /// Updates variables and moments in place: whole ones, and the touched rows of tables.
 pub(crate) fn update(tasks: Vec<Task<'_, Update<'_>>>, rows: Vec<RowTask<'_>>) -> Result<()> {
-    let (host, device) = split(tasks, |task| task.kind.state.exp_avg.place());
-    let (host_rows, device_rows) = split(rows, |task| task.state.exp_avg.place());
+    let (host, device) = split(tasks, |task| task.kind.state.place());
+    let (host_rows, device_rows) = split(rows, |task| task.state.place());
     // Tensor operations can fail and a pass over slices cannot: they go first, so that a failure finds nothing changed.
     portable::update(device, device_rows)?;
     cpu::run(host)?;
     cpu::update_rows(host_rows)?;
     Ok(())
+}
+
+/// Lets rows of one table pay what they owe; tables elsewhere owe nothing.
+pub(crate) fn pay(task: PayTask<'_>) -> Result<()> {
+    Ok(cpu::pay_rows(task)?)
 }
 
 /// Adds gradients to the accumulated ones.

@@ -9,22 +9,21 @@ use super::cpu::{Accumulate, Average, RowTask, Task, Update};
 use super::lend::Source;
 use crate::reduce::NormType;
 use crate::rule::Coefficients;
-use crate::state::{Buffer, arithmetic};
+use crate::state::{Buffer, ParamState, Stored, arithmetic};
 
 pub(super) fn update(tasks: Vec<Task<'_, Update<'_>>>, row_tasks: Vec<RowTask<'_>>) -> Result<()> {
     let rows = row_tasks.into_iter().map(UpdatedRows::compute).collect::<Result<Vec<_>>>()?;
     let mut results = Vec::with_capacity(tasks.len());
     for task in tasks {
         let (Some(var), Some(read)) = (task.lent, task.read) else { continue };
-        let Update { coefficients, state } = task.kind;
-        let (m, u) = (tensor(&state.exp_avg)?, tensor(&state.exp_inf)?);
-        let (next_w, next_m, next_u) = update_one(&coefficients, var, gradient(read)?, m, u)?;
+        let Update { orders, state } = task.kind;
+        let [m, u] = moments(state)?;
+        let (next_w, next_m, next_u) = update_one(&orders.coefficients, var, gradient(read)?, m, u)?;
         results.push((var, state, next_w, next_m, next_u));
     }
     for (var, state, next_w, next_m, next_u) in results {
         set(var, &next_w)?;
-        state.exp_avg = Buffer::Tensor(next_m);
-        state.exp_inf = Buffer::Tensor(next_u);
+        state.moments.stored = Stored::Full { exp_avg: Buffer::Tensor(next_m), exp_inf: Buffer::Tensor(next_u) };
     }
     rows.iter().try_for_each(UpdatedRows::write)
 }
@@ -39,17 +38,19 @@ struct UpdatedRows {
 
 impl UpdatedRows {
     fn compute(task: RowTask<'_>) -> Result<Self> {
-        let RowTask { var, grad, coefficients, state } = task;
+        let RowTask { var, grad, orders, state } = task;
         let (n, len) = (grad.rows.len(), grad.row_len);
         let flat = |tensor: &Tensor| tensor.reshape((tensor.dim(0)?, len));
         let rows = Tensor::from_slice(&grad.rows, n, var.device())?;
         let shape = Shape::from((n, len));
         let values = grad.summed(var.dtype())?.to_tensor(&shape)?.to_device(var.device())?;
         // Views: what is written to them later is written to the variable and its moments.
-        let all = [flat(&var.detach())?, flat(tensor(&state.exp_avg)?)?, flat(tensor(&state.exp_inf)?)?];
+        let [m, u] = moments(state)?;
+        let all = [flat(&var.detach())?, flat(m)?, flat(u)?];
         let [w, m, u] = &all;
         let select = |tensor: &Tensor| tensor.index_select(&rows, 0);
-        let (next_w, next_m, next_u) = update_one(&coefficients, &select(w)?, &values, &select(m)?, &select(u)?)?;
+        let (next_w, next_m, next_u) =
+            update_one(&orders.coefficients, &select(w)?, &values, &select(m)?, &select(u)?)?;
         let [w, m, u] = all;
         let rows = rows.reshape((n, 1))?.broadcast_as(&shape)?.contiguous()?;
         Ok(Self { rows, tensors: [(w, next_w), (m, next_m), (u, next_u)] })
@@ -174,6 +175,13 @@ fn gradient(source: Source<'_>) -> Result<&Tensor> {
     match source {
         Source::Tensor(grad) => Ok(grad),
         Source::Buffer(buffer) => tensor(buffer),
+    }
+}
+
+fn moments(state: &ParamState) -> Result<[&Tensor; 2]> {
+    match &state.moments.stored {
+        Stored::Full { exp_avg, exp_inf } => Ok([tensor(exp_avg)?, tensor(exp_inf)?]),
+        _ => candle_core::bail!("expected moments on the variable's device"),
     }
 }
 

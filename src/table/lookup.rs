@@ -7,6 +7,7 @@ use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Storage, Tensor, bail};
 
 use super::Table;
+use super::debts;
 use super::records::{self, Lookup, lock};
 use crate::kernel::{self, Occurrences};
 
@@ -41,7 +42,7 @@ pub(super) fn rows(table: &Table, ids: Ids, shape: Vec<usize>) -> crate::Result<
 pub(super) fn pool(table: &Table, pooled: Pooled) -> crate::Result<Tensor> {
     let Pooled { ids, starts, bags, mean, factors, max_norm } = pooled;
     let mut shape = vec![starts.len() - 1];
-    shape.extend(&table.weight().dims()[1..]);
+    shape.extend(&table.raw().dims()[1..]);
     let scales = match &factors {
         Some((factors, ..)) => Some(factors.clone()),
         None if mean => {
@@ -50,8 +51,9 @@ pub(super) fn pool(table: &Table, pooled: Pooled) -> crate::Result<Tensor> {
         None => None,
     };
     let occurrences = Arc::new(Occurrences::new(ids, Some(bags), scales));
+    debts::pay_occurrences(table.raw().id(), &occurrences)?;
     if let Some(max_norm) = max_norm {
-        kernel::renormalize(table.weight(), table.row_len(), &occurrences.unique(), max_norm)?;
+        kernel::renormalize(table.raw(), table.row_len(), &occurrences.unique(), max_norm)?;
     }
     let anchor = anchor(table, &shape);
     let record = Record::new(table, &anchor, occurrences);
@@ -64,7 +66,7 @@ pub(super) fn pool(table: &Table, pooled: Pooled) -> crate::Result<Tensor> {
 
 /// The leaf that takes the gradient of a lookup. It has a shape and no memory: nobody reads its values.
 fn anchor(table: &Table, shape: &[usize]) -> Tensor {
-    let weight = table.weight();
+    let weight = table.raw();
     let nothing = match weight.dtype() {
         DType::F64 => CpuStorage::F64(Vec::new()),
         DType::F16 => CpuStorage::F16(Vec::new()),
@@ -97,7 +99,7 @@ impl Record {
             return Ok(None);
         }
         if self.differentiated.swap(true, Ordering::Relaxed) {
-            records::keep(self.table.weight().id(), &self.lookup);
+            records::keep(self.table.raw().id(), &self.lookup);
         }
         let grad = Mutex::new(Some(grad.contiguous()?));
         anchor.apply_op1(Owned { _record: self.clone(), grad }).map(Some)
@@ -125,7 +127,7 @@ impl CustomOp1 for Gather {
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
         let Record { table, lookup: Lookup { occurrences, .. }, .. } = &*self.record;
         let ids = self.all.as_deref().unwrap_or(occurrences.ids());
-        Ok((kernel::gather(table.weight(), table.row_len(), ids)?, self.shape.clone()))
+        Ok((kernel::gather(table.raw(), table.row_len(), ids)?, self.shape.clone()))
     }
 
     fn bwd(&self, anchor: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
@@ -151,7 +153,7 @@ impl CustomOp1 for Pool {
         // The scales of a mean are those of its gradient; the mean itself is a sum, divided once.
         let factors = if self.weighted { occurrences.scales() } else { None };
         let (ids, starts) = (occurrences.ids(), &self.starts);
-        let pooled = kernel::pool(table.weight(), table.row_len(), ids, starts, factors, self.mean)?;
+        let pooled = kernel::pool(table.raw(), table.row_len(), ids, starts, factors, self.mean)?;
         Ok((pooled, self.shape.clone()))
     }
 
@@ -186,7 +188,7 @@ impl CustomOp2 for PoolWeighted {
         let Record { table, lookup: Lookup { occurrences, .. }, .. } = &*self.pool.record;
         let grad = grad.contiguous()?;
         // d/dweight[p] of sum_p weight[p] * row[p] is the product of the row with the gradient of its bag.
-        let dots = kernel::dot_rows(table.weight(), &grad, table.row_len(), occurrences)?;
+        let dots = kernel::dot_rows(table.raw(), &grad, table.row_len(), occurrences)?;
         let n = self.positions.len();
         let dots = Tensor::from_storage(Storage::Cpu(dots), n, BackpropOp::none(), false);
         let positions = Tensor::from_slice(&self.positions, n, weights.device())?;

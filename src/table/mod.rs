@@ -7,6 +7,7 @@
 //! Invariant: nothing here is as large as the table, and what is thrown away leaves nothing; see `records` for how long
 //! a record lives.
 
+pub(crate) mod debts;
 mod lookup;
 mod records;
 
@@ -108,9 +109,22 @@ impl Table {
         Ok(Self(make(weight.contiguous()?)))
     }
 
-    /// The weight, `[rows, ..]`.
+    /// The weight, `[rows, ..]`. Rows that owe updates ([`SparseUpdate::Exact`](crate::SparseUpdate::Exact)) pay now, and
+    /// not again before the next lookup: ask for the weight whenever it is read as a whole.
     pub fn weight(&self) -> &Tensor {
+        // Memory has been there for every payment before, and a lookup would report an error.
+        let _ = debts::pay_all(self.0.weight.id());
         &self.0.weight
+    }
+
+    /// The weight, whatever its rows owe.
+    pub(crate) fn raw(&self) -> &Tensor {
+        &self.0.weight
+    }
+
+    /// Lets rows pay what they owe, which are ascending.
+    pub(crate) fn pay(&self, rows: &[u32]) -> Result<()> {
+        debts::pay(self.0.weight.id(), rows)
     }
 
     /// How many rows it has.
@@ -143,6 +157,10 @@ impl Table {
                 lookup::Ids { all: Some(rows), trained: Arc::new(Occurrences::new(trained, Some(sources), None)) }
             }
         };
+        match &ids.all {
+            None => debts::pay_occurrences(self.0.weight.id(), &ids.trained)?,
+            Some(all) => debts::pay_occurrences(self.0.weight.id(), &Occurrences::new(all.clone(), None, None))?,
+        }
         if let Some(max_norm) = max_norm {
             kernel::renormalize(&self.0.weight, self.0.row_len, &ids.trained.unique(), max_norm)?;
         }
@@ -177,6 +195,7 @@ impl Table {
         if rows.is_empty() || row_len == 0 {
             return Ok(());
         }
+        self.pay(&rows)?;
         let (n, device) = (rows.len(), weight.device());
         let positions = Tensor::new(positions, device)?;
         let values = values.to_device(device)?.copy()?.reshape(((), row_len))?.index_select(&positions, 0)?;

@@ -7,6 +7,7 @@ mod isa;
 mod measure;
 mod passes;
 pub(crate) mod rows;
+mod span;
 
 use candle_core::Tensor;
 use rayon::prelude::*;
@@ -14,7 +15,8 @@ use rayon::prelude::*;
 pub(crate) use isa::{Isa, Pass};
 pub(crate) use measure::measure;
 pub(crate) use passes::{Accumulate, Average, Update};
-pub(crate) use rows::{RowTask, update_rows};
+pub(crate) use rows::{PayTask, RowTask, pay_rows, update_rows};
+pub(crate) use span::Orders;
 
 use super::lend::{Borrowed, Elements, ElementsMut, LENT_AT_ONCE, Source, lend, lend_all};
 use super::plan::Plan;
@@ -133,8 +135,10 @@ mod tests {
     use candle_core::{DType, Device, Result, Var};
 
     use super::*;
+    use crate::codec::{Encoding, StateDType};
+    use crate::rounding::Rounding;
     use crate::rule::{Coefficients, Epsilon, Hyperparameters, WeightDecay};
-    use crate::state::{Buffer, ParamState, Place};
+    use crate::state::{Layout, ParamState, Place};
 
     /// Values of all magnitudes, with zeros and denormals, and a NaN and an infinity near the end of long ones.
     fn wild(n: usize, seed: u64) -> Vec<f64> {
@@ -152,25 +156,49 @@ mod tests {
         values
     }
 
-    /// Three updates of tensors of these sizes; the bits of all parameters and moments.
-    fn bits(sizes: &[usize], dtypes: (DType, DType), decay: WeightDecay, isa: Isa, threads: usize) -> Result<Vec<u64>> {
+    /// How the state of a test is kept.
+    #[derive(Clone, Copy, Debug)]
+    struct Keep {
+        dtypes: (DType, DType),
+        decay: WeightDecay,
+        state: StateDType,
+        rowwise: bool,
+        rounding: Rounding,
+    }
+
+    const PLAIN: Keep = Keep {
+        dtypes: (DType::F32, DType::F32),
+        decay: WeightDecay::None,
+        state: StateDType::F32,
+        rowwise: false,
+        rounding: Rounding::Nearest,
+    };
+
+    /// Three updates of tensors of these sizes; the bits of all parameters, moments and masters.
+    fn bits(sizes: &[usize], keep: Keep, isa: Isa, threads: usize) -> Result<Vec<u64>> {
+        let Keep { dtypes, decay, state, rowwise, rounding } = keep;
         let hyper =
             Hyperparameters { beta1: 0.9, beta2: 0.999, eps: 1e-7, epsilon: Epsilon::Outside, weight_decay: decay };
+        let encoding = Encoding::of(&hyper);
         let (param_dtype, grad_dtype) = dtypes;
         let tensor = |n, seed, dtype| Tensor::from_vec(wild(n, seed), n, &Device::Cpu)?.to_dtype(dtype);
         let mut vars = Vec::new();
         for (i, &n) in sizes.iter().enumerate() {
-            let var = Var::from_tensor(&tensor(n, i as u64, param_dtype)?)?;
-            let state = ParamState::zeros(&var, Place::Host).map_err(candle_core::Error::from)?;
+            let var = tensor(n, i as u64, param_dtype)?;
+            // Rows of two, where they share a norm.
+            let var = Var::from_tensor(&if rowwise && n % 2 == 0 { var.reshape((n / 2, 2))? } else { var })?;
+            let layout = Layout::of(&var, state, false, rowwise, encoding);
+            let state = ParamState::zeros(&var, Place::Host, &layout, rounding).map_err(candle_core::Error::from)?;
             vars.push((var, state));
         }
         for t in 1..=3 {
             let grads = sizes.iter().map(|&n| tensor(n, 99 + t, grad_dtype)).collect::<Result<Vec<_>>>()?;
             let coefficients = Coefficients { clamp: 1e30, ..Coefficients::of_update(&hyper, 0.01, t) };
+            let orders = Orders { coefficients, encoding, shrink: 24_000 * t, rounding, key: t };
             let tasks = vars.iter_mut().zip(&grads).map(|((var, state), grad)| Task {
                 lent: Some(var.as_tensor()),
                 read: Some(Source::Tensor(grad)),
-                kind: Update { coefficients, state },
+                kind: Update { orders, state },
             });
             run_with(tasks.collect(), isa, threads)?;
         }
@@ -178,29 +206,49 @@ mod tests {
         let bits = |x: f64| if x.is_nan() { u64::MAX } else { x.to_bits() };
         let mut all = Vec::new();
         for (var, state) in &vars {
-            all.extend(var.to_dtype(DType::F64)?.to_vec1::<f64>()?.into_iter().map(bits));
-            for buffer in [&state.exp_avg, &state.exp_inf] {
-                match buffer {
-                    Buffer::F32(values) => all.extend(values.iter().map(|&x| bits(f64::from(x)))),
-                    Buffer::F64(values) => all.extend(values.iter().map(|&x| bits(x))),
-                    Buffer::Tensor(_) => candle_core::bail!("expected host memory"),
-                }
+            let stored = state.moments.to_stored(var.shape()).map_err(candle_core::Error::from)?;
+            let master = state.master.as_ref().map(|master| master.to_tensor(var.shape())).transpose();
+            let tensors = [Some(var.as_tensor().clone()), Some(stored.exp_avg), Some(stored.exp_inf), stored.units];
+            for tensor in tensors.into_iter().chain([master.map_err(candle_core::Error::from)?]).flatten() {
+                all.extend(tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?.into_iter().map(bits));
             }
         }
         Ok(all)
     }
 
+    /// Compares all instruction sets and two numbers of threads with the plainest.
+    fn check(sizes: &[usize], keep: Keep) -> Result<()> {
+        let expected = bits(sizes, keep, Isa::Baseline, 1)?;
+        for isa in Isa::all() {
+            for threads in [1, 3] {
+                assert!(bits(sizes, keep, isa, threads)? == expected, "{keep:?} {isa:?} {threads} threads");
+            }
+        }
+        Ok(())
+    }
+
+    const SIZES: [usize; 13] = [0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 1000, 300_001, 20_000];
+
     #[test]
     fn bits_do_not_depend_on_vector_width_or_threads() -> Result<()> {
         use DType::{BF16, F16, F32, F64};
-        let sizes = [0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 1000, 300_001, 20_000];
         for dtypes in [(F64, F64), (F32, F32), (F16, F16), (F16, F32), (BF16, BF16), (BF16, F32)] {
             for decay in [WeightDecay::None, WeightDecay::L2(0.1), WeightDecay::Decoupled(0.1)] {
-                let expected = bits(&sizes, dtypes, decay, Isa::Baseline, 1)?;
-                for isa in Isa::all() {
-                    for threads in [1, 3] {
-                        let got = bits(&sizes, dtypes, decay, isa, threads)?;
-                        assert!(got == expected, "{dtypes:?} {decay:?} {isa:?} {threads} threads");
+                check(&SIZES, Keep { dtypes, decay, ..PLAIN })?;
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn nor_do_those_of_encodings_and_roundings() -> Result<()> {
+        use DType::{BF16, F16, F32};
+        for state in [StateDType::BF16, StateDType::F16, StateDType::Q8, StateDType::F32] {
+            for dtypes in [(F32, F32), (F16, F16), (BF16, F32)] {
+                for rounding in [Rounding::Nearest, Rounding::Stochastic, Rounding::Master] {
+                    for rowwise in [false, true] {
+                        let decay = if rowwise { WeightDecay::L2(0.1) } else { WeightDecay::Decoupled(0.1) };
+                        check(&SIZES, Keep { dtypes, decay, state, rowwise, rounding })?;
                     }
                 }
             }
@@ -213,9 +261,8 @@ mod tests {
         let sizes = vec![17_000; LENT_AT_ONCE + 7];
         let plan = Plan::new(&sizes, 64);
         assert!(plan.cut.len() > LENT_AT_ONCE, "the test is for a second group");
-        let dtypes = (DType::F32, DType::F32);
         let isa = Isa::detect();
-        assert!(bits(&sizes, dtypes, WeightDecay::None, isa, 64)? == bits(&sizes, dtypes, WeightDecay::None, isa, 1)?);
+        assert!(bits(&sizes, PLAIN, isa, 64)? == bits(&sizes, PLAIN, isa, 1)?);
         Ok(())
     }
 }

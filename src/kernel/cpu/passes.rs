@@ -3,14 +3,15 @@
 use candle_core::bail;
 use half::{bf16, f16};
 
+use super::span::{DensePass, Orders, Span};
 use super::{Elements, ElementsMut, Isa, Kind, Pass, Work};
 use crate::element::{Arithmetic, Element};
-use crate::rule::{self, Coefficients};
+use crate::rule;
 use crate::state::{Buffer, ParamState};
 
 /// The update of a variable and its moments.
 pub(crate) struct Update<'a> {
-    pub(crate) coefficients: Coefficients<f64>,
+    pub(crate) orders: Orders,
     pub(crate) state: &'a mut ParamState,
 }
 
@@ -31,7 +32,7 @@ pub(crate) struct Average<'a> {
 
 impl<'a> Kind<'a> for Update<'a> {
     fn len(&self) -> usize {
-        self.state.exp_avg.len()
+        self.state.moments.len()
     }
 
     fn bind<'x>(
@@ -42,29 +43,32 @@ impl<'a> Kind<'a> for Update<'a> {
     where
         'a: 'x,
     {
-        let c = &self.coefficients;
-        let (m, u) = (&mut self.state.exp_avg, &mut self.state.exp_inf);
-        Ok(match (lent, read, m, u) {
-            (Some(ElementsMut::F64(w)), Some(Elements::F64(g)), Buffer::F64(m), Buffer::F64(u)) => {
-                UpdateLoop::boxed(c, w, g, m, u)
-            }
-            (Some(ElementsMut::F32(w)), Some(Elements::F32(g)), Buffer::F32(m), Buffer::F32(u)) => {
-                UpdateLoop::boxed(c, w, g, m, u)
-            }
-            (Some(ElementsMut::F16(w)), Some(Elements::F16(g)), Buffer::F32(m), Buffer::F32(u)) => {
-                UpdateLoop::boxed(c, w, g, m, u)
-            }
-            (Some(ElementsMut::F16(w)), Some(Elements::F32(g)), Buffer::F32(m), Buffer::F32(u)) => {
-                UpdateLoop::boxed(c, w, g, m, u)
-            }
-            (Some(ElementsMut::BF16(w)), Some(Elements::BF16(g)), Buffer::F32(m), Buffer::F32(u)) => {
-                UpdateLoop::boxed(c, w, g, m, u)
-            }
-            (Some(ElementsMut::BF16(w)), Some(Elements::F32(g)), Buffer::F32(m), Buffer::F32(u)) => {
-                UpdateLoop::boxed(c, w, g, m, u)
+        match (lent, read) {
+            (Some(lent), Some(grads)) if lent.takes(grads) => {
+                Ok(Box::new(DensePass { span: Span::new(lent, self.state)?, orders: self.orders, grads }))
             }
             _ => bail!("no CPU kernel for this combination of dtypes"),
-        })
+        }
+    }
+}
+
+impl<'x> Work<'x> for DensePass<'x> {
+    fn cut(self: Box<Self>, piece: usize) -> Vec<Box<dyn Work<'x> + 'x>> {
+        let Self { mut span, orders, grads } = *self;
+        let units = piece.div_ceil(span.unit).max(1);
+        let piece = units * span.unit;
+        let mut pieces: Vec<Box<dyn Work<'x> + 'x>> = Vec::new();
+        let mut start = 0;
+        while span.len() > 0 {
+            let (part, rest) = span.split_at(units);
+            pieces.push(Box::new(DensePass { span: part, orders, grads: grads.part(start, piece) }));
+            (span, start) = (rest, start + piece);
+        }
+        pieces
+    }
+
+    fn run(self: Box<Self>, isa: Isa) {
+        isa.run(*self);
     }
 }
 
@@ -116,60 +120,6 @@ impl<'a> Kind<'a> for Average<'a> {
             }
             _ => bail!("no CPU kernel for this combination of dtypes"),
         })
-    }
-}
-
-struct UpdateLoop<'x, P: Element, G> {
-    coefficients: Coefficients<P::Acc>,
-    param: &'x mut [P],
-    grad: &'x [G],
-    exp_avg: &'x mut [P::Acc],
-    exp_inf: &'x mut [P::Acc],
-}
-
-impl<'x, P: Element, G: Element<Acc = P::Acc>> UpdateLoop<'x, P, G> {
-    fn boxed(
-        coefficients: &Coefficients<f64>,
-        param: &'x mut [P],
-        grad: &'x [G],
-        exp_avg: &'x mut [P::Acc],
-        exp_inf: &'x mut [P::Acc],
-    ) -> Box<dyn Work<'x> + 'x> {
-        Box::new(Self { coefficients: coefficients.round(), param, grad, exp_avg, exp_inf })
-    }
-}
-
-impl<P: Element, G: Element<Acc = P::Acc>> Pass for UpdateLoop<'_, P, G> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self) {
-        let streams = self.param.iter_mut().zip(self.grad).zip(self.exp_avg).zip(self.exp_inf);
-        for (((param, grad), exp_avg), exp_inf) in streams {
-            let (w, m, u) = rule::update(&self.coefficients, param.widen(), grad.widen(), *exp_avg, *exp_inf);
-            *param = P::narrow(w);
-            *exp_avg = m;
-            *exp_inf = u;
-        }
-    }
-}
-
-impl<'x, P: Element, G: Element<Acc = P::Acc>> Work<'x> for UpdateLoop<'x, P, G> {
-    fn cut(self: Box<Self>, piece: usize) -> Vec<Box<dyn Work<'x> + 'x>> {
-        let coefficients = self.coefficients;
-        self.param
-            .chunks_mut(piece)
-            .zip(self.grad.chunks(piece))
-            .zip(self.exp_avg.chunks_mut(piece))
-            .zip(self.exp_inf.chunks_mut(piece))
-            .map(|(((param, grad), exp_avg), exp_inf)| {
-                Box::new(UpdateLoop { coefficients, param, grad, exp_avg, exp_inf }) as Box<dyn Work<'x> + 'x>
-            })
-            .collect()
-    }
-
-    fn run(self: Box<Self>, isa: Isa) {
-        isa.run(*self);
     }
 }
 

@@ -6,12 +6,15 @@ use candle_core::{Tensor, bail};
 use rayon::prelude::*;
 
 use super::isa::prefetch;
-use super::{ElementsMut, Isa, Pass};
+use super::span::{Lane, Orders, PayRow, Span, UpdateUnit};
+use super::{Isa, Pass};
+use crate::codec::Limits;
 use crate::element::{Arithmetic, Element};
 use crate::kernel::lend::{Borrowed, lend};
-use crate::kernel::rows::{RowGrad, RowsView, Summand};
-use crate::rule::{self, Coefficients};
-use crate::state::{Buffer, ParamState};
+use crate::kernel::rows::{RowGrad, RowsView};
+use crate::ledger::Ledger;
+use crate::rounding::Rounding;
+use crate::state::ParamState;
 
 /// Up to so many elements one thread is faster; less than for a dense pass, since rows wait for the memory longer.
 const SEQUENTIAL: usize = 64 * 1024;
@@ -25,7 +28,7 @@ const AHEAD: usize = 2048;
 pub(crate) struct RowTask<'a> {
     pub(crate) var: &'a Tensor,
     pub(crate) grad: &'a RowGrad<'a>,
-    pub(crate) coefficients: Coefficients<f64>,
+    pub(crate) orders: Orders,
     pub(crate) state: &'a mut ParamState,
 }
 
@@ -36,120 +39,176 @@ pub(crate) fn update_rows(tasks: Vec<RowTask<'_>>) -> candle_core::Result<()> {
 }
 
 fn update_table(task: RowTask<'_>, isa: Isa, threads: usize) -> candle_core::Result<()> {
-    let RowTask { var, grad, coefficients: c, state } = task;
+    let RowTask { var, grad, orders, state } = task;
     let borrowed: Vec<Borrowed<'_>> = grad.borrow()?;
     let view = grad.view(&borrowed)?;
-    lend(var, |w| match (w, &mut state.exp_avg, &mut state.exp_inf) {
-        (ElementsMut::F64(w), Buffer::F64(m), Buffer::F64(u)) => Rows::whole(&view, &c, w, m, u).update(isa, threads),
-        (ElementsMut::F32(w), Buffer::F32(m), Buffer::F32(u)) => Rows::whole(&view, &c, w, m, u).update(isa, threads),
-        (ElementsMut::F16(w), Buffer::F32(m), Buffer::F32(u)) => Rows::whole(&view, &c, w, m, u).update(isa, threads),
-        (ElementsMut::BF16(w), Buffer::F32(m), Buffer::F32(u)) => Rows::whole(&view, &c, w, m, u).update(isa, threads),
-        _ => bail!("no CPU kernel for this combination of dtypes"),
+    let (rows, row_len) = (view.rows.len(), view.row_len);
+    if rows == 0 || row_len == 0 {
+        return Ok(());
+    }
+    lend(var, |params| {
+        let span = Span::new(params, state)?;
+        if !span.has_units_of(row_len) {
+            bail!("expected moments by rows");
+        }
+        let rows = Rows { view: &view, orders, from: 0, to: rows, span: span.in_units_of(row_len) };
+        if threads <= 1 || view.rows.len() * row_len <= SEQUENTIAL {
+            isa.run(rows);
+        } else {
+            let piece = view.rows.len().div_ceil(threads * PIECES_PER_THREAD);
+            rows.cut(piece).into_par_iter().with_max_len(1).for_each(|rows| isa.run(rows));
+        }
+        Ok(())
     })
 }
 
 /// Some of the touched rows, and the part of the table that they are in.
-struct Rows<'x, P: Element> {
+struct Rows<'x> {
     view: &'x RowsView<'x>,
-    coefficients: Coefficients<P::Acc>,
+    orders: Orders,
     /// From which of the touched rows to which.
     from: usize,
     to: usize,
-    /// Which row of the table the slices begin with.
-    first: usize,
-    param: &'x mut [P],
-    exp_avg: &'x mut [P::Acc],
-    exp_inf: &'x mut [P::Acc],
+    span: Span<'x>,
 }
 
-impl<'x, P: Element> Rows<'x, P>
-where
-    P::Acc: Summand,
-{
-    fn whole(
-        view: &'x RowsView<'x>,
-        coefficients: &Coefficients<f64>,
-        param: &'x mut [P],
-        exp_avg: &'x mut [P::Acc],
-        exp_inf: &'x mut [P::Acc],
-    ) -> Self {
-        let coefficients = coefficients.round();
-        Self { view, coefficients, from: 0, to: view.rows.len(), first: 0, param, exp_avg, exp_inf }
-    }
-
-    fn update(self, isa: Isa, threads: usize) -> candle_core::Result<()> {
-        let (rows, row_len) = (self.view.rows.len(), self.view.row_len);
-        if rows == 0 || row_len == 0 {
-            return Ok(());
-        }
-        if threads <= 1 || rows * row_len <= SEQUENTIAL {
-            isa.run(self);
-        } else {
-            let piece = rows.div_ceil(threads * PIECES_PER_THREAD);
-            self.cut(piece).into_par_iter().with_max_len(1).for_each(|rows| isa.run(rows));
-        }
-        Ok(())
-    }
-
-    /// Cuts into pieces of `piece` touched rows: rows ascend, so the slices can be cut between any two.
+impl<'x> Rows<'x> {
+    /// Cuts into pieces of `piece` touched rows: rows ascend, so the span can be cut between any two.
     fn cut(self, piece: usize) -> Vec<Self> {
-        let Self { view, coefficients, from, to, first: mut begin, mut param, mut exp_avg, mut exp_inf } = self;
+        let Self { view, orders, from, to, mut span } = self;
         let mut pieces = Vec::with_capacity((to - from).div_ceil(piece));
         for from in (from..to).step_by(piece) {
             let to = to.min(from + piece);
-            let (first, end) = (view.rows[from] as usize, view.rows[to - 1] as usize + 1);
-            let (skipped, taken) = ((first - begin) * view.row_len, (end - first) * view.row_len);
-            let (w, m, u);
-            (w, param) = param.split_at_mut(skipped).1.split_at_mut(taken);
-            (m, exp_avg) = exp_avg.split_at_mut(skipped).1.split_at_mut(taken);
-            (u, exp_inf) = exp_inf.split_at_mut(skipped).1.split_at_mut(taken);
-            begin = end;
-            pieces.push(Self { view, coefficients, from, to, first, param: w, exp_avg: m, exp_inf: u });
+            let (part, rest) = span.rows(view.rows[from], view.rows[to - 1]);
+            span = rest;
+            pieces.push(Self { view, orders, from, to, span: part });
         }
         pieces
     }
-}
-
-impl<P: Element> Pass for Rows<'_, P>
-where
-    P::Acc: Summand,
-{
-    type Output = ();
 
     #[inline(always)]
-    fn run(self) {
-        let Self { view, coefficients, from, to, first, param, exp_avg, exp_inf } = self;
+    fn update<A: Lane>(self) {
+        let Self { view, orders, from, to, mut span } = self;
+        let orders = orders.prepare::<A>();
         let row_len = view.row_len;
-        let mut scratch = vec![P::Acc::ZERO; row_len];
-        let ahead = rows_ahead(row_len * size_of::<P::Acc>());
-        let place = |k: usize| (view.rows[k] as usize - first) * row_len;
-        let fetch = |k: usize, param: &[P], exp_avg: &[P::Acc], exp_inf: &[P::Acc]| {
-            let place = place(k);
-            prefetch(&param[place..place + row_len]);
-            prefetch(&exp_avg[place..place + row_len]);
-            prefetch(&exp_inf[place..place + row_len]);
-            if let Some(grad) = view.first::<P::Acc>(k) {
+        let (mut scratch, mut sums) = (vec![A::ZERO; row_len], vec![A::ZERO; row_len]);
+        let ahead = rows_ahead(row_len * size_of::<A>());
+        let first = span.first;
+        let place = |k: usize| view.rows[k] as usize - first;
+        let fetch = |k: usize, span: &Span<'_>| {
+            span.prefetch(place(k));
+            if let Some(grad) = view.first::<A>(k) {
                 prefetch(grad);
             }
         };
         for k in from..to.min(from + ahead) {
-            fetch(k, param, exp_avg, exp_inf);
+            fetch(k, &span);
         }
         for k in from..to {
             if k + ahead < to {
-                fetch(k + ahead, param, exp_avg, exp_inf);
+                fetch(k + ahead, &span);
             }
-            let place = place(k);
-            let grads = view.row(k, &mut scratch);
-            let w = &mut param[place..place + row_len];
-            let m = &mut exp_avg[place..place + row_len];
-            let u = &mut exp_inf[place..place + row_len];
-            for (((w, &g), m), u) in w.iter_mut().zip(grads).zip(m).zip(u) {
-                let next;
-                (next, *m, *u) = rule::update(&coefficients, w.widen(), g, *m, *u);
-                *w = P::narrow(next);
-            }
+            let job = UpdateUnit { orders: &orders, grads: view.row(k, &mut sums) };
+            A::update(&mut span, &job, place(k), &mut scratch);
         }
+    }
+}
+
+impl Pass for Rows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        if self.span.is_f64() { self.update::<f64>() } else { self.update::<f32>() }
+    }
+}
+
+/// The payment of what rows of one table owe.
+pub(crate) struct PayTask<'a> {
+    pub(crate) var: &'a Tensor,
+    /// Which rows, ascending, and after which update of the ledger each one was up to date.
+    pub(crate) rows: &'a [(u32, u32)],
+    pub(crate) row_len: usize,
+    pub(crate) ledger: &'a Ledger,
+    pub(crate) rounding: Rounding,
+    /// Of the random numbers: seed, variable and payment.
+    pub(crate) key: u64,
+    pub(crate) state: &'a mut ParamState,
+}
+
+/// Lets rows pay.
+pub(crate) fn pay_rows(task: PayTask<'_>) -> candle_core::Result<()> {
+    let (isa, threads) = (Isa::detect(), rayon::current_num_threads());
+    let PayTask { var, rows, row_len, ledger, rounding, key, state } = task;
+    let limits = state.moments.layout.encoding.limits();
+    if rows.is_empty() || row_len == 0 {
+        return Ok(());
+    }
+    lend(var, |params| {
+        let span = Span::new(params, state)?;
+        if !span.has_units_of(row_len) {
+            bail!("expected moments by rows");
+        }
+        let pass = PayPass { rows, ledger, limits, rounding, key, span: span.in_units_of(row_len) };
+        if threads <= 1 || rows.len() * row_len <= SEQUENTIAL {
+            isa.run(pass);
+        } else {
+            let piece = rows.len().div_ceil(threads * PIECES_PER_THREAD);
+            pass.cut(piece).into_par_iter().with_max_len(1).for_each(|pass| isa.run(pass));
+        }
+        Ok(())
+    })
+}
+
+/// Some of the rows that pay, and the part of the table that they are in.
+struct PayPass<'x> {
+    rows: &'x [(u32, u32)],
+    ledger: &'x Ledger,
+    limits: Limits,
+    rounding: Rounding,
+    key: u64,
+    span: Span<'x>,
+}
+
+impl<'x> PayPass<'x> {
+    fn cut(self, piece: usize) -> Vec<Self> {
+        let Self { rows, ledger, limits, rounding, key, mut span } = self;
+        let mut pieces = Vec::with_capacity(rows.len().div_ceil(piece));
+        for rows in rows.chunks(piece) {
+            let (part, rest) = span.rows(rows[0].0, rows[rows.len() - 1].0);
+            span = rest;
+            pieces.push(Self { rows, ledger, limits, rounding, key, span: part });
+        }
+        pieces
+    }
+
+    #[inline(always)]
+    fn pay<A: Lane>(self) {
+        let Self { rows, ledger, limits, rounding, key, mut span } = self;
+        let row_len = span.unit;
+        let mut scratch = vec![A::ZERO; row_len];
+        let ahead = rows_ahead(row_len * size_of::<A>());
+        let first = span.first;
+        let place = |k: usize| rows[k].0 as usize - first;
+        for k in 0..rows.len().min(ahead) {
+            span.prefetch(place(k));
+        }
+        for (k, &(_, since)) in rows.iter().enumerate() {
+            if k + ahead < rows.len() {
+                span.prefetch(place(k + ahead));
+            }
+            let job = PayRow { debt: ledger.debt::<A>(since as usize), limits, rounding, key };
+            A::pay(&mut span, &job, place(k), &mut scratch);
+        }
+    }
+}
+
+impl Pass for PayPass<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        if self.span.is_f64() { self.pay::<f64>() } else { self.pay::<f32>() }
     }
 }
 

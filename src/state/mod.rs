@@ -1,11 +1,19 @@
-//! The moments of one parameter, in buffers of the crate's own, and the parameter's clock.
+//! Buffers of the crate's own, and in them all that it keeps for one parameter: moments, masters, its clock.
 //!
-//! Invariant: a buffer has as many elements as its variable and the type of its arithmetic: f64 for f64, else f32.
+//! Invariant: a [`Buffer`] has the type of its variable's arithmetic: f64 for f64, else f32. Zeroed memory is the state
+//! before the first update, in every encoding, and takes no memory until it is written.
+
+mod moments;
+mod tensors;
 
 use candle_core::{DType, Device, Shape, Tensor};
 
 use crate::error::Result;
 use crate::pages::Pages;
+use crate::rounding::Rounding;
+
+pub(crate) use moments::{Coded, Layout, Moments, Norms, Stored};
+pub(crate) use tensors::MomentTensors;
 
 /// A row of numbers that the crate keeps for a variable: a moment, an average, an accumulated gradient.
 pub(crate) enum Buffer {
@@ -22,10 +30,43 @@ impl Buffer {
     pub(crate) fn zeros(var: &Tensor, place: Place) -> Result<Self> {
         let n = var.elem_count();
         Ok(match (place, arithmetic(var.dtype())) {
-            (Place::Host, DType::F64) => Self::F64(Pages::zeros(n)),
-            (Place::Host, _) => Self::F32(Pages::zeros(n)),
+            (Place::Host, dtype) => Self::zeros_host(dtype, n),
             (Place::Device, dtype) => Self::Tensor(Tensor::zeros(var.shape(), dtype, var.device())?),
         })
+    }
+
+    /// Zeros in host memory, of the type of the arithmetic on `dtype`.
+    pub(crate) fn zeros_host(dtype: DType, n: usize) -> Self {
+        match arithmetic(dtype) {
+            DType::F64 => Self::F64(Pages::zeros(n)),
+            _ => Self::F32(Pages::zeros(n)),
+        }
+    }
+
+    /// A copy in host memory.
+    pub(crate) fn on_host(&self) -> Result<Self> {
+        match self {
+            Self::Tensor(tensor) => Self::from_tensor(tensor, tensor, Place::Host),
+            host => host.copied(),
+        }
+    }
+
+    /// A copy.
+    pub(crate) fn copied(&self) -> Result<Self> {
+        Ok(match self {
+            Self::F32(values) => Self::F32(Pages::of(values)),
+            Self::F64(values) => Self::F64(Pages::of(values)),
+            Self::Tensor(tensor) => Self::Tensor(tensor.copy()?),
+        })
+    }
+
+    /// How many bytes it takes, once all of it has been written.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::F32(values) => size_of_val::<[f32]>(values),
+            Self::F64(values) => size_of_val::<[f64]>(values),
+            Self::Tensor(tensor) => tensor.elem_count() * tensor.dtype().size_in_bytes(),
+        }
     }
 
     /// The values of `tensor`, which has the shape of `var` and the dtype of its arithmetic.
@@ -76,11 +117,6 @@ impl Buffer {
 
     /// Sets the rows `rows`, of `row_len` elements each, to zero.
     pub(crate) fn clear_rows(&mut self, rows: &[u32], row_len: usize) -> Result<()> {
-        fn clear<T: bytemuck::Pod>(values: &mut [T], rows: &[u32], row_len: usize) {
-            for &row in rows {
-                values[row as usize * row_len..][..row_len].fill(T::zeroed());
-            }
-        }
         match self {
             Self::F32(values) => clear(values, rows, row_len),
             Self::F64(values) => clear(values, rows, row_len),
@@ -139,19 +175,94 @@ pub(crate) fn arithmetic(dtype: DType) -> DType {
     }
 }
 
-/// The moments of one parameter.
+/// All that is kept for one parameter, but for averages and accumulated gradients.
 pub(crate) struct ParamState {
-    /// m, the first moment.
-    pub(crate) exp_avg: Buffer,
-    /// u, the exponentially weighted infinity norm.
-    pub(crate) exp_inf: Buffer,
+    pub(crate) moments: Moments,
+    /// What f16 and bf16 parameters lose by rounding, if that is kept.
+    pub(crate) master: Option<Master>,
     /// The parameter's own clock: how many updates it has had. A missing gradient does not advance it.
     pub(crate) step: u64,
 }
 
 impl ParamState {
     /// The state before the first update.
-    pub(crate) fn zeros(var: &Tensor, place: Place) -> Result<Self> {
-        Ok(Self { exp_avg: Buffer::zeros(var, place)?, exp_inf: Buffer::zeros(var, place)?, step: 0 })
+    pub(crate) fn zeros(var: &Tensor, place: Place, layout: &Layout, rounding: Rounding) -> Result<Self> {
+        let moments = Moments::zeros(var, place, layout)?;
+        Ok(Self { moments, master: Master::zeros(var.dtype(), var.elem_count(), rounding), step: 0 })
+    }
+
+    /// The state of no elements.
+    pub(crate) fn nothing(layout: &Layout) -> Self {
+        let none = || Buffer::F32(Pages::zeros(0));
+        let stored = Stored::Full { exp_avg: none(), exp_inf: none() };
+        Self { moments: Moments { layout: *layout, stored }, master: None, step: 0 }
+    }
+
+    /// Where it lives.
+    pub(crate) fn place(&self) -> Place {
+        self.moments.place()
+    }
+}
+
+/// What a master copy of f16 and bf16 parameters keeps beside them; zeros are a copy that equals its parameter.
+pub(crate) enum Master {
+    /// The other half of the copy of a bf16 parameter.
+    Rest(Pages<i16>),
+    /// The copy of an f16 parameter.
+    Copy(Pages<f32>),
+}
+
+impl Master {
+    /// The master of `n` elements of `dtype`, if they have one.
+    pub(crate) fn zeros(dtype: DType, n: usize, rounding: Rounding) -> Option<Self> {
+        match (rounding, dtype) {
+            (Rounding::Master, DType::BF16) => Some(Self::Rest(Pages::zeros(n))),
+            (Rounding::Master, DType::F16) => Some(Self::Copy(Pages::zeros(n))),
+            _ => None,
+        }
+    }
+
+    /// A copy for `n` elements, of which those that are new are zero.
+    pub(crate) fn grown(&self, n: usize) -> Self {
+        match self {
+            Self::Rest(values) => Self::Rest(Pages::extended(values, n)),
+            Self::Copy(values) => Self::Copy(Pages::extended(values, n)),
+        }
+    }
+
+    /// The values as they are stored.
+    pub(crate) fn to_tensor(&self, shape: &Shape) -> Result<Tensor> {
+        Ok(match self {
+            Self::Rest(values) => Tensor::from_slice(values, shape, &Device::Cpu)?,
+            Self::Copy(values) => Tensor::from_slice(values, shape, &Device::Cpu)?,
+        })
+    }
+
+    /// What [`to_tensor`](Self::to_tensor) made.
+    pub(crate) fn from_tensor(tensor: &Tensor) -> Result<Self> {
+        let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?;
+        Ok(match flat.dtype() {
+            DType::I16 => Self::Rest(Pages::of(&flat.to_vec1()?)),
+            _ => Self::Copy(Pages::of(&flat.to_vec1()?)),
+        })
+    }
+
+    /// How many bytes it takes, once all of it has been written.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::Rest(values) => size_of_val::<[i16]>(values),
+            Self::Copy(values) => size_of_val::<[f32]>(values),
+        }
+    }
+
+    /// The dtype of a master of parameters of `dtype`.
+    pub(crate) fn dtype(dtype: DType) -> DType {
+        if dtype == DType::BF16 { DType::I16 } else { DType::F32 }
+    }
+}
+
+fn clear<T: bytemuck::Pod>(values: &mut [T], rows: &[u32], row_len: usize) {
+    for &row in rows {
+        values[row as usize * row_len..][..row_len].fill(T::zeroed());
     }
 }

@@ -1,0 +1,507 @@
+//! How moments are stored in 4 and in 2 bytes. Pure; its mirror will be `cuda/codec.cuh`.
+//!
+//! Two facts of Adamax make it possible.
+//!
+//! 1. `u = max_i |g_i| * beta2^(n - i)`: the norm is a maximum of values that only shrink, all by the same factor. What
+//!    is stored is the **un-decayed** `v = u / 2^L` in a unit `2^L` that shrinks instead, one for a block of elements. So v
+//!    is rounded when a new maximum comes, once, and never again: rounding `beta2 * u` at each step would leave it where it
+//!    is for ever (in bf16 for all beta2 above 0.998).
+//! 2. `|m| / (u + eps) <= C = (1 - beta1) / (1 - beta1 / beta2)`, always: what is stored for m is that quotient, whose range
+//!    is known, so it needs no scale. It is rounded stochastically, since its changes of a tenth a step would get lost.
+//!
+//! `L` is a [fixed-point number](scale_of) of 8 bits before and 24 behind the point: a table has one for each row, which is
+//! the row's own clock, and other tensors have one for each 1,024 elements, so that it costs nothing to look for the largest
+//! value of a block before anything is written: a spike moves its block's unit, and nothing saturates.
+//!
+//! | | ratio | v | range of v in a block | u in terms of the exact one |
+//! | --- | --- | --- | --- | --- |
+//! | [`Bf16`] | bf16 | bf16, nearest | that of f32 | within 2^-8 |
+//! | [`F16`] | f16 | f16, nearest | 2^29, subnormal over 2^39 | within 2^-11 |
+//! | [`Q8`] | 8 bits, linear in `[-C, C]` | 5 bits of exponent, 3 of mantissa, rounded up | 2^31 | 1 to 1.13 |
+//!
+//! What lies below its block's range becomes the smallest code, so its u is too large and its steps too small, never the
+//! reverse. Infinity and NaN have codes.
+
+use bytemuck::Pod;
+use half::{bf16, f16};
+use serde::{Deserialize, Serialize};
+
+use crate::element::{Arithmetic, Element};
+use crate::ledger::Debt;
+use crate::rounding::{Half, random, unit};
+use crate::rule::{self, Coefficients, Hyperparameters};
+
+/// How the moments of f32, f16 and bf16 variables are stored; those of f64 variables are f64.
+///
+/// Two things are stored for each element: the quotient `m / (u + eps)`, rounded stochastically, and the un-decayed norm,
+/// in a unit that shrinks by `beta2` each update, so that u decays in any number of bits. The unit is 4 bytes for each row
+/// of a table and for each 1,024 elements of any other variable.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum StateDType {
+    /// m and u in f32: 8 bytes an element.
+    #[default]
+    F32,
+    /// 4 bytes an element: 8 bits of precision, the range of f32. u is within 2^-8 of the exact one.
+    BF16,
+    /// 4 bytes an element: 11 bits of precision. u is within 2^-11 of the exact one; elements whose u is less than 2^-29
+    /// of the largest one in their block have less, and below 2^-39 their u is too large and their steps too small.
+    F16,
+    /// 2 bytes an element: the quotient in 8 bits, the norm in 8 bits rounded up. u is 1 to 1.13 times the exact one while
+    /// it is above 2^-30 of the largest one in its block, and no weight moves by more than
+    /// `(1 - beta1) / (1 - beta1 / beta2)` times `lr / (1 - beta1^t)` in a step.
+    Q8,
+}
+
+/// Elements that share a unit, where these are not the rows of a table.
+pub(crate) const BLOCK: usize = 1024;
+
+/// The bits behind the point of a unit's logarithm.
+const POINT: u32 = 24;
+/// The whole part of a unit's logarithm is stored with this added.
+const BIAS: i64 = 126;
+
+/// What the encodings of a parameter depend on; a state that was encoded with others has to be encoded anew.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Encoding {
+    /// Beside u in the quotient.
+    pub(crate) eps_outside: f64,
+    /// The largest quotient, C.
+    pub(crate) limit: f64,
+}
+
+impl Encoding {
+    pub(crate) fn of(hyper: &Hyperparameters) -> Self {
+        let eps_outside = match hyper.epsilon {
+            rule::Epsilon::Outside => hyper.eps,
+            rule::Epsilon::Inside => 0.0,
+        };
+        Self { eps_outside, limit: largest_ratio(hyper.beta1, hyper.beta2) }
+    }
+
+    pub(crate) fn limits(&self) -> Limits {
+        let limit = self.limit as f32;
+        Limits { limit, per_code: limit / Q8::LARGEST, codes: Q8::LARGEST / limit }
+    }
+}
+
+/// The largest `|m| / u` there can be: `(1 - beta1) / (1 - beta1 / beta2)`; infinite unless `beta1 < beta2`.
+pub(crate) fn largest_ratio(beta1: f64, beta2: f64) -> f64 {
+    if beta1 < beta2 { (1.0 - beta1) / (1.0 - beta1 / beta2) } else { f64::INFINITY }
+}
+
+/// [`Encoding::limit`] in the forms that kernels use.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    limit: f32,
+    /// What a code of [`Q8`] stands for, and its reciprocal.
+    per_code: f32,
+    codes: f32,
+}
+
+/// By how much a unit's logarithm falls in update `t`: `octaves = -log2(beta2)`, rounded down or up at random, so that the
+/// error of any number of updates stays that of a random walk: 3e-6 of u after 20,000 of them, 2e-5 after a million.
+pub(crate) fn shrinkage(octaves: f64, key: u64, t: u64) -> u64 {
+    /// More than any unit can hold; -log2(0) is infinite.
+    const ALL: f64 = (1u64 << 40) as f64;
+    let dither = (crate::rounding::derive(key, t) >> 11) as f64 / (1u64 << 53) as f64;
+    (octaves * f64::from(1u32 << POINT) + dither).floor().min(ALL) as u64
+}
+
+/// A unit, `2^L`, of its stored logarithm.
+///
+/// The same polynomial on every machine, in f64 and rounded once: Taylor's for `e^y`, within 2e-10.
+#[inline(always)]
+pub(crate) fn scale_of(log: u32) -> f32 {
+    let fraction = f64::from(log & ((1 << POINT) - 1)) / f64::from(1u32 << POINT);
+    let y = (fraction - 0.5) * std::f64::consts::LN_2;
+    let mut sum = 1.0;
+    for n in [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0] {
+        sum = 1.0 + y * sum * (1.0 / n);
+    }
+    (std::f64::consts::SQRT_2 * sum) as f32 * power_of_two(i64::from(log >> POINT) - BIAS)
+}
+
+/// `2^exponent`; 0 below f32's smallest normal number.
+#[inline(always)]
+fn power_of_two(exponent: i64) -> f32 {
+    if exponent < -126 { 0.0 } else { f32::from_bits(((exponent.min(127) + 127) as u32) << 23) }
+}
+
+/// A unit's logarithm after `shrink`, raised so far that `largest` fits; and what stored values are multiplied with then.
+#[inline(always)]
+fn move_unit<F: Format>(log: u32, shrink: u64, largest: f32) -> (u32, f32) {
+    let shrunk = i64::from(log) - shrink as i64;
+    let whole = shrunk >> POINT;
+    let wanted = match F::TOP {
+        // `largest < 2^(e + 1)` has to be at most `2^TOP` units.
+        Some(top) => {
+            let e = i64::from(largest.to_bits() >> 23) - 127;
+            (e + 1 - top + BIAS).clamp(0, BIAS + 126)
+        }
+        None => BIAS,
+    };
+    let octaves = (wanted - whole).max(0);
+    ((shrunk + (octaves << POINT)) as u32, power_of_two(-octaves))
+}
+
+/// How m is stored.
+pub(crate) trait Moment<A: Arithmetic> {
+    type Code: Pod + Send + Sync;
+
+    /// m, where `denominator` is `u + eps`.
+    fn decode(code: Self::Code, denominator: A, limits: &Limits) -> A;
+
+    /// The code of m, where `ratio` is `m / (u + eps)`.
+    fn encode(m: A, ratio: A, limits: &Limits, random: u32) -> Self::Code;
+}
+
+/// m itself.
+pub(crate) struct Plain;
+
+impl<A: Arithmetic + Pod> Moment<A> for Plain {
+    type Code = A;
+
+    #[inline(always)]
+    fn decode(code: A, _: A, _: &Limits) -> A {
+        code
+    }
+
+    #[inline(always)]
+    fn encode(m: A, _: A, _: &Limits, _: u32) -> A {
+        m
+    }
+}
+
+/// How m and u are stored.
+pub(crate) trait Format: Moment<f32> + 'static {
+    /// The code of v; 0 is 0.
+    type Norm: Pod + Send + Sync;
+
+    /// A unit is so large that the largest value of its block is at most 2 to this power; none if v has f32's range.
+    const TOP: Option<i64>;
+
+    /// How much larger a new maximum is made before it is rounded.
+    const UP: f32;
+
+    /// The stored v.
+    fn norm(code: Self::Norm) -> f32;
+
+    /// The code of v; that of anything above zero is not that of zero.
+    fn encode_norm(v: f32) -> Self::Norm;
+
+    /// A quotient, kept below the largest there can be.
+    fn bound(ratio: f32, limits: &Limits) -> f32;
+}
+
+/// What is stored of m: the quotient. Where both are infinite that is NaN, and the sign is stored instead, times which u
+/// is m again.
+#[inline(always)]
+fn storable(m: f32, ratio: f32) -> f32 {
+    if m.abs() == f32::INFINITY { if m > 0.0 { 1.0 } else { -1.0 } } else { ratio }
+}
+
+macro_rules! halves {
+    ($(#[$doc:meta])* $name:ident, $half:ty, $top:expr) => {
+        $(#[$doc])*
+        pub(crate) struct $name;
+
+        impl Moment<f32> for $name {
+            type Code = u16;
+
+            #[inline(always)]
+            fn decode(code: u16, denominator: f32, _: &Limits) -> f32 {
+                <$half>::from_bits(code).widen() * denominator
+            }
+
+            #[inline(always)]
+            fn encode(m: f32, ratio: f32, _: &Limits, random: u32) -> u16 {
+                <$half as Half>::stochastic(storable(m, ratio), random).to_bits()
+            }
+        }
+
+        impl Format for $name {
+            type Norm = u16;
+
+            const TOP: Option<i64> = $top;
+            const UP: f32 = 1.0;
+
+            #[inline(always)]
+            fn norm(code: u16) -> f32 {
+                <$half>::from_bits(code).widen()
+            }
+
+            #[inline(always)]
+            fn encode_norm(v: f32) -> u16 {
+                let code = <$half as Element>::narrow(v).to_bits();
+                if v > 0.0 && code == 0 { 1 } else { code }
+            }
+
+            #[inline(always)]
+            fn bound(ratio: f32, _: &Limits) -> f32 {
+                ratio
+            }
+        }
+    };
+}
+
+halves! {
+    /// 4 bytes an element, of bf16.
+    Bf16, bf16, None
+}
+halves! {
+    /// 4 bytes an element, of f16.
+    F16, f16, Some(15)
+}
+
+/// 2 bytes an element.
+pub(crate) struct Q8;
+
+impl Q8 {
+    /// The code of C.
+    const LARGEST: f32 = 127.0;
+    /// The code of a quotient that is NaN.
+    const NAN: i8 = -128;
+    /// Codes of v: `2^(code >> 3) * (1 + (code & 7) / 8)` in units of `2^-LOWEST`, up to FINITE, then infinity and NaN.
+    const LOWEST: u32 = 31;
+    const FINITE: u32 = 253;
+    const INFINITE: u32 = 254;
+}
+
+impl Moment<f32> for Q8 {
+    type Code = i8;
+
+    #[inline(always)]
+    fn decode(code: i8, denominator: f32, limits: &Limits) -> f32 {
+        let ratio = f32::from(code) * limits.per_code;
+        (if code == Self::NAN { f32::NAN } else { ratio }) * denominator
+    }
+
+    #[inline(always)]
+    fn encode(m: f32, ratio: f32, limits: &Limits, random: u32) -> i8 {
+        // f32 has no places behind the point from 2^23 on: the addition rounds, and its last byte is the whole number.
+        const ROUND: f32 = 12_582_912.0;
+        let ratio = storable(m, ratio);
+        let code = ratio * limits.codes + (unit(random) - 0.5);
+        // An infinite limit, of a beta1 that is not below beta2, never comes here; a NaN fails both comparisons.
+        let code = rule::clamp(code, Self::LARGEST);
+        let rounded = (code + ROUND).to_bits() as i8;
+        #[expect(clippy::eq_op, reason = "only a NaN differs from itself")]
+        let is_nan = ratio != ratio;
+        if is_nan { Self::NAN } else { rounded }
+    }
+}
+
+impl Format for Q8 {
+    type Norm = u8;
+
+    const TOP: Option<i64> = Some(0);
+    /// Above what the clock's dither can take away, so that u is never below the exact one.
+    const UP: f32 = 1.0 + 1.0 / 8192.0;
+
+    #[inline(always)]
+    fn norm(code: u8) -> f32 {
+        let code = u32::from(code);
+        let finite = (code << 20) + ((127 - Self::LOWEST) << 23);
+        let special = if code == Self::INFINITE { 0x7f80_0000 } else { 0x7fc0_0000 };
+        let bits = if code > Self::FINITE { special } else { finite };
+        f32::from_bits(if code == 0 { 0 } else { bits })
+    }
+
+    #[inline(always)]
+    fn encode_norm(v: f32) -> u8 {
+        const LOWEST_BITS: i32 = ((127 - Q8::LOWEST) << 3) as i32;
+        // Not negative, so that the order of the bits is that of the numbers.
+        let up = (v.to_bits().wrapping_add(0x000f_ffff) >> 20) as i32 - LOWEST_BITS;
+        let finite = up.clamp(1, Self::FINITE as i32);
+        let special = if v == f32::INFINITY { Self::INFINITE } else { Self::INFINITE + 1 } as i32;
+        let code = if v.to_bits() >= 0x7f80_0000 { special } else { finite };
+        (if v == 0.0 { 0 } else { code }) as u8
+    }
+
+    #[inline(always)]
+    fn bound(ratio: f32, limits: &Limits) -> f32 {
+        rule::clamp(ratio, limits.limit)
+    }
+}
+
+/// What one update of encoded moments needs beside the [`Coefficients`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Codes {
+    pub(crate) limits: Limits,
+    /// Of [`shrinkage`].
+    pub(crate) shrink: u64,
+}
+
+/// One update of a block of elements that share a unit, whose logarithm is `log`; `key` is for the random numbers.
+#[inline(always)]
+pub(crate) fn update_block<F: Format>(
+    c: &Coefficients<f32>,
+    codes: &Codes,
+    key: u32,
+    params: &mut [f32],
+    grads: &[f32],
+    (moments, norms, log): (&mut [F::Code], &mut [F::Norm], &mut u32),
+) {
+    let mut largest = 0.0f32;
+    if F::TOP.is_some() {
+        for (w, grad) in params.iter().zip(grads) {
+            let seen = rule::seen(c, rule::gradient(c, *w, *grad));
+            // Neither infinity nor NaN has a place in a range.
+            let seen = if seen < f32::INFINITY { seen } else { 0.0 };
+            largest = if seen > largest { seen } else { largest };
+        }
+    }
+    let before = scale_of(*log);
+    let (moved, rebase) = move_unit::<F>(*log, codes.shrink, largest);
+    let after = scale_of(moved);
+    let per_unit = F::UP / after;
+    let limits = &codes.limits;
+    let streams = params.iter_mut().zip(grads).zip(moments).zip(norms);
+    for ((((w, grad), moment), norm), i) in streams.zip(0u32..) {
+        let stored = F::norm(*norm);
+        let m = F::decode(*moment, stored * before + c.eps_outside, limits);
+        let g = rule::gradient(c, *w, *grad);
+        let m = rule::first_moment(c, m, g);
+        let seen = rule::seen(c, g);
+        let kept = rebased(stored, rebase);
+        // A NaN in the gradient is not below anything; one that is stored stays.
+        let v = if seen <= kept * after { kept } else { rule::maximum(kept, seen * per_unit) };
+        let code = F::encode_norm(v);
+        let ratio = F::bound(rule::ratio(c, m, F::norm(code) * after), limits);
+        *w = rule::apply(c, *w, ratio);
+        *moment = F::encode(m, ratio, limits, random(key, i));
+        *norm = code;
+    }
+    *log = moved;
+}
+
+/// A stored v in a new unit: what is above zero stays so.
+#[inline(always)]
+fn rebased(stored: f32, rebase: f32) -> f32 {
+    let v = stored * rebase;
+    if stored > 0.0 && v < f32::MIN_POSITIVE { f32::MIN_POSITIVE } else { v }
+}
+
+/// One update of a row whose elements share one u: the largest of the row.
+///
+/// ```text
+/// u = max(beta2 * u, |g_1|, |g_2|, ..)
+/// ```
+#[inline(always)]
+pub(crate) fn update_row<A: Arithmetic, M: Moment<A>>(
+    c: &Coefficients<A>,
+    limits: &Limits,
+    key: u32,
+    params: &mut [A],
+    grads: &[A],
+    (moments, norm): (&mut [M::Code], &mut A),
+) {
+    let before = *norm;
+    let mut after = c.beta2 * before;
+    for (w, grad) in params.iter().zip(grads) {
+        after = rule::maximum(after, rule::seen(c, rule::gradient(c, *w, *grad)));
+    }
+    for (((w, grad), moment), i) in params.iter_mut().zip(grads).zip(moments).zip(0u32..) {
+        let g = rule::gradient(c, *w, *grad);
+        let m = rule::first_moment(c, M::decode(*moment, before + c.eps_outside, limits), g);
+        let ratio = rule::ratio(c, m, after);
+        *w = rule::apply(c, *w, ratio);
+        *moment = M::encode(m, ratio, limits, random(key, i));
+    }
+    *norm = after;
+}
+
+/// Pays what a block of elements owes that share a unit.
+#[inline(always)]
+pub(crate) fn pay_block<F: Format>(
+    debt: &Debt<'_, f32>,
+    limits: &Limits,
+    key: u32,
+    params: &mut [f32],
+    (moments, norms, log): (&mut [F::Code], &mut [F::Norm], &mut u32),
+) {
+    let before = scale_of(*log);
+    let (moved, rebase) = move_unit::<F>(*log, debt.shrunk, 0.0);
+    let after = scale_of(moved);
+    let decoded = |moment: F::Code, norm: F::Norm| {
+        let u = F::norm(norm) * before;
+        (F::decode(moment, u + debt.eps_outside, limits), u)
+    };
+    let is_series = params.iter().zip(&*moments).zip(&*norms).all(|((_, moment), norm)| {
+        let (m, u) = decoded(*moment, *norm);
+        debt.is_series(m, u)
+    });
+    for (((w, moment), norm), i) in params.iter_mut().zip(moments).zip(norms).zip(0u32..) {
+        let (m, u) = decoded(*moment, *norm);
+        *w = if is_series { debt.weight(*w, m, u) } else { debt.weight_one_by_one(*w, m, u) };
+        let (m, _) = debt.moments(m, u);
+        *norm = F::encode_norm(rebased(F::norm(*norm), rebase));
+        let denominator = F::norm(*norm) * after + debt.eps_outside;
+        let ratio = if denominator == 0.0 { 0.0 } else { m / denominator };
+        *moment = F::encode(m, F::bound(ratio, limits), limits, random(key, i));
+    }
+    *log = moved;
+}
+
+/// Pays what a row owes whose elements share one u.
+#[inline(always)]
+pub(crate) fn pay_row<A: Arithmetic, M: Moment<A>>(
+    debt: &Debt<'_, A>,
+    limits: &Limits,
+    key: u32,
+    params: &mut [A],
+    (moments, norm): (&mut [M::Code], &mut A),
+) {
+    let u = *norm;
+    let (_, after) = debt.moments(A::ZERO, u);
+    let is_series = debt.is_series(after, u);
+    for ((w, moment), i) in params.iter_mut().zip(moments).zip(0u32..) {
+        let m = M::decode(*moment, u + debt.eps_outside, limits);
+        *w = if is_series { debt.weight(*w, m, u) } else { debt.weight_one_by_one(*w, m, u) };
+        let (m, _) = debt.moments(m, u);
+        let denominator = after + debt.eps_outside;
+        let ratio = if denominator == A::ZERO { A::ZERO } else { m / denominator };
+        *moment = M::encode(m, ratio, limits, random(key, i));
+    }
+    *norm = after;
+}
+
+/// m and u of a block.
+pub(crate) fn decode_block<F: Format>(
+    encoding: &Encoding,
+    (moments, norms, log): (&[F::Code], &[F::Norm], u32),
+    mut put: impl FnMut(f32, f32),
+) {
+    let (scale, limits) = (scale_of(log), encoding.limits());
+    for (moment, norm) in moments.iter().zip(norms) {
+        let u = F::norm(*norm) * scale;
+        put(F::decode(*moment, u + encoding.eps_outside as f32, &limits), u);
+    }
+}
+
+/// Encodes m and u of a block, to the nearest quotient; the unit's logarithm.
+pub(crate) fn encode_block<F: Format>(
+    encoding: &Encoding,
+    (exp_avg, exp_inf): (&[f32], &[f32]),
+    (moments, norms): (&mut [F::Code], &mut [F::Norm]),
+) -> u32 {
+    let largest = exp_inf.iter().copied().filter(|u| *u < f32::INFINITY).fold(0.0, f32::max);
+    let (log, _) = move_unit::<F>(0, 0, largest);
+    let (scale, limits, eps) = (scale_of(log), encoding.limits(), encoding.eps_outside as f32);
+    let per_unit = F::UP / scale;
+    for (((&m, &u), moment), norm) in exp_avg.iter().zip(exp_inf).zip(moments).zip(norms) {
+        *norm = F::encode_norm(u * per_unit);
+        *moment = encode_moment::<F>(m, F::norm(*norm) * scale + eps, &limits);
+    }
+    log
+}
+
+/// The nearest code of m, where `denominator` is `u + eps`.
+#[inline(always)]
+pub(crate) fn encode_moment<F: Format>(m: f32, denominator: f32, limits: &Limits) -> F::Code {
+    /// In the middle between up and down.
+    const NEAREST: u32 = 0x8000_0000;
+    let ratio = if denominator == 0.0 { 0.0 } else { m / denominator };
+    F::encode(m, F::bound(ratio, limits), limits, NEAREST)
+}

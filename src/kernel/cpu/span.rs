@@ -1,0 +1,563 @@
+//! A stretch of a parameter with all that belongs to it, in whole units, and the update of one unit.
+//!
+//! Nothing here computes: the formula is in `rule.rs`, the encodings in `codec.rs`. Parameters of 16 bits are widened a unit at a time,
+//! updated in f32 like any other, and narrowed.
+
+use std::ops::Range;
+
+use candle_core::bail;
+use half::{bf16, f16};
+
+use super::isa::prefetch;
+use super::{Elements, ElementsMut};
+use crate::codec::{self, Bf16, Codes, Encoding, F16, Format, Limits, Moment, Plain, Q8};
+use crate::element::{Arithmetic, Element};
+use crate::kernel::rows::Summand;
+use crate::ledger::Debt;
+use crate::rounding::{Half, Rounding, derive, random};
+use crate::rule::{self, Coefficients};
+use crate::state::{Buffer, Coded, Master, Norms, ParamState, Stored};
+
+/// What one update of one parameter is made with.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Orders {
+    pub(crate) coefficients: Coefficients<f64>,
+    /// What the codes of the moments depend on.
+    pub(crate) encoding: Encoding,
+    /// By how much units shrink.
+    pub(crate) shrink: u64,
+    /// How f16 and bf16 parameters are rounded.
+    pub(crate) rounding: Rounding,
+    /// Of the random numbers: seed, variable and update.
+    pub(crate) key: u64,
+}
+
+/// [`Orders`] in the type of the arithmetic.
+#[derive(Clone, Copy)]
+pub(super) struct Prepared<A> {
+    coefficients: Coefficients<A>,
+    codes: Codes,
+    rounding: Rounding,
+    key: u64,
+}
+
+impl Orders {
+    /// In the type of the arithmetic.
+    pub(super) fn prepare<A: Arithmetic>(&self) -> Prepared<A> {
+        Prepared {
+            coefficients: self.coefficients.round(),
+            codes: Codes { limits: self.encoding.limits(), shrink: self.shrink },
+            rounding: self.rounding,
+            key: self.key,
+        }
+    }
+}
+
+/// Consecutive whole units of a parameter; the last unit of a parameter may be shorter.
+pub(crate) struct Span<'x> {
+    params: ElementsMut<'x>,
+    moments: MomentsMut<'x>,
+    master: Option<MasterMut<'x>>,
+    /// How many elements a unit has.
+    pub(super) unit: usize,
+    /// Which unit of the parameter the first one is.
+    pub(super) first: usize,
+}
+
+enum MomentsMut<'x> {
+    F64(FullMut<'x, f64>),
+    F32(FullMut<'x, f32>),
+    BF16(CodedMut<'x, Bf16>),
+    F16(CodedMut<'x, F16>),
+    Q8(CodedMut<'x, Q8>),
+}
+
+struct FullMut<'x, A> {
+    exp_avg: &'x mut [A],
+    exp_inf: &'x mut [A],
+    rowwise: bool,
+}
+
+struct CodedMut<'x, F: Format> {
+    moments: &'x mut [F::Code],
+    norms: NormsMut<'x, F>,
+}
+
+enum NormsMut<'x, F: Format> {
+    Each { codes: &'x mut [F::Norm], logs: &'x mut [u32] },
+    Shared(&'x mut [f32]),
+}
+
+enum MasterMut<'x> {
+    Rest(&'x mut [i16]),
+    Copy(&'x mut [f32]),
+}
+
+impl<'x> Span<'x> {
+    /// All of a parameter.
+    pub(crate) fn new(params: ElementsMut<'x>, state: &'x mut ParamState) -> candle_core::Result<Self> {
+        let layout = state.moments.layout;
+        let moments = match &mut state.moments.stored {
+            Stored::Full { exp_avg: Buffer::F64(exp_avg), exp_inf: Buffer::F64(exp_inf) } => {
+                MomentsMut::F64(FullMut { exp_avg, exp_inf, rowwise: layout.rowwise })
+            }
+            Stored::Full { exp_avg: Buffer::F32(exp_avg), exp_inf: Buffer::F32(exp_inf) } => {
+                MomentsMut::F32(FullMut { exp_avg, exp_inf, rowwise: layout.rowwise })
+            }
+            Stored::Full { .. } => bail!("no CPU kernel for moments on another device"),
+            Stored::BF16(coded) => MomentsMut::BF16(CodedMut::new(coded)),
+            Stored::F16(coded) => MomentsMut::F16(CodedMut::new(coded)),
+            Stored::Q8(coded) => MomentsMut::Q8(CodedMut::new(coded)),
+        };
+        let master = state.master.as_mut().map(|master| match master {
+            Master::Rest(rest) => MasterMut::Rest(rest),
+            Master::Copy(copy) => MasterMut::Copy(copy),
+        });
+        Ok(Self { params, moments, master, unit: layout.unit, first: 0 })
+    }
+
+    /// How many elements there are.
+    pub(super) fn len(&self) -> usize {
+        self.params.len()
+    }
+
+    /// The first `units` units, and the others.
+    pub(super) fn split_at(self, units: usize) -> (Self, Self) {
+        let Self { params, moments, master, unit, first } = self;
+        let n = params.len().min(units * unit);
+        let (params, other_params) = params.split_at(n);
+        let (moments, other_moments) = match moments {
+            MomentsMut::F64(full) => pair(full.split_at(n, units), MomentsMut::F64),
+            MomentsMut::F32(full) => pair(full.split_at(n, units), MomentsMut::F32),
+            MomentsMut::BF16(coded) => pair(coded.split_at(n, units), MomentsMut::BF16),
+            MomentsMut::F16(coded) => pair(coded.split_at(n, units), MomentsMut::F16),
+            MomentsMut::Q8(coded) => pair(coded.split_at(n, units), MomentsMut::Q8),
+        };
+        let (master, other_master) = match master {
+            None => (None, None),
+            Some(MasterMut::Rest(rest)) => pair(pair(rest.split_at_mut(n), MasterMut::Rest), Some),
+            Some(MasterMut::Copy(copy)) => pair(pair(copy.split_at_mut(n), MasterMut::Copy), Some),
+        };
+        (
+            Self { params, moments, master, unit, first },
+            Self { params: other_params, moments: other_moments, master: other_master, unit, first: first + units },
+        )
+    }
+
+    /// The rows from `first` to `last`, which are units, and those behind.
+    pub(super) fn rows(self, first: u32, last: u32) -> (Self, Self) {
+        let skipped = first as usize - self.first;
+        self.split_at(skipped).1.split_at((last - first) as usize + 1)
+    }
+
+    /// Whether units are rows of so many elements, or can be taken for such because nothing is stored for them.
+    pub(super) fn has_units_of(&self, row_len: usize) -> bool {
+        match &self.moments {
+            MomentsMut::F64(full) => self.unit == row_len || !full.rowwise,
+            MomentsMut::F32(full) => self.unit == row_len || !full.rowwise,
+            _ => self.unit == row_len,
+        }
+    }
+
+    /// The same with units of `unit` elements.
+    pub(super) fn in_units_of(self, unit: usize) -> Self {
+        Self { unit, ..self }
+    }
+
+    /// Whether the arithmetic is in f64.
+    pub(super) fn is_f64(&self) -> bool {
+        matches!(self.params, ElementsMut::F64(_))
+    }
+
+    /// Whether the parameters have to be widened.
+    pub(super) fn is_narrow(&self) -> bool {
+        matches!(self.params, ElementsMut::F16(_) | ElementsMut::BF16(_))
+    }
+
+    /// Asks for the memory of unit `k`.
+    #[inline(always)]
+    pub(super) fn prefetch(&self, k: usize) {
+        let range = self.range(k);
+        match &self.params {
+            ElementsMut::F64(w) => prefetch(&w[range.clone()]),
+            ElementsMut::F32(w) => prefetch(&w[range.clone()]),
+            ElementsMut::F16(w) => prefetch(&w[range.clone()]),
+            ElementsMut::BF16(w) => prefetch(&w[range.clone()]),
+        }
+        match &self.moments {
+            MomentsMut::F64(full) => full.prefetch(k, range),
+            MomentsMut::F32(full) => full.prefetch(k, range),
+            MomentsMut::BF16(coded) => coded.prefetch(k, range),
+            MomentsMut::F16(coded) => coded.prefetch(k, range),
+            MomentsMut::Q8(coded) => coded.prefetch(k, range),
+        }
+    }
+
+    fn range(&self, k: usize) -> Range<usize> {
+        k * self.unit..self.params.len().min((k + 1) * self.unit)
+    }
+}
+
+/// Both halves, in a variant.
+fn pair<T, U>((a, b): (T, T), of: impl Fn(T) -> U) -> (U, U) {
+    (of(a), of(b))
+}
+
+impl<'x, A> FullMut<'x, A> {
+    fn split_at(self, n: usize, units: usize) -> (Self, Self) {
+        let Self { exp_avg, exp_inf, rowwise } = self;
+        let norms = if rowwise { units.min(exp_inf.len()) } else { n };
+        let ((m, other_m), (u, other_u)) = (exp_avg.split_at_mut(n), exp_inf.split_at_mut(norms));
+        (Self { exp_avg: m, exp_inf: u, rowwise }, Self { exp_avg: other_m, exp_inf: other_u, rowwise })
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, k: usize, range: Range<usize>) {
+        prefetch(&self.exp_avg[range.clone()]);
+        prefetch(if self.rowwise { &self.exp_inf[k..=k] } else { &self.exp_inf[range] });
+    }
+}
+
+impl<'x, F: Format> CodedMut<'x, F> {
+    fn new(coded: &'x mut Coded<F>) -> Self {
+        let norms = match &mut coded.norms {
+            Norms::Each { codes, logs } => NormsMut::Each { codes, logs },
+            Norms::Shared(norms) => NormsMut::Shared(norms),
+        };
+        Self { moments: &mut coded.moments, norms }
+    }
+
+    fn split_at(self, n: usize, units: usize) -> (Self, Self) {
+        let (moments, other) = self.moments.split_at_mut(n);
+        let (norms, other_norms) = match self.norms {
+            NormsMut::Each { codes, logs } => {
+                let units = units.min(logs.len());
+                let ((codes, other_codes), (logs, other_logs)) = (codes.split_at_mut(n), logs.split_at_mut(units));
+                (NormsMut::Each { codes, logs }, NormsMut::Each { codes: other_codes, logs: other_logs })
+            }
+            NormsMut::Shared(norms) => {
+                let units = units.min(norms.len());
+                pair(norms.split_at_mut(units), NormsMut::Shared)
+            }
+        };
+        (Self { moments, norms }, Self { moments: other, norms: other_norms })
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, k: usize, range: Range<usize>) {
+        prefetch(&self.moments[range.clone()]);
+        match &self.norms {
+            NormsMut::Each { codes, logs } => {
+                prefetch(&codes[range]);
+                prefetch(&logs[k..=k]);
+            }
+            NormsMut::Shared(norms) => prefetch(&norms[k..=k]),
+        }
+    }
+}
+
+/// Something that is done to the elements of one unit.
+pub(super) trait Job<A: Arithmetic + bytemuck::Pod> {
+    /// How f16 and bf16 parameters are rounded after it.
+    fn rounding(&self) -> Rounding;
+
+    /// The key of the random numbers.
+    fn key(&self) -> u64;
+
+    /// Where moments are as they are.
+    fn full(&self, params: &mut [A], exp_avg: &mut [A], exp_inf: &mut [A]);
+
+    /// Where the elements share one u.
+    fn rowwise<M: Moment<A>>(&self, key: u32, params: &mut [A], state: (&mut [M::Code], &mut A));
+}
+
+/// A [`Job`] that encoded moments can be of, too.
+pub(super) trait CodedJob: Job<f32> {
+    fn coded<F: Format>(&self, key: u32, params: &mut [f32], state: (&mut [F::Code], &mut [F::Norm], &mut u32));
+}
+
+/// The update of one unit with its gradient.
+pub(super) struct UpdateUnit<'g, A> {
+    pub(super) orders: &'g Prepared<A>,
+    pub(super) grads: &'g [A],
+}
+
+impl<A: Arithmetic + bytemuck::Pod> Job<A> for UpdateUnit<'_, A> {
+    #[inline(always)]
+    fn rounding(&self) -> Rounding {
+        self.orders.rounding
+    }
+
+    #[inline(always)]
+    fn key(&self) -> u64 {
+        self.orders.key
+    }
+
+    #[inline(always)]
+    fn full(&self, params: &mut [A], exp_avg: &mut [A], exp_inf: &mut [A]) {
+        for (((w, g), m), u) in params.iter_mut().zip(self.grads).zip(exp_avg).zip(exp_inf) {
+            (*w, *m, *u) = rule::update(&self.orders.coefficients, *w, *g, *m, *u);
+        }
+    }
+
+    #[inline(always)]
+    fn rowwise<M: Moment<A>>(&self, key: u32, params: &mut [A], state: (&mut [M::Code], &mut A)) {
+        let Prepared { coefficients, codes, .. } = self.orders;
+        codec::update_row::<A, M>(coefficients, &codes.limits, key, params, self.grads, state);
+    }
+}
+
+impl CodedJob for UpdateUnit<'_, f32> {
+    #[inline(always)]
+    fn coded<F: Format>(&self, key: u32, params: &mut [f32], state: (&mut [F::Code], &mut [F::Norm], &mut u32)) {
+        let Prepared { coefficients, codes, .. } = self.orders;
+        codec::update_block::<F>(coefficients, codes, key, params, self.grads, state);
+    }
+}
+
+/// The payment of what one row owes.
+pub(super) struct PayRow<'l, A> {
+    pub(super) debt: Debt<'l, A>,
+    pub(super) limits: Limits,
+    pub(super) rounding: Rounding,
+    pub(super) key: u64,
+}
+
+impl<A: Arithmetic + bytemuck::Pod> Job<A> for PayRow<'_, A> {
+    #[inline(always)]
+    fn rounding(&self) -> Rounding {
+        self.rounding
+    }
+
+    #[inline(always)]
+    fn key(&self) -> u64 {
+        self.key
+    }
+
+    #[inline(always)]
+    fn full(&self, params: &mut [A], exp_avg: &mut [A], exp_inf: &mut [A]) {
+        let debt = &self.debt;
+        let is_series = exp_avg.iter().zip(&*exp_inf).all(|(m, u)| debt.is_series(*m, *u));
+        for ((w, m), u) in params.iter_mut().zip(exp_avg).zip(exp_inf) {
+            *w = if is_series { debt.weight(*w, *m, *u) } else { debt.weight_one_by_one(*w, *m, *u) };
+            (*m, *u) = debt.moments(*m, *u);
+        }
+    }
+
+    #[inline(always)]
+    fn rowwise<M: Moment<A>>(&self, key: u32, params: &mut [A], state: (&mut [M::Code], &mut A)) {
+        codec::pay_row::<A, M>(&self.debt, &self.limits, key, params, state);
+    }
+}
+
+impl CodedJob for PayRow<'_, f32> {
+    #[inline(always)]
+    fn coded<F: Format>(&self, key: u32, params: &mut [f32], state: (&mut [F::Code], &mut [F::Norm], &mut u32)) {
+        codec::pay_block::<F>(&self.debt, &self.limits, key, params, state);
+    }
+}
+
+/// A type of arithmetic in which units are worked on.
+pub(super) trait Lane: Summand + bytemuck::Pod {
+    /// Updates unit `k` of the span; `scratch` is as long as a unit.
+    fn update(span: &mut Span<'_>, job: &UpdateUnit<'_, Self>, k: usize, scratch: &mut [Self]);
+
+    /// Pays what row `k` of the span owes.
+    fn pay(span: &mut Span<'_>, job: &PayRow<'_, Self>, k: usize, scratch: &mut [Self]);
+
+    /// Gradients of this type, or widened into `scratch`.
+    fn widened<'s>(grads: Elements<'s>, scratch: &'s mut [Self]) -> &'s [Self];
+}
+
+impl Lane for f64 {
+    #[inline(always)]
+    fn update(span: &mut Span<'_>, job: &UpdateUnit<'_, f64>, k: usize, _: &mut [f64]) {
+        span.run_f64(job, k);
+    }
+
+    #[inline(always)]
+    fn pay(span: &mut Span<'_>, job: &PayRow<'_, f64>, k: usize, _: &mut [f64]) {
+        span.run_f64(job, k);
+    }
+
+    #[inline(always)]
+    fn widened<'s>(grads: Elements<'s>, _: &'s mut [f64]) -> &'s [f64] {
+        match grads {
+            Elements::F64(grads) => grads,
+            _ => &[],
+        }
+    }
+}
+
+impl Lane for f32 {
+    #[inline(always)]
+    fn update(span: &mut Span<'_>, job: &UpdateUnit<'_, f32>, k: usize, scratch: &mut [f32]) {
+        span.run_f32(job, k, scratch);
+    }
+
+    #[inline(always)]
+    fn pay(span: &mut Span<'_>, job: &PayRow<'_, f32>, k: usize, scratch: &mut [f32]) {
+        span.run_f32(job, k, scratch);
+    }
+
+    #[inline(always)]
+    fn widened<'s>(grads: Elements<'s>, scratch: &'s mut [f32]) -> &'s [f32] {
+        #[inline(always)]
+        fn widen_all<'s, E: Element<Acc = f32>>(grads: &[E], scratch: &'s mut [f32]) -> &'s [f32] {
+            let scratch = &mut scratch[..grads.len()];
+            scratch.iter_mut().zip(grads).for_each(|(to, from)| *to = from.widen());
+            scratch
+        }
+        match grads {
+            Elements::F32(grads) => grads,
+            Elements::F16(grads) => widen_all::<f16>(grads, scratch),
+            Elements::BF16(grads) => widen_all::<bf16>(grads, scratch),
+            Elements::F64(_) => &[],
+        }
+    }
+}
+
+impl Span<'_> {
+    #[inline(always)]
+    fn run_f64<J: Job<f64>>(&mut self, job: &J, k: usize) {
+        let range = self.range(k);
+        if let (ElementsMut::F64(w), MomentsMut::F64(full)) = (&mut self.params, &mut self.moments) {
+            full.run(job, k, range.clone(), &mut w[range]);
+        }
+    }
+
+    #[inline(always)]
+    fn run_f32<J: CodedJob>(&mut self, job: &J, k: usize, scratch: &mut [f32]) {
+        let range = self.range(k);
+        let key = derive(job.key(), (self.first + k) as u64);
+        let (moment_key, param_key) = (key as u32, (key >> 32) as u32);
+        let moments = &mut self.moments;
+        let run = |w: &mut [f32]| match moments {
+            MomentsMut::F32(full) => full.run(job, k, range.clone(), w),
+            MomentsMut::BF16(coded) => coded.run(job, k, range.clone(), moment_key, w),
+            MomentsMut::F16(coded) => coded.run(job, k, range.clone(), moment_key, w),
+            MomentsMut::Q8(coded) => coded.run(job, k, range.clone(), moment_key, w),
+            MomentsMut::F64(_) => {}
+        };
+        let len = range.len();
+        match &mut self.params {
+            ElementsMut::F32(w) => {
+                let mut run = run;
+                run(&mut w[self.unit * k..][..len]);
+            }
+            ElementsMut::BF16(w) => {
+                let master = match &mut self.master {
+                    Some(MasterMut::Rest(rest)) => Some(&mut rest[self.unit * k..][..len]),
+                    _ => None,
+                };
+                narrowed(&mut w[self.unit * k..][..len], master, &mut scratch[..len], job.rounding(), param_key, run);
+            }
+            ElementsMut::F16(w) => {
+                let master = match &mut self.master {
+                    Some(MasterMut::Copy(copy)) => Some(&mut copy[self.unit * k..][..len]),
+                    _ => None,
+                };
+                narrowed(&mut w[self.unit * k..][..len], master, &mut scratch[..len], job.rounding(), param_key, run);
+            }
+            ElementsMut::F64(_) => {}
+        }
+    }
+}
+
+impl<A: Arithmetic + bytemuck::Pod> FullMut<'_, A> {
+    #[inline(always)]
+    fn run<J: Job<A>>(&mut self, job: &J, k: usize, range: Range<usize>, w: &mut [A]) {
+        let exp_avg = &mut self.exp_avg[range.clone()];
+        if self.rowwise {
+            job.rowwise::<Plain>(0, w, (exp_avg, &mut self.exp_inf[k]));
+        } else {
+            job.full(w, exp_avg, &mut self.exp_inf[range]);
+        }
+    }
+}
+
+impl<F: Format> CodedMut<'_, F> {
+    #[inline(always)]
+    fn run<J: CodedJob>(&mut self, job: &J, k: usize, range: Range<usize>, key: u32, w: &mut [f32]) {
+        let moments = &mut self.moments[range.clone()];
+        match &mut self.norms {
+            NormsMut::Each { codes, logs } => {
+                job.coded::<F>(key, w, (moments, &mut codes[range], &mut logs[k]));
+            }
+            NormsMut::Shared(norms) => job.rowwise::<F>(key, w, (moments, &mut norms[k])),
+        }
+    }
+}
+
+/// Widens parameters of 16 bits, updates them, and rounds them again.
+#[inline(always)]
+fn narrowed<H: Half>(
+    params: &mut [H],
+    master: Option<&mut [H::Rest]>,
+    scratch: &mut [f32],
+    rounding: Rounding,
+    key: u32,
+    mut update: impl FnMut(&mut [f32]),
+) {
+    if let Some(rest) = master {
+        for ((w, param), rest) in scratch.iter_mut().zip(&*params).zip(&*rest) {
+            *w = param.join(*rest);
+        }
+        update(scratch);
+        for ((w, param), rest) in scratch.iter().zip(params).zip(rest) {
+            (*param, *rest) = H::split(*w);
+        }
+        return;
+    }
+    for (w, param) in scratch.iter_mut().zip(&*params) {
+        *w = param.widen();
+    }
+    update(scratch);
+    match rounding {
+        Rounding::Stochastic => {
+            for ((w, param), i) in scratch.iter().zip(params).zip(0u32..) {
+                *param = H::stochastic(*w, random(key, i));
+            }
+        }
+        Rounding::Nearest | Rounding::Master => {
+            for (w, param) in scratch.iter().zip(params) {
+                *param = H::narrow(*w);
+            }
+        }
+    }
+}
+
+/// A pass over consecutive units, with a gradient for each element.
+pub(super) struct DensePass<'x> {
+    pub(super) span: Span<'x>,
+    pub(super) orders: Orders,
+    pub(super) grads: Elements<'x>,
+}
+
+impl super::Pass for DensePass<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        match self.grads {
+            Elements::F64(_) => self.update_all::<f64>(),
+            _ => self.update_all::<f32>(),
+        }
+    }
+}
+
+impl DensePass<'_> {
+    #[inline(always)]
+    fn update_all<A: Lane>(self) {
+        let Self { mut span, orders, grads } = self;
+        let orders = orders.prepare::<A>();
+        let (n, unit) = (span.len(), span.unit);
+        let scratch = |is_needed| if is_needed { vec![A::ZERO; unit.min(n)] } else { Vec::new() };
+        let mut widened = scratch(matches!(grads, Elements::F16(_) | Elements::BF16(_)));
+        let mut scratch = scratch(span.is_narrow());
+        for k in 0..n.div_ceil(unit) {
+            let grads = A::widened(grads.part(k * unit, unit), &mut widened);
+            A::update(&mut span, &UpdateUnit { orders: &orders, grads }, k, &mut scratch);
+        }
+    }
+}

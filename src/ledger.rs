@@ -1,0 +1,246 @@
+//! What rows owe that a step did not touch, where they are to be what a dense optimizer would have made of them. Pure.
+//!
+//! Without a gradient m and u only shrink, so a row that was last updated in update s has missed, by update n,
+//!
+//! ```text
+//! w_n = P(s, n) * (w_s - sum_j c_j * r_j / P(s, j))        j = s + 1 .. n, k = j - s
+//! r_j = beta1^k * m / (beta2^k * u + eps)                  by how many step sizes the row moves in update j
+//! c_j = lr_j / (1 - beta1^t_j)                             the step size
+//! P(s, j) = product of (1 - lr_i * decay) over i = s + 1 .. j
+//! ```
+//!
+//! With `y = eps / (u + eps)`, `rho = beta1 / beta2` and `x_k = beta2^-k - 1` the quotient is
+//!
+//! ```text
+//! r_j = m / (u + eps) * rho^k / (1 + y * x_k) = m / (u + eps) * rho^k * sum_i (-y * x_k)^i
+//! ```
+//!
+//! so the sum over j splits into numbers of the row's elements, m, u and y, and numbers that are the same for all rows that
+//! were last updated in s: `S_i(s) = sum_j c_j * rho^k * x_k^i / P(s, j)`. The ledger holds those, one entry for each
+//! update; an entry is final once its window has passed, since `rho^k` vanishes (after 394 updates with the default betas).
+//! Six terms leave less than 1e-9 of the movement for the default betas, whatever u is. Where they do not suffice, for
+//! other betas and a u near eps, or where PyTorch's u reaches its epsilon within the window, the missed updates are made
+//! one by one ([`Debt::missed`]).
+//!
+//! Invariant: a row that pays in several parts, or later, ends where it would have in one, but for rounding.
+
+use crate::element::Arithmetic;
+use crate::rule::{self, Coefficients, Epsilon, Hyperparameters};
+
+/// Terms of the series in y.
+const TERMS: usize = 6;
+/// What may be left out of a row's movement, relative to it.
+const LEFT_OUT: f64 = 1e-9;
+/// Where a window ends: what follows is less than this share of the step that began it.
+const VANISHED: f64 = 1e-18;
+/// So many entries are kept before all rows pay and the ledger begins anew.
+pub(crate) const FULL: usize = 1 << 16;
+
+/// One update of the table.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Missed {
+    step_size: f64,
+    decay: f64,
+}
+
+/// What rows owe that were last updated in one update.
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    sums: [f64; TERMS],
+    /// `1 / P` up to now, within the window.
+    growth: f64,
+    /// The logarithm of `P` since the ledger began.
+    log_decay: f64,
+    /// By how much units have shrunk since the ledger began.
+    shrunk: u64,
+    /// The update after which the entry counts.
+    update: Missed,
+}
+
+/// The updates of one table since all of its rows were last up to date.
+#[derive(Debug)]
+pub(crate) struct Ledger {
+    hyper: Hyperparameters,
+    entries: Vec<Entry>,
+    /// `rho^k` and `x_k` for each k of a window.
+    powers: Vec<(f64, f64)>,
+    /// `beta1^k` and `beta2^k` for each k since the ledger began.
+    shrinking: Vec<(f64, f64)>,
+    /// The series needs a u of this or more: below, updates are made one by one.
+    smallest_u: f64,
+}
+
+impl Ledger {
+    /// A ledger in which nothing is owed.
+    pub(crate) fn new(hyper: &Hyperparameters) -> Self {
+        let Hyperparameters { beta1, beta2, eps, epsilon, .. } = *hyper;
+        let rho = if beta1 == 0.0 { 0.0 } else { beta1 / beta2 };
+        let mut powers = Vec::new();
+        let mut k = 0;
+        loop {
+            k += 1;
+            let (power, shrunk) = (rho.powi(k), beta2.powi(k));
+            if power < VANISHED {
+                break;
+            }
+            powers.push((power, 1.0 / shrunk - 1.0));
+        }
+        let smallest_u = match epsilon {
+            // u stays at its epsilon from some update on, which must be behind the window.
+            Epsilon::Inside => eps / beta2.powi(powers.len() as i32),
+            Epsilon::Outside => {
+                // What the first term that is left out is of the first one, for y = 1: it falls with y to this power.
+                let whole: f64 = powers.iter().map(|(power, _)| power).sum();
+                let rest: f64 = powers.iter().map(|(power, x)| power * x.powi(TERMS as i32)).sum();
+                let y = if whole > 0.0 { (LEFT_OUT * whole / rest).powf(1.0 / TERMS as f64) } else { 1.0 };
+                if y >= 1.0 { 0.0 } else { eps * (1.0 / y - 1.0) }
+            }
+        };
+        let mut ledger = Self { hyper: *hyper, entries: Vec::new(), powers, shrinking: vec![(1.0, 1.0)], smallest_u };
+        ledger.clear();
+        ledger
+    }
+
+    /// All rows are up to date.
+    pub(crate) fn clear(&mut self) {
+        let update = Missed { step_size: 0.0, decay: 0.0 };
+        self.entries.clear();
+        self.entries.push(Entry { sums: [0.0; TERMS], growth: 1.0, log_decay: 0.0, shrunk: 0, update });
+    }
+
+    /// The number of the last update, from 0 for the state in which the ledger began.
+    pub(crate) fn now(&self) -> usize {
+        self.entries.len() - 1
+    }
+
+    /// Whether what was booked is made with these numbers.
+    pub(crate) fn is_for(&self, hyper: &Hyperparameters) -> bool {
+        self.hyper == *hyper
+    }
+
+    /// Books an update.
+    pub(crate) fn book(&mut self, c: &Coefficients<f64>, shrink: u64) {
+        let Some(last) = self.entries.last().copied() else { return };
+        if self.shrinking.len() == self.entries.len() {
+            let k = self.entries.len() as f64;
+            self.shrinking.push((self.hyper.beta1.powf(k), self.hyper.beta2.powf(k)));
+        }
+        let grown = 1.0 / (1.0 - c.decay);
+        for (entry, (power, x)) in self.entries.iter_mut().rev().zip(&self.powers) {
+            entry.growth *= grown;
+            let mut term = c.step_size * power * entry.growth;
+            for sum in &mut entry.sums {
+                *sum += term;
+                term *= x;
+            }
+        }
+        self.entries.push(Entry {
+            sums: [0.0; TERMS],
+            growth: 1.0,
+            log_decay: last.log_decay + (-c.decay).ln_1p(),
+            shrunk: last.shrunk.saturating_add(shrink),
+            update: Missed { step_size: c.step_size, decay: c.decay },
+        });
+    }
+
+    /// What a row owes now that was last up to date after update `since`.
+    pub(crate) fn debt<A: Arithmetic>(&self, since: usize) -> Debt<'_, A> {
+        let now = self.now();
+        let (entry, last) = (&self.entries[since.min(now)], &self.entries[now]);
+        let (m_shrunk, u_shrunk) = self.shrinking[now - since.min(now)];
+        let Hyperparameters { beta1, beta2, eps, epsilon, .. } = self.hyper;
+        let (eps_inside, eps_outside) = match epsilon {
+            Epsilon::Inside => (eps, 0.0),
+            Epsilon::Outside => (0.0, eps),
+        };
+        let log_decay = last.log_decay - entry.log_decay;
+        let decay = if log_decay == 0.0 { 1.0 } else { log_decay.exp() };
+        Debt {
+            decay: A::from_f64(decay),
+            sums: entry.sums.map(|sum| A::from_f64(sum * decay)),
+            beta1: A::from_f64(m_shrunk),
+            beta2: A::from_f64(u_shrunk),
+            each_beta1: A::from_f64(beta1),
+            each_beta2: A::from_f64(beta2),
+            eps_inside: A::from_f64(eps_inside),
+            eps_outside: A::from_f64(eps_outside),
+            smallest_u: A::from_f64(self.smallest_u),
+            shrunk: last.shrunk - entry.shrunk,
+            missed: Updates { entries: &self.entries[since.min(now) + 1..], window: self.powers.len() },
+        }
+    }
+
+    /// Whether weights decay without a gradient.
+    pub(crate) fn decays_since(&self, since: usize) -> bool {
+        self.entries[since.min(self.now())].log_decay != self.entries[self.now()].log_decay
+    }
+}
+
+/// The updates that a row has missed.
+#[derive(Clone, Copy)]
+struct Updates<'l> {
+    entries: &'l [Entry],
+    window: usize,
+}
+
+/// What a row owes, in the type of the arithmetic.
+#[derive(Clone, Copy)]
+pub(crate) struct Debt<'l, A> {
+    /// `P`.
+    decay: A,
+    /// `P * S_i`.
+    sums: [A; TERMS],
+    /// `beta1^k` and `beta2^k`.
+    beta1: A,
+    beta2: A,
+    each_beta1: A,
+    each_beta2: A,
+    eps_inside: A,
+    pub(crate) eps_outside: A,
+    smallest_u: A,
+    /// By how much units have shrunk.
+    pub(crate) shrunk: u64,
+    missed: Updates<'l>,
+}
+
+impl<A: Arithmetic> Debt<'_, A> {
+    /// The shrunken moments.
+    #[inline(always)]
+    pub(crate) fn moments(&self, m: A, u: A) -> (A, A) {
+        (m * self.beta1, rule::maximum(u * self.beta2, self.eps_inside))
+    }
+
+    /// Whether the series suffices for an element.
+    #[inline(always)]
+    pub(crate) fn is_series(&self, m: A, u: A) -> bool {
+        u >= self.smallest_u || m == A::ZERO
+    }
+
+    /// The weight, where the series suffices.
+    #[inline(always)]
+    pub(crate) fn weight(&self, w: A, m: A, u: A) -> A {
+        let denominator = u + self.eps_outside;
+        let (ratio, y) =
+            if denominator == A::ZERO { (A::ZERO, A::ZERO) } else { (m / denominator, self.eps_outside / denominator) };
+        let mut sum = self.sums[TERMS - 1];
+        for term in self.sums[..TERMS - 1].iter().rev() {
+            sum = *term - y * sum;
+        }
+        self.decay * w - ratio * sum
+    }
+
+    /// The weight, update by update: what a dense optimizer does.
+    pub(crate) fn weight_one_by_one(&self, mut w: A, mut m: A, mut u: A) -> A {
+        let Updates { entries, window } = self.missed;
+        let (within, behind) = entries.split_at(window.min(entries.len()));
+        for Entry { update, .. } in within {
+            m = self.each_beta1 * m;
+            u = rule::maximum(self.each_beta2 * u, self.eps_inside);
+            let denominator = u + self.eps_outside;
+            let ratio = if denominator == A::ZERO { A::ZERO } else { m / denominator };
+            w = w - A::from_f64(update.decay) * w - A::from_f64(update.step_size) * ratio;
+        }
+        let log: f64 = behind.iter().map(|entry| (-entry.update.decay).ln_1p()).sum();
+        w * A::from_f64(log.exp())
+    }
+}

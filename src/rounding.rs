@@ -1,0 +1,222 @@
+//! Rounding of what is stored in fewer bits than it is computed in: stochastic, from a counter; and what a nearest
+//! rounding leaves over. Pure.
+//!
+//! Invariant: a random number is a function of the seed, the variable's name, the update and the element's place, and of
+//! nothing else: no thread, no order, no other variable changes it.
+
+use half::{bf16, f16};
+use serde::{Deserialize, Serialize};
+
+use crate::element::Element;
+
+/// How f16 and bf16 parameters are rounded after an update; f32 and f64 ones need none.
+///
+/// A step of Adamax is about `lr`, and bf16 has 8 bits: a weight of 1 moves by 0.004 or not at all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Rounding {
+    /// To the nearest value. Updates under half a unit in the last place are lost, all of them.
+    #[default]
+    Nearest,
+    /// Up or down at random, so that the mean is exact: a weight that is moved by a tenth of a unit in the last place
+    /// goes one up in one step of ten. Costs no memory. The random numbers are those of a counter: seed, update, the
+    /// variable's name and the element's place.
+    Stochastic,
+    /// A master copy in f32 is what is updated; the parameter is its nearest value. For bf16 the copy takes 2 bytes an
+    /// element, since its other half is the parameter itself (ties are rounded up there, not to even); for f16, 4 bytes.
+    Master,
+}
+
+/// Mixes all bits of `x` (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", variant 13).
+pub(crate) fn mix(x: u64) -> u64 {
+    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+/// A key from a key and a number.
+pub(crate) fn derive(key: u64, number: u64) -> u64 {
+    mix(key.wrapping_add(number.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_add(0x9e37_79b9_7f4a_7c15))
+}
+
+/// The key of a variable, from its name.
+pub(crate) fn key_of(name: &str) -> u64 {
+    name.bytes().fold(name.len() as u64, |key, byte| derive(key, u64::from(byte)))
+}
+
+/// 32 random bits for element `i` of the block that has this key.
+#[inline(always)]
+pub(crate) fn random(key: u32, i: u32) -> u32 {
+    let x = key.wrapping_add(i.wrapping_mul(0x9e37_79b9));
+    let x = (x ^ (x >> 16)).wrapping_mul(0x7feb_352d);
+    let x = (x ^ (x >> 15)).wrapping_mul(0x846c_a68b);
+    x ^ (x >> 16)
+}
+
+/// A random number in `[0, 1)`, of 24 bits.
+#[inline(always)]
+pub(crate) fn unit(random: u32) -> f32 {
+    ((random >> 8) as i32 as f32) * (1.0 / 16_777_216.0)
+}
+
+/// A type of 16 bits that f32 is rounded to.
+pub(crate) trait Half: Element<Acc = f32> {
+    /// What a master copy keeps beside the value.
+    type Rest: bytemuck::Pod + Send + Sync;
+
+    /// Up or down, so that the mean over `random` is `x`. What is exact stays exact, and a NaN a NaN.
+    fn stochastic(x: f32, random: u32) -> Self;
+
+    /// A nearest value, and what is left.
+    fn split(x: f32) -> (Self, Self::Rest);
+
+    /// What was split. A value that was changed since then is the master itself.
+    fn join(self, rest: Self::Rest) -> f32;
+}
+
+impl Half for bf16 {
+    type Rest = i16;
+
+    #[inline(always)]
+    fn stochastic(x: f32, random: u32) -> Self {
+        let bits = x.to_bits();
+        let rounded = bits.wrapping_add(random >> 16) >> 16;
+        let nan = (bits >> 16) | 0x0040;
+        Self::from_bits(if x.is_nan() { nan } else { rounded } as u16)
+    }
+
+    #[inline(always)]
+    fn split(x: f32) -> (Self, i16) {
+        let bits = x.to_bits();
+        // Ties go up: what is left is then -32768 to 32767, and the 32 bits can be put together again.
+        let rounded = bits.wrapping_add(0x8000) >> 16;
+        let nan = (bits >> 16) | 0x0040;
+        let rest = if x.is_nan() { 0 } else { bits as i16 };
+        (Self::from_bits(if x.is_nan() { nan } else { rounded } as u16), rest)
+    }
+
+    #[inline(always)]
+    fn join(self, rest: i16) -> f32 {
+        f32::from_bits((u32::from(self.to_bits()) << 16).wrapping_add(i32::from(rest) as u32))
+    }
+}
+
+impl Half for f16 {
+    type Rest = f32;
+
+    #[inline(always)]
+    fn stochastic(x: f32, random: u32) -> Self {
+        const OVERFLOW: u32 = 0x4780_0000; // 2^16
+        const SMALLEST_NORMAL: u32 = 0x3880_0000; // 2^-14
+        const TWO_23: f32 = 8_388_608.0;
+        let sign = (x.to_bits() >> 16) & 0x8000;
+        let magnitude = x.to_bits() & 0x7fff_ffff;
+        let normal = magnitude.wrapping_add(15u32.wrapping_sub(127) << 23).wrapping_add(random >> 19) >> 13;
+        // In units of 2^-24: a random number less one half added, and rounded to a whole number by f32's own end.
+        let units = f32::from_bits(magnitude) * 16_777_216.0;
+        let subnormal = ((units + (unit(random) - 0.5)).max(0.0) + TWO_23).to_bits() & 0x7ff;
+        let whole = (units + TWO_23) - TWO_23 == units;
+        let subnormal = if whole { (units + TWO_23).to_bits() & 0x7ff } else { subnormal };
+        let finite = if magnitude < SMALLEST_NORMAL { subnormal } else { normal };
+        let special = if magnitude > 0x7f80_0000 { 0x7e00 } else { 0x7c00 };
+        Self::from_bits((sign | if magnitude >= OVERFLOW { special } else { finite }) as u16)
+    }
+
+    #[inline(always)]
+    fn split(x: f32) -> (Self, f32) {
+        (Self::narrow(x), x)
+    }
+
+    #[inline(always)]
+    fn join(self, rest: f32) -> f32 {
+        let own = self.widen();
+        if Self::narrow(rest).to_bits() == self.to_bits() { rest } else { own }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers of all magnitudes and signs.
+    fn sweep() -> impl Iterator<Item = f32> {
+        (0..=u32::MAX).step_by(64_997).map(f32::from_bits)
+    }
+
+    #[test]
+    fn a_master_is_put_together_again() {
+        for x in sweep() {
+            let (value, rest) = <bf16 as Half>::split(x);
+            assert_eq!(value.is_nan(), x.is_nan(), "{x:e}");
+            if !x.is_nan() {
+                assert_eq!(value.join(rest).to_bits(), x.to_bits(), "{x:e}");
+                let nearest = <bf16 as Element>::narrow(x);
+                let is_tie = x.to_bits() & 0xffff == 0x8000;
+                assert!(is_tie || value.to_bits() == nearest.to_bits(), "{x:e}");
+            }
+            let (value, rest) = <f16 as Half>::split(x);
+            if !x.is_nan() {
+                assert_eq!(value.join(rest).to_bits(), x.to_bits(), "{x:e}");
+            }
+            // A weight that somebody has set is no longer what was split.
+            assert_eq!(f16::from_f32(7.0).join(1.0), 7.0);
+        }
+    }
+
+    #[test]
+    fn stochastic_rounding_takes_a_neighbor_and_keeps_what_is_exact() {
+        for x in sweep() {
+            for random in [0, 0x1fff_0000, 0x7fff_ffff, u32::MAX, 0x8000_8000] {
+                let (b, h) = (<bf16 as Half>::stochastic(x, random), <f16 as Half>::stochastic(x, random));
+                if x.is_nan() {
+                    assert!(b.is_nan() && h.is_nan());
+                    continue;
+                }
+                let (b, h) = (b.to_f32(), h.to_f32());
+                assert!(b.is_infinite() || (b - x).abs() <= x.abs() * 2f32.powi(-7) + 1e-40, "bf16 {x:e} {b:e}");
+                let spacing = (x.abs() * 2f32.powi(-10)).max(2f32.powi(-24));
+                assert!(h.is_infinite() || (h - x).abs() <= spacing, "f16 {x:e} {h:e}");
+                assert!(b.is_sign_positive() == x.is_sign_positive() && h.is_sign_positive() == x.is_sign_positive());
+            }
+        }
+        for bits in 0..=u16::MAX {
+            let (b, h) = (bf16::from_bits(bits), f16::from_bits(bits));
+            for random in [0, u32::MAX] {
+                if !b.is_nan() {
+                    assert_eq!(<bf16 as Half>::stochastic(b.to_f32(), random).to_bits(), bits);
+                }
+                if !h.is_nan() {
+                    assert_eq!(<f16 as Half>::stochastic(h.to_f32(), random).to_bits(), bits, "{h:e} {random:#x}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_mean_of_stochastic_rounding_is_exact() {
+        let n = 100_000;
+        for x in [1.001f32, -0.3, 3e-5, 1.2e-7, 1000.3] {
+            let mean =
+                |round: &dyn Fn(u32) -> f32| (0..n).map(|i| f64::from(round(random(7, i)))).sum::<f64>() / f64::from(n);
+            let b = mean(&|random| <bf16 as Half>::stochastic(x, random).to_f32());
+            let h = mean(&|random| <f16 as Half>::stochastic(x, random).to_f32());
+            let x = f64::from(x);
+            // Three standard deviations of a mean of n draws of one spacing or none.
+            assert!((b - x).abs() < x.abs() / 128.0 * 1.5 / f64::from(n).sqrt(), "bf16 {x} {b}");
+            let spacing = (x.abs() / 1024.0).max(2f64.powi(-24));
+            assert!((h - x).abs() < spacing * 1.5 / f64::from(n).sqrt(), "f16 {x} {h}");
+        }
+    }
+
+    #[test]
+    fn keys_and_random_numbers_differ() {
+        let mut seen = std::collections::HashSet::new();
+        for i in 0..10_000 {
+            assert!(seen.insert(random(1, i)), "element {i}");
+        }
+        assert_ne!(key_of("a.weight"), key_of("b.weight"));
+        assert_ne!(key_of("ab"), key_of("ba"));
+        assert_ne!(derive(1, 2), derive(2, 1));
+        let ones: u32 = (0..10_000).map(|i| random(3, i).count_ones()).sum();
+        assert!((159_000..161_000).contains(&ones), "{ones}");
+    }
+}

@@ -1,0 +1,207 @@
+//! Tables whose untouched rows owe what a dense optimizer would have done to them: their state, shared by the optimizer,
+//! which books what it did, and by lookups, before which rows pay.
+//!
+//! Invariant: whoever reads or writes a weight or a moment of such a table holds its lock, and the rows have paid. What
+//! is owed is paid when the last owner leaves.
+
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
+
+use candle_core::{Tensor, TensorId};
+
+use super::records::lock;
+use crate::error::{Error, Result};
+use crate::kernel::{self, Occurrences, Orders, PayTask};
+use crate::ledger::{FULL, Ledger};
+use crate::rounding::{Rounding, derive};
+use crate::rule::Hyperparameters;
+use crate::state::ParamState;
+
+/// All of them, by their variables.
+static DEBTS: LazyLock<Mutex<HashMap<TensorId, Weak<Debts>>>> = LazyLock::new(Mutex::default);
+
+/// The moments of the row are zero: it owes decay at most.
+const EMPTY: u32 = 1 << 31;
+
+/// One table with a ledger.
+pub(crate) struct Debts {
+    var: Tensor,
+    row_len: usize,
+    account: Mutex<Account>,
+}
+
+/// What the lock protects.
+pub(crate) struct Account {
+    pub(crate) state: ParamState,
+    ledger: Ledger,
+    /// After which update each row was up to date.
+    since: Vec<u32>,
+    /// No row is further behind than this.
+    floor: u32,
+    rounding: Rounding,
+    key: u64,
+    payments: u64,
+}
+
+impl Debts {
+    /// Whether a variable may have debts: not if it has some already.
+    pub(crate) fn check(var: &Tensor) -> Result<()> {
+        if of(var.id()).is_some() {
+            let got = "another one that has it, too";
+            return Err(Error::invalid("sparse_update", "one optimizer with `Exact` for a table", got));
+        }
+        Ok(())
+    }
+
+    /// A table that owes nothing.
+    pub(crate) fn new(
+        var: &Tensor,
+        row_len: usize,
+        state: ParamState,
+        hyper: &Hyperparameters,
+        rounding: Rounding,
+        key: u64,
+    ) -> Arc<Self> {
+        let rows = var.dims().first().copied().unwrap_or(1);
+        let since = vec![if state.step == 0 { EMPTY } else { 0 }; rows];
+        let ledger = Ledger::new(hyper);
+        let account = Account { state, ledger, since, floor: 0, rounding, key, payments: 0 };
+        let debts = Arc::new(Self { var: var.clone(), row_len, account: Mutex::new(account) });
+        lock(&DEBTS).insert(var.id(), Arc::downgrade(&debts));
+        debts
+    }
+
+    /// The state, locked.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Account> {
+        self.account.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets rows pay, which are ascending.
+    pub(crate) fn pay(&self, account: &mut Account, rows: &[u32]) -> Result<()> {
+        let now = account.ledger.now() as u32;
+        if account.floor == now {
+            return Ok(());
+        }
+        let owing: Vec<(u32, u32)> = rows.iter().filter_map(|&row| account.owing(row)).collect();
+        self.settle(account, &owing)?;
+        for (row, _) in owing {
+            let mark = &mut account.since[row as usize];
+            *mark = now | (*mark & EMPTY);
+        }
+        Ok(())
+    }
+
+    /// Lets all rows pay.
+    pub(crate) fn pay_all(&self, account: &mut Account) -> Result<()> {
+        let now = account.ledger.now() as u32;
+        if account.floor == now {
+            return Ok(());
+        }
+        let owing: Vec<(u32, u32)> = (0..account.since.len() as u32).filter_map(|row| account.owing(row)).collect();
+        self.settle(account, &owing)?;
+        account.floor = now;
+        Ok(())
+    }
+
+    fn settle(&self, account: &mut Account, rows: &[(u32, u32)]) -> Result<()> {
+        if rows.is_empty() {
+            return Ok(());
+        }
+        account.payments += 1;
+        let Account { state, ledger, rounding, key, payments, .. } = account;
+        let (rounding, key) = (*rounding, derive(*key, *payments));
+        kernel::pay(PayTask { var: &self.var, rows, row_len: self.row_len, ledger, rounding, key, state })
+    }
+
+    /// Books an update of some rows, or of all.
+    pub(crate) fn book(&self, account: &mut Account, orders: &Orders, rows: Option<&[u32]>) -> Result<()> {
+        account.ledger.book(&orders.coefficients, orders.shrink);
+        account.rounding = orders.rounding;
+        let now = account.ledger.now() as u32;
+        match rows {
+            Some(rows) => rows.iter().for_each(|&row| account.since[row as usize] = now),
+            None => {
+                account.since.iter_mut().for_each(|mark| *mark &= !EMPTY);
+                account.floor = now;
+            }
+        }
+        if account.ledger.now() >= FULL {
+            self.pay_all(account)?;
+            self.restart(account);
+        }
+        Ok(())
+    }
+
+    /// All rows are up to date.
+    fn restart(&self, account: &mut Account) {
+        account.ledger.clear();
+        account.floor = 0;
+        account.since.iter_mut().for_each(|mark| *mark &= EMPTY);
+    }
+
+    /// From now on updates are made with other numbers; all rows have paid.
+    pub(crate) fn renew(&self, hyper: &Hyperparameters) {
+        let account = &mut *self.lock();
+        if !account.ledger.is_for(hyper) {
+            account.ledger = Ledger::new(hyper);
+            self.restart(account);
+        }
+    }
+
+    /// Nothing is owed any more, because weights and moments will be replaced.
+    pub(crate) fn forget(&self) {
+        self.restart(&mut self.lock());
+    }
+}
+
+impl Account {
+    /// The row and after which update it was up to date, if it owes anything.
+    fn owing(&self, row: u32) -> Option<(u32, u32)> {
+        let mark = self.since[row as usize];
+        let since = (mark & !EMPTY).max(self.floor);
+        let owes = since < self.ledger.now() as u32 && (mark & EMPTY == 0 || self.ledger.decays_since(since as usize));
+        owes.then_some((row, since))
+    }
+}
+
+impl Drop for Debts {
+    fn drop(&mut self) {
+        let mut all = lock(&DEBTS);
+        if all.get(&self.var.id()).is_some_and(|debts| debts.strong_count() == 0) {
+            all.remove(&self.var.id());
+        }
+        drop(all);
+        let mut account = self.lock();
+        // Nobody is left to be told of an error; memory has been there for every payment before.
+        let _ = self.pay_all(&mut account);
+    }
+}
+
+/// The debts of a variable, if it has any.
+pub(super) fn of(var: TensorId) -> Option<Arc<Debts>> {
+    lock(&DEBTS).get(&var).and_then(Weak::upgrade)
+}
+
+/// Lets rows of a variable pay, before they are read or written.
+pub(super) fn pay(var: TensorId, rows: &[u32]) -> Result<()> {
+    match of(var) {
+        Some(debts) => debts.pay(&mut debts.lock(), rows),
+        None => Ok(()),
+    }
+}
+
+/// Lets the rows of a lookup pay.
+pub(super) fn pay_occurrences(var: TensorId, rows: &Occurrences) -> Result<()> {
+    match of(var) {
+        Some(debts) => debts.pay(&mut debts.lock(), &rows.unique()),
+        None => Ok(()),
+    }
+}
+
+/// Lets all rows of a variable pay.
+pub(super) fn pay_all(var: TensorId) -> Result<()> {
+    match of(var) {
+        Some(debts) => debts.pay_all(&mut debts.lock()),
+        None => Ok(()),
+    }
+}
