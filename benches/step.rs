@@ -7,7 +7,7 @@
 
 use std::hint::black_box;
 
-use candle_adamax::{Adamax, ParamsAdamax, SparseGrad};
+use candle_adamax::{Adamax, ParamsAdamax, Rounding, SparseGrad, StateDType};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::Optimizer as _;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
@@ -21,6 +21,9 @@ use support::rows::{Rows, Touched};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+const CASE: Case =
+    Case { tensors: 1, elements: 0, dtype: DType::F32, state: StateDType::F32, rounding: Rounding::Nearest };
+
 fn dense(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("dense");
     for dtype in [DType::F32, DType::BF16, DType::F16, DType::F64] {
@@ -28,9 +31,17 @@ fn dense(criterion: &mut Criterion) {
             // One dtype in all sizes shows the caches; one size in all dtypes, the conversions.
             if dtype == DType::F32 || elements == 1 << 20 {
                 let name = format!("{elements} {}", dtype.as_str());
-                beside_memory(&mut group, &name, Case { tensors: 1, elements, dtype });
+                beside_memory(&mut group, &name, Case { elements, dtype, ..CASE });
             }
         }
+    }
+    for state in [StateDType::BF16, StateDType::F16, StateDType::Q8] {
+        let elements = 1 << 20;
+        beside_memory(&mut group, &format!("{elements} f32 with {state:?} moments"), Case { elements, state, ..CASE });
+    }
+    for rounding in [Rounding::Stochastic, Rounding::Master] {
+        let case = Case { elements: 1 << 20, dtype: DType::BF16, state: StateDType::Q8, rounding, ..CASE };
+        beside_memory(&mut group, &format!("{} bf16 {rounding:?} with Q8 moments", case.elements), case);
     }
     group.finish();
 }
@@ -39,7 +50,7 @@ fn small(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("small");
     for (tensors, elements) in [(10, 64), (1000, 64), (100, 4096)] {
         let name = format!("{tensors} of {elements} f32");
-        beside_memory(&mut group, &name, Case { tensors, elements, dtype: DType::F32 });
+        beside_memory(&mut group, &name, Case { tensors, elements, ..CASE });
     }
     group.finish();
 }

@@ -2,7 +2,7 @@
 //!
 //! Invariant: gradients are made once and only read, so a timed step contains no autograd and no allocation of inputs.
 
-use candle_adamax::{Adamax, ParamsAdamax};
+use candle_adamax::{Adamax, ParamsAdamax, Rounding, StateDType};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var, bail};
 use candle_nn::Optimizer;
@@ -20,8 +20,12 @@ pub(crate) struct Case {
     pub(crate) tensors: usize,
     /// How many elements each of them has.
     pub(crate) elements: usize,
-    /// Of the variables and of the gradients; moments are f64 for f64, else f32.
+    /// Of the variables and of the gradients.
     pub(crate) dtype: DType,
+    /// How moments are stored; those of f64 are f64.
+    pub(crate) state: StateDType,
+    /// How f16 and bf16 variables are rounded.
+    pub(crate) rounding: Rounding,
 }
 
 impl Case {
@@ -30,27 +34,48 @@ impl Case {
         self.tensors * self.elements
     }
 
+    /// The same with moments as they are.
+    pub(crate) fn with_full_moments(self) -> Self {
+        Self { state: StateDType::F32, ..self }
+    }
+
+    /// The bytes of one moment of one element.
+    fn moment(&self) -> usize {
+        match (self.dtype, self.state) {
+            (DType::F64, _) => 8,
+            (_, StateDType::Q8) => 1,
+            (_, StateDType::BF16 | StateDType::F16) => 2,
+            _ => 4,
+        }
+    }
+
     /// The bytes that an update cannot avoid: it reads parameter, gradient and both moments, and writes all but the
-    /// gradient. 28 an element for f32, 22 for f16 and bf16, 56 for f64.
+    /// gradient. 28 an element for f32, 22 for f16 and bf16, 56 for f64; with other moments, 20 (16 bits) and 16 (8 bits)
+    /// for f32.
     pub(crate) fn bytes(&self) -> u64 {
-        let moment = if self.dtype == DType::F64 { 8 } else { 4 };
-        (self.total() * (3 * self.dtype.size_in_bytes() + 4 * moment)) as u64
+        (self.total() * (3 * self.dtype.size_in_bytes() + 4 * self.moment())) as u64
     }
 
     /// A step of this crate's optimizer.
     pub(crate) fn adamax(&self) -> Result<Step> {
         let (vars, grads) = self.vars_and_grads()?;
-        let mut optimizer = Adamax::new(vars, ParamsAdamax::default())?;
+        let params = ParamsAdamax { state_dtype: self.state, rounding: self.rounding, ..ParamsAdamax::default() };
+        let mut optimizer = Adamax::new(vars, params)?;
         Ok(Box::new(move || optimizer.step(&grads)))
     }
 
     /// The memory's own speed: the bytes of a step over one row of [`total`](Self::total) elements, without arithmetic.
     pub(crate) fn memory(&self) -> Result<Step> {
-        let mut pass = match self.dtype {
-            DType::F64 => streams::pass::<u64, u64>(self.total()),
-            DType::F32 => streams::pass::<u32, u32>(self.total()),
-            DType::F16 | DType::BF16 => streams::pass::<u16, u32>(self.total()),
-            other => bail!("no case for {other:?}"),
+        let n = self.total();
+        let mut pass = match (self.dtype, self.moment()) {
+            (DType::F64, _) => streams::pass::<u64, u64>(n),
+            (DType::F32, 4) => streams::pass::<u32, u32>(n),
+            (DType::F32, 2) => streams::pass::<u32, u16>(n),
+            (DType::F32, _) => streams::pass::<u32, u8>(n),
+            (DType::F16 | DType::BF16, 4) => streams::pass::<u16, u32>(n),
+            (DType::F16 | DType::BF16, 2) => streams::pass::<u16, u16>(n),
+            (DType::F16 | DType::BF16, _) => streams::pass::<u16, u8>(n),
+            (other, _) => bail!("no case for {other:?}"),
         };
         Ok(Box::new(move || {
             pass();

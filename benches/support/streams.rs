@@ -16,11 +16,33 @@ const PIECES_PER_THREAD: usize = 8;
 const SMALLEST_PIECE: usize = 16 * 1024;
 const LARGEST_PIECE: usize = 1024 * 1024;
 
+/// An integer as wide as a moment, some of whose bits are those of a gradient.
+pub(crate) trait Bits<P>: Copy + BitXorAssign {
+    fn of(grad: P) -> Self;
+}
+
+macro_rules! bits {
+    ($($grad:ty => $($moment:ty),+;)+) => {
+        $($(impl Bits<$grad> for $moment {
+            #[inline(always)]
+            fn of(grad: $grad) -> Self {
+                grad as Self
+            }
+        })+)+
+    };
+}
+
+bits! {
+    u64 => u64;
+    u32 => u32, u16, u8;
+    u16 => u32, u16, u8;
+}
+
 /// A pass over `elements` elements: parameters and gradients as wide as `P`, moments as wide as `M`.
 pub(crate) fn pass<P, M>(elements: usize) -> Box<dyn FnMut()>
 where
     P: Copy + From<u8> + BitXorAssign + Send + Sync + 'static,
-    M: Copy + Default + From<P> + BitXorAssign + Send + Sync + 'static,
+    M: Bits<P> + Default + Send + Sync + 'static,
 {
     // Allocated as the optimizer's are: parameters and gradients are filled, moments come zeroed from the system.
     let (mut param, grad) = (vec![P::from(0x5a); elements], vec![P::from(0xa5); elements]);
@@ -46,7 +68,7 @@ where
 fn touch<P, M>(param: &mut [P], grad: &[P], exp_avg: &mut [M], exp_inf: &mut [M])
 where
     P: Copy + BitXorAssign,
-    M: Copy + From<P> + BitXorAssign,
+    M: Bits<P>,
 {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
@@ -66,7 +88,7 @@ macro_rules! touch_with {
         fn $name<P, M>(param: &mut [P], grad: &[P], exp_avg: &mut [M], exp_inf: &mut [M])
         where
             P: Copy + BitXorAssign,
-            M: Copy + From<P> + BitXorAssign,
+            M: Bits<P>,
         {
             touch_each(param, grad, exp_avg, exp_inf);
         }
@@ -80,11 +102,11 @@ touch_with!(touch_avx512, "avx512f", "avx512bw");
 fn touch_each<P, M>(param: &mut [P], grad: &[P], exp_avg: &mut [M], exp_inf: &mut [M])
 where
     P: Copy + BitXorAssign,
-    M: Copy + From<P> + BitXorAssign,
+    M: Bits<P>,
 {
     for (((param, &grad), exp_avg), exp_inf) in param.iter_mut().zip(grad).zip(exp_avg).zip(exp_inf) {
         *param ^= grad;
-        *exp_avg ^= M::from(grad);
-        *exp_inf ^= M::from(grad);
+        *exp_avg ^= M::of(grad);
+        *exp_inf ^= M::of(grad);
     }
 }

@@ -3,6 +3,7 @@
 //! ```text
 //! cargo run --release --example throughput -- dense --elements 100000000
 //! cargo run --release --example throughput -- dense --elements 10000000 --dtype bf16
+//! cargo run --release --example throughput -- dense --elements 100000000 --state q8
 //! cargo run --release --example throughput -- small --tensors 1000 --elements 64
 //! cargo run --release --example throughput -- sparse --rows 10000000 --dim 64 --batch 8192
 //! ```
@@ -16,15 +17,18 @@ use std::io::Write;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use candle_adamax::{Rounding, StateDType};
 use candle_core::DType;
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 
+mod memory;
 mod sparse;
 #[path = "../../benches/support/mod.rs"]
 mod support;
 
+use memory::peak_memory;
 use support::case::{Case, Step};
 
 /// candle allocates every intermediate result anew, and AdamW is made of a dozen of them. With the system's allocator
@@ -83,9 +87,15 @@ enum CaseArgs {
 
 #[derive(Args)]
 struct Common {
-    /// The type of parameters and gradients; moments are f64 for f64, else f32.
+    /// The type of parameters and gradients.
     #[arg(long, value_enum, default_value = "f32")]
     dtype: Float,
+    /// How moments are stored (those of f64 are f64). Other than f32, a step with f32 moments is timed beside it.
+    #[arg(long, value_enum, default_value = "f32")]
+    state: State,
+    /// How f16 and bf16 parameters are rounded.
+    #[arg(long, value_enum, default_value = "nearest")]
+    rounding: Round,
     /// How often each is timed, after one step to warm up [default: 15, or 200 for less than a million elements].
     #[arg(long)]
     rounds: Option<usize>,
@@ -110,6 +120,42 @@ impl From<Float> for DType {
     }
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+enum State {
+    F32,
+    Bf16,
+    F16,
+    Q8,
+}
+
+impl From<State> for StateDType {
+    fn from(state: State) -> Self {
+        match state {
+            State::F32 => Self::F32,
+            State::Bf16 => Self::BF16,
+            State::F16 => Self::F16,
+            State::Q8 => Self::Q8,
+        }
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Round {
+    Nearest,
+    Stochastic,
+    Master,
+}
+
+impl From<Round> for Rounding {
+    fn from(round: Round) -> Self {
+        match round {
+            Round::Nearest => Self::Nearest,
+            Round::Stochastic => Self::Stochastic,
+            Round::Master => Self::Master,
+        }
+    }
+}
+
 /// One line of the result.
 #[derive(Serialize)]
 struct Line {
@@ -124,6 +170,7 @@ struct Line {
     tensors: usize,
     elements: usize,
     dtype: &'static str,
+    state: String,
     rounds: usize,
     threads: usize,
 }
@@ -142,7 +189,8 @@ fn main() -> Result<()> {
         total.with_context(|| format!("{tensors} tensors of {elements} elements do not fit into any memory"))?;
     let rounds = common.rounds.unwrap_or(if total < 1_000_000 { 200 } else { 15 });
     ensure!(rounds > 0, "--rounds: expected at least 1, got 0");
-    let case = Case { tensors, elements, dtype: common.dtype.into() };
+    let (dtype, state, rounding) = (common.dtype.into(), common.state.into(), common.rounding.into());
+    let case = Case { tensors, elements, dtype, state, rounding };
 
     let times = measure(&case, rounds)?;
     let lines = times.lines(name, &case);
@@ -156,6 +204,11 @@ fn main() -> Result<()> {
     print_table(&mut out, &case, &lines)?;
     writeln!(out)?;
     writeln!(out, "{OURS} / {MEMORY}: {:.2} (median of the rounds' ratios)", times.ours_per_memory())?;
+    if !times.full.is_empty() {
+        let ratio = of_neighbors(&times.ours, &times.full);
+        writeln!(out, "{:?} moments / f32 moments: {ratio:.2} (median of the rounds' ratios)", case.state)?;
+        writeln!(out, "peak memory with {:?} moments: {}", case.state, times.peak())?;
+    }
     writeln!(out, "{ADAMW} / {OURS}: {:.1}", median(&times.adamw) / median(&times.ours))?;
     if tensors > 1 {
         writeln!(out, "The memory's line is the bytes of all {tensors} tensors in one row: four large arrays.")?;
@@ -167,22 +220,35 @@ fn main() -> Result<()> {
 #[derive(Default)]
 struct Times {
     ours: Vec<f64>,
+    /// With moments as they are, if those of `ours` are encoded.
+    full: Vec<f64>,
     memory: Vec<f64>,
     adamw: Vec<f64>,
+    /// The most memory that the process had with `ours` alone, in bytes, where the system tells.
+    peak: Option<u64>,
 }
 
 /// Times one step of each in turn. AdamW gives its memory back after its last round.
 fn measure(case: &Case, rounds: usize) -> Result<Times> {
-    let (mut ours, mut memory, mut adamw) = (case.adamax()?, case.memory()?, adamw(case)?);
-    for step in [&mut ours, &mut memory, &mut adamw] {
+    let mut ours = case.adamax()?;
+    seconds(&mut ours)?;
+    seconds(&mut ours)?;
+    // Before the others' arrays are there.
+    let peak = peak_memory();
+    let (mut memory, mut adamw) = (case.memory()?, adamw(case)?);
+    let mut full = if case.state == StateDType::F32 { None } else { Some(case.with_full_moments().adamax()?) };
+    for step in [&mut memory, &mut adamw].into_iter().chain(&mut full) {
         seconds(step)?;
     }
     let adamw_rounds = if case.total() < LARGE { rounds } else { rounds.min(ADAMW_ROUNDS_IF_LARGE) };
     let mut adamw = Some(adamw);
-    let mut times = Times::default();
+    let mut times = Times { peak, ..Times::default() };
     for round in 0..rounds {
         times.ours.push(seconds(&mut ours)?);
         times.memory.push(seconds(&mut memory)?);
+        if let Some(full) = &mut full {
+            times.full.push(seconds(full)?);
+        }
         if let Some(step) = &mut adamw {
             times.adamw.push(seconds(step)?);
             std::thread::sleep(AFTER_ADAMW);
@@ -210,11 +276,14 @@ fn seconds(step: &mut Step) -> Result<f64> {
 impl Times {
     /// Noise that lasts longer than a round is in both, and cancels.
     fn ours_per_memory(&self) -> f64 {
-        let ratios: Vec<f64> = self.ours.iter().zip(&self.memory).map(|(ours, memory)| ours / memory).collect();
-        median(&ratios)
+        of_neighbors(&self.ours, &self.memory)
     }
 
-    fn lines(&self, name: &'static str, case: &Case) -> [Line; 3] {
+    fn peak(&self) -> String {
+        self.peak.map_or("unknown".to_owned(), |bytes| format!("{:.0} MB", bytes as f64 / 1e6))
+    }
+
+    fn lines(&self, name: &'static str, case: &Case) -> Vec<Line> {
         let memory = median(&self.memory);
         let line = |implementation, times: &[f64], per_memory| Line {
             case: name,
@@ -226,15 +295,25 @@ impl Times {
             tensors: case.tensors,
             elements: case.elements,
             dtype: case.dtype.as_str(),
+            state: format!("{:?}", case.state),
             rounds: times.len(),
             threads: rayon::current_num_threads(),
         };
-        [
-            line(OURS, &self.ours, self.ours_per_memory()),
-            line(ADAMW, &self.adamw, median(&self.adamw) / memory),
-            line(MEMORY, &self.memory, 1.0),
-        ]
+        let mut lines = vec![line(OURS, &self.ours, self.ours_per_memory())];
+        if !self.full.is_empty() {
+            let full = line("  f32 moments", &self.full, of_neighbors(&self.full, &self.memory));
+            let (bytes, state) = (case.with_full_moments().bytes(), "F32".to_owned());
+            lines.push(Line { bytes, gb_per_s: bytes as f64 / median(&self.full) / 1e9, state, ..full });
+        }
+        lines.push(line(ADAMW, &self.adamw, median(&self.adamw) / memory));
+        lines.push(line(MEMORY, &self.memory, 1.0));
+        lines
     }
+}
+
+/// The median of the ratios of neighbors.
+fn of_neighbors(times: &[f64], others: &[f64]) -> f64 {
+    median(&times.iter().zip(others).map(|(time, other)| time / other).collect::<Vec<_>>())
 }
 
 /// The middle one, or the mean of the two in the middle.
@@ -249,9 +328,14 @@ fn median(values: &[f64]) -> f64 {
 }
 
 fn print_table(out: &mut impl Write, case: &Case, lines: &[Line]) -> Result<()> {
-    let Case { tensors, elements, dtype } = case;
-    let threads = rayon::current_num_threads();
-    writeln!(out, "{tensors} x {elements} elements of {}, {threads} threads", dtype.as_str())?;
+    let Case { tensors, elements, dtype, state, rounding } = case;
+    let (dtype, threads) = (dtype.as_str(), rayon::current_num_threads());
+    write!(out, "{tensors} x {elements} elements of {dtype}, {state:?} moments, {threads} threads")?;
+    writeln!(
+        out,
+        "{}",
+        if *rounding == Rounding::Nearest { String::new() } else { format!(", {rounding:?} rounding") }
+    )?;
     writeln!(out)?;
     writeln!(
         out,

@@ -14,6 +14,7 @@ use candle_nn::{AdamW, Linear, Module, Optimizer, ParamsAdamW};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde::Serialize;
 
+use crate::memory::{available_memory, peak_memory};
 use crate::support::rows::{Rows, Touched};
 use crate::{ADAMW, AFTER_ADAMW, MEMORY, OURS, median};
 
@@ -279,20 +280,4 @@ fn print_table(out: &mut impl Write, args: &Args, lines: &[Line]) -> Result<()> 
         writeln!(out, "{case:<8} {implementation:<16} {median_ms:>12.3} {per_memory:>12.2} {rounds:>7}")?;
     }
     Ok(())
-}
-
-/// The most memory that this process has had so far, in bytes, where the system tells.
-fn peak_memory() -> Option<u64> {
-    kilobytes("/proc/self/status", "VmHWM:")
-}
-
-/// The memory that could be had, in bytes, where the system tells.
-fn available_memory() -> Option<u64> {
-    kilobytes("/proc/meminfo", "MemAvailable:")
-}
-
-fn kilobytes(file: &str, entry: &str) -> Option<u64> {
-    let text = std::fs::read_to_string(file).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix(entry))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
