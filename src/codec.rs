@@ -26,9 +26,9 @@ use bytemuck::Pod;
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
-use crate::element::{Arithmetic, Element};
+use crate::element::Arithmetic;
 use crate::ledger::Debt;
-use crate::rounding::{Half, random, unit};
+use crate::rounding::{Half, centered, random};
 use crate::rule::{self, Coefficients, Hyperparameters};
 
 /// How the moments of f32, f16 and bf16 variables are stored; those of f64 variables are f64.
@@ -146,14 +146,29 @@ fn move_unit<F: Format>(log: u32, shrink: u64, largest: f32) -> (u32, f32) {
 }
 
 /// How m is stored.
+///
+/// A code is made in two steps, as wide as the arithmetic and then as narrow as it is stored, so that loops over either
+/// have one width and vectorise.
 pub(crate) trait Moment<A: Arithmetic> {
     type Code: Pod + Send + Sync;
+    /// A code as wide as the arithmetic.
+    type Wide: Pod;
+    /// What rounds to the nearest code where a random number is asked for.
+    const NEAREST: u32;
 
-    /// m, where `denominator` is `u + eps`.
-    fn decode(code: Self::Code, denominator: A, limits: &Limits) -> A;
+    /// What is stored, as a number.
+    fn load(code: Self::Code, limits: &Limits) -> A;
+
+    /// m, from what is stored and from `u + eps`.
+    fn decode(stored: A, denominator: A) -> A;
 
     /// The code of m, where `ratio` is `m / (u + eps)`.
-    fn encode(m: A, ratio: A, limits: &Limits, random: u32) -> Self::Code;
+    fn encode(m: A, ratio: A, limits: &Limits, random: u32) -> Self::Wide;
+
+    /// The same, where both are finite.
+    fn encode_plain(m: A, ratio: A, limits: &Limits, random: u32) -> Self::Wide;
+
+    fn narrow(code: Self::Wide) -> Self::Code;
 }
 
 /// m itself.
@@ -161,14 +176,31 @@ pub(crate) struct Plain;
 
 impl<A: Arithmetic + Pod> Moment<A> for Plain {
     type Code = A;
+    type Wide = A;
+    const NEAREST: u32 = 0;
 
     #[inline(always)]
-    fn decode(code: A, _: A, _: &Limits) -> A {
+    fn load(code: A, _: &Limits) -> A {
+        code
+    }
+
+    #[inline(always)]
+    fn decode(stored: A, _: A) -> A {
+        stored
+    }
+
+    #[inline(always)]
+    fn narrow(code: A) -> A {
         code
     }
 
     #[inline(always)]
     fn encode(m: A, _: A, _: &Limits, _: u32) -> A {
+        m
+    }
+
+    #[inline(always)]
+    fn encode_plain(m: A, _: A, _: &Limits, _: u32) -> A {
         m
     }
 }
@@ -184,11 +216,28 @@ pub(crate) trait Format: Moment<f32> + 'static {
     /// How much larger a new maximum is made before it is rounded.
     const UP: f32;
 
-    /// The stored v.
-    fn norm(code: Self::Norm) -> f32;
+    /// The smallest v above zero.
+    const SMALLEST: f32;
 
-    /// The code of v; that of anything above zero is not that of zero.
-    fn encode_norm(v: f32) -> Self::Norm;
+    /// A code of v, as wide as f32.
+    fn widen_norm(code: Self::Norm) -> u32;
+
+    /// v.
+    fn norm(code: u32) -> f32;
+
+    /// Of codes that are neither infinite nor NaN.
+    fn plain_norm(code: u32) -> f32;
+
+    /// The code of v, which is not negative; what is above zero is at least the smallest v.
+    fn encode_norm(v: f32) -> u32;
+
+    /// The same of a v in the range, with what it stands for.
+    fn round_plain_norm(v: f32) -> (f32, u32);
+
+    fn narrow_norm(code: u32) -> Self::Norm;
+
+    /// Whether a code is infinite or NaN.
+    fn is_special(code: Self::Norm) -> bool;
 
     /// A quotient, kept below the largest there can be.
     fn bound(ratio: f32, limits: &Limits) -> f32;
@@ -202,21 +251,38 @@ fn storable(m: f32, ratio: f32) -> f32 {
 }
 
 macro_rules! halves {
-    ($(#[$doc:meta])* $name:ident, $half:ty, $top:expr) => {
+    ($(#[$doc:meta])* $name:ident, $half:ty, $top:expr, $smallest:expr) => {
         $(#[$doc])*
         pub(crate) struct $name;
 
         impl Moment<f32> for $name {
             type Code = u16;
+            type Wide = u32;
+            const NEAREST: u32 = 1 << 31;
 
             #[inline(always)]
-            fn decode(code: u16, denominator: f32, _: &Limits) -> f32 {
-                <$half>::from_bits(code).widen() * denominator
+            fn load(code: u16, _: &Limits) -> f32 {
+                <$half as Half>::widen_bits(u32::from(code))
             }
 
             #[inline(always)]
-            fn encode(m: f32, ratio: f32, _: &Limits, random: u32) -> u16 {
-                <$half as Half>::stochastic(storable(m, ratio), random).to_bits()
+            fn decode(stored: f32, denominator: f32) -> f32 {
+                stored * denominator
+            }
+
+            #[inline(always)]
+            fn encode(m: f32, ratio: f32, _: &Limits, random: u32) -> u32 {
+                <$half as Half>::stochastic(storable(m, ratio), random)
+            }
+
+            #[inline(always)]
+            fn encode_plain(_: f32, ratio: f32, _: &Limits, random: u32) -> u32 {
+                <$half as Half>::stochastic(ratio, random)
+            }
+
+            #[inline(always)]
+            fn narrow(code: u32) -> u16 {
+                code as u16
             }
         }
 
@@ -225,16 +291,44 @@ macro_rules! halves {
 
             const TOP: Option<i64> = $top;
             const UP: f32 = 1.0;
+            const SMALLEST: f32 = $smallest;
 
             #[inline(always)]
-            fn norm(code: u16) -> f32 {
-                <$half>::from_bits(code).widen()
+            fn widen_norm(code: u16) -> u32 {
+                u32::from(code)
             }
 
             #[inline(always)]
-            fn encode_norm(v: f32) -> u16 {
-                let code = <$half as Element>::narrow(v).to_bits();
+            fn norm(code: u32) -> f32 {
+                <$half as Half>::widen_bits(code)
+            }
+
+            #[inline(always)]
+            fn plain_norm(code: u32) -> f32 {
+                <$half as Half>::widen_bits(code)
+            }
+
+            #[inline(always)]
+            fn encode_norm(v: f32) -> u32 {
+                let code = <$half as Half>::nearest(v);
                 if v > 0.0 && code == 0 { 1 } else { code }
+            }
+
+            #[inline(always)]
+            fn round_plain_norm(v: f32) -> (f32, u32) {
+                let code = Self::encode_norm(v);
+                (<$half as Half>::widen_bits(code), code)
+            }
+
+            #[inline(always)]
+            fn narrow_norm(code: u32) -> u16 {
+                code as u16
+            }
+
+            #[inline(always)]
+            fn is_special(code: u16) -> bool {
+                const INFINITE: u16 = <$half>::INFINITY.to_bits();
+                code >= INFINITE
             }
 
             #[inline(always)]
@@ -247,48 +341,68 @@ macro_rules! halves {
 
 halves! {
     /// 4 bytes an element, of bf16.
-    Bf16, bf16, None
+    Bf16, bf16, None, 0.0
 }
 halves! {
     /// 4 bytes an element, of f16.
-    F16, f16, Some(15)
+    F16, f16, Some(15), 0.0
 }
 
 /// 2 bytes an element.
 pub(crate) struct Q8;
 
 impl Q8 {
-    /// The code of C.
-    const LARGEST: f32 = 127.0;
+    /// C in codes; 127 is the largest one, which no random number can take it above.
+    const LARGEST: f32 = 126.99;
     /// The code of a quotient that is NaN.
-    const NAN: i8 = -128;
-    /// Codes of v: `2^(code >> 3) * (1 + (code & 7) / 8)` in units of `2^-LOWEST`, up to FINITE, then infinity and NaN.
+    const NAN: i32 = -128;
+    /// Codes of v: `2^(code >> 3) * (1 + (code & 7) / 8)` in units of `2^-LOWEST`, up to FINITE, then infinity and NaN. There is
+    /// no zero: where no gradient was, m is zero, and then it does not matter what u is.
     const LOWEST: u32 = 31;
     const FINITE: u32 = 253;
     const INFINITE: u32 = 254;
+    /// The places of an f32 that are not kept.
+    const UNDER: u32 = 0x000f_ffff;
+    /// The bits of the smallest v without those.
+    const LOWEST_BITS: u32 = (127 - Self::LOWEST) << 3;
 }
 
 impl Moment<f32> for Q8 {
     type Code = i8;
+    type Wide = u32;
+    const NEAREST: u32 = 0;
 
     #[inline(always)]
-    fn decode(code: i8, denominator: f32, limits: &Limits) -> f32 {
-        let ratio = f32::from(code) * limits.per_code;
-        (if code == Self::NAN { f32::NAN } else { ratio }) * denominator
+    fn load(code: i8, limits: &Limits) -> f32 {
+        let code = i32::from(code);
+        let ratio = code as f32 * limits.per_code;
+        if code == Self::NAN { f32::NAN } else { ratio }
     }
 
     #[inline(always)]
-    fn encode(m: f32, ratio: f32, limits: &Limits, random: u32) -> i8 {
-        // f32 has no places behind the point from 2^23 on: the addition rounds, and its last byte is the whole number.
-        const ROUND: f32 = 12_582_912.0;
+    fn decode(stored: f32, denominator: f32) -> f32 {
+        stored * denominator
+    }
+
+    #[inline(always)]
+    fn narrow(code: u32) -> i8 {
+        code as i8
+    }
+
+    #[inline(always)]
+    fn encode(m: f32, ratio: f32, limits: &Limits, random: u32) -> u32 {
         let ratio = storable(m, ratio);
-        let code = ratio * limits.codes + (unit(random) - 0.5);
-        // An infinite limit, of a beta1 that is not below beta2, never comes here; a NaN fails both comparisons.
-        let code = rule::clamp(code, Self::LARGEST);
-        let rounded = (code + ROUND).to_bits() as i8;
+        let code = Self::encode_plain(m, ratio, limits, random);
         #[expect(clippy::eq_op, reason = "only a NaN differs from itself")]
         let is_nan = ratio != ratio;
-        if is_nan { Self::NAN } else { rounded }
+        if is_nan { Self::NAN as u32 } else { code }
+    }
+
+    #[inline(always)]
+    fn encode_plain(_: f32, ratio: f32, limits: &Limits, random: u32) -> u32 {
+        // f32 has no places behind the point from 2^23 on: the addition rounds, and its last byte is the whole number.
+        const ROUND: f32 = 12_582_912.0;
+        ((ratio * limits.codes + centered(random)) + ROUND).to_bits()
     }
 }
 
@@ -298,25 +412,47 @@ impl Format for Q8 {
     const TOP: Option<i64> = Some(0);
     /// Above what the clock's dither can take away, so that u is never below the exact one.
     const UP: f32 = 1.0 + 1.0 / 8192.0;
+    const SMALLEST: f32 = f32::from_bits(Self::LOWEST_BITS << 20);
 
     #[inline(always)]
-    fn norm(code: u8) -> f32 {
-        let code = u32::from(code);
-        let finite = (code << 20) + ((127 - Self::LOWEST) << 23);
-        let special = if code == Self::INFINITE { 0x7f80_0000 } else { 0x7fc0_0000 };
-        let bits = if code > Self::FINITE { special } else { finite };
-        f32::from_bits(if code == 0 { 0 } else { bits })
+    fn widen_norm(code: u8) -> u32 {
+        u32::from(code)
     }
 
     #[inline(always)]
-    fn encode_norm(v: f32) -> u8 {
-        const LOWEST_BITS: i32 = ((127 - Q8::LOWEST) << 3) as i32;
-        // Not negative, so that the order of the bits is that of the numbers.
-        let up = (v.to_bits().wrapping_add(0x000f_ffff) >> 20) as i32 - LOWEST_BITS;
-        let finite = up.clamp(1, Self::FINITE as i32);
-        let special = if v == f32::INFINITY { Self::INFINITE } else { Self::INFINITE + 1 } as i32;
-        let code = if v.to_bits() >= 0x7f80_0000 { special } else { finite };
-        (if v == 0.0 { 0 } else { code }) as u8
+    fn norm(code: u32) -> f32 {
+        let special = if code == Self::INFINITE { f32::INFINITY } else { f32::NAN };
+        if code > Self::FINITE { special } else { Self::plain_norm(code) }
+    }
+
+    #[inline(always)]
+    fn plain_norm(code: u32) -> f32 {
+        f32::from_bits((code + Self::LOWEST_BITS) << 20)
+    }
+
+    #[inline(always)]
+    fn encode_norm(v: f32) -> u32 {
+        let special = if v == f32::INFINITY { Self::INFINITE } else { Self::INFINITE + 1 };
+        // Up, in the order of the bits, which is that of the numbers.
+        let up = v.to_bits().wrapping_add(Self::UNDER) >> 20;
+        let finite = (up.max(Self::LOWEST_BITS) - Self::LOWEST_BITS).min(Self::FINITE);
+        if v.to_bits() >= f32::INFINITY.to_bits() { special } else { finite }
+    }
+
+    #[inline(always)]
+    fn round_plain_norm(v: f32) -> (f32, u32) {
+        let up = v.to_bits().wrapping_add(Self::UNDER);
+        (f32::from_bits(up & !Self::UNDER), (up >> 20).wrapping_sub(Self::LOWEST_BITS))
+    }
+
+    #[inline(always)]
+    fn narrow_norm(code: u32) -> u8 {
+        code as u8
+    }
+
+    #[inline(always)]
+    fn is_special(code: u8) -> bool {
+        u32::from(code) > Self::FINITE
     }
 
     #[inline(always)]
@@ -343,44 +479,103 @@ pub(crate) fn update_block<F: Format>(
     grads: &[f32],
     (moments, norms, log): (&mut [F::Code], &mut [F::Norm], &mut u32),
 ) {
-    let mut largest = 0.0f32;
-    if F::TOP.is_some() {
-        for (w, grad) in params.iter().zip(grads) {
-            let seen = rule::seen(c, rule::gradient(c, *w, *grad));
-            // Neither infinity nor NaN has a place in a range.
-            let seen = if seen < f32::INFINITY { seen } else { 0.0 };
-            largest = if seen > largest { seen } else { largest };
-        }
-    }
-    let before = scale_of(*log);
-    let (moved, rebase) = move_unit::<F>(*log, codes.shrink, largest);
-    let after = scale_of(moved);
-    let per_unit = F::UP / after;
-    let limits = &codes.limits;
-    let streams = params.iter_mut().zip(grads).zip(moments).zip(norms);
-    for ((((w, grad), moment), norm), i) in streams.zip(0u32..) {
-        let stored = F::norm(*norm);
-        let m = F::decode(*moment, stored * before + c.eps_outside, limits);
-        let g = rule::gradient(c, *w, *grad);
-        let m = rule::first_moment(c, m, g);
-        let seen = rule::seen(c, g);
-        let kept = rebased(stored, rebase);
-        // A NaN in the gradient is not below anything; one that is stored stays.
-        let v = if seen <= kept * after { kept } else { rule::maximum(kept, seen * per_unit) };
-        let code = F::encode_norm(v);
-        let ratio = F::bound(rule::ratio(c, m, F::norm(code) * after), limits);
-        *w = rule::apply(c, *w, ratio);
-        *moment = F::encode(m, ratio, limits, random(key, i));
-        *norm = code;
+    let largest = largest_seen(c, params, grads);
+    let (moved, rebase) = move_unit::<F>(*log, codes.shrink, largest.finite);
+    let (before, after) = (scale_of(*log), scale_of(moved));
+    let block = Block { c, limits: &codes.limits, key, before, after, rebase };
+    // Nothing is divided by zero, since u is at least its smallest code; and no code is above the largest one.
+    let no_zero = c.eps_outside > 0.0 || after * F::SMALLEST >= f32::MIN_POSITIVE;
+    let is_plain = rebase == 1.0 && largest.is_all && largest.finite < 1e38 && no_zero && c.l2 == 0.0;
+    let is_plain =
+        is_plain && c.clamp == f32::INFINITY && !norms.iter().fold(false, |any, norm| any | F::is_special(*norm));
+    match (is_plain, c.decay == 0.0) {
+        (true, true) => block.update::<F, false, false>(params, grads, moments, norms),
+        (true, false) => block.update::<F, false, true>(params, grads, moments, norms),
+        (false, _) => block.update::<F, true, true>(params, grads, moments, norms),
     }
     *log = moved;
 }
 
-/// A stored v in a new unit: what is above zero stays so.
+/// What u of a block is compared with.
+struct Largest {
+    /// The largest that is finite.
+    finite: f32,
+    /// Whether all are.
+    is_all: bool,
+}
+
 #[inline(always)]
-fn rebased(stored: f32, rebase: f32) -> f32 {
-    let v = stored * rebase;
-    if stored > 0.0 && v < f32::MIN_POSITIVE { f32::MIN_POSITIVE } else { v }
+fn largest_seen(c: &Coefficients<f32>, params: &[f32], grads: &[f32]) -> Largest {
+    const INFINITE: u32 = f32::INFINITY.to_bits();
+    // Of numbers that are not negative the bits have the same order, and the maximum of integers vectorises.
+    if c.l2 == 0.0 {
+        let largest = grads.iter().fold(0, |largest: u32, grad| largest.max(grad.abs().to_bits()));
+        // Without the weights, what is seen grows with the gradient: the largest of one is that of the other.
+        let seen = rule::seen(c, rule::gradient(c, 0.0, f32::from_bits(largest)));
+        if largest < INFINITE && seen < f32::INFINITY {
+            return Largest { finite: seen, is_all: true };
+        }
+    }
+    let (mut finite, mut is_all) = (0, true);
+    for (w, grad) in params.iter().zip(grads) {
+        let seen = rule::seen(c, rule::gradient(c, *w, *grad)).to_bits();
+        is_all &= seen < INFINITE;
+        // Neither infinity nor NaN has a place in a range.
+        finite = finite.max(if seen < INFINITE { seen } else { 0 });
+    }
+    Largest { finite: f32::from_bits(finite), is_all }
+}
+
+/// What all elements of a block have in common in one update.
+struct Block<'c> {
+    c: &'c Coefficients<f32>,
+    limits: &'c Limits,
+    key: u32,
+    /// The unit before and after the update.
+    before: f32,
+    after: f32,
+    /// What stored values are multiplied with in the new unit.
+    rebase: f32,
+}
+
+impl Block<'_> {
+    /// With `CHECKED` there may be infinities, NaN, zeros to divide by, and every term of the formula; without, nothing
+    /// looks for them, and weights decay if `DECAYS`. Where there are none, all give the same bits.
+    #[inline(always)]
+    fn update<F: Format, const CHECKED: bool, const DECAYS: bool>(
+        &self,
+        params: &mut [f32],
+        grads: &[f32],
+        moments: &mut [F::Code],
+        norms: &mut [F::Norm],
+    ) {
+        let Self { c, limits, key, before, after, rebase } = *self;
+        let per_unit = F::UP / after;
+        let streams = params.iter_mut().zip(grads).zip(moments).zip(norms);
+        for ((((w, grad), moment), norm), i) in streams.zip(0u32..) {
+            let code = F::widen_norm(*norm);
+            let stored = if CHECKED { F::norm(code) } else { F::plain_norm(code) };
+            let m = F::decode(F::load(*moment, limits), stored * before + c.eps_outside);
+            let g = if CHECKED { rule::gradient(c, *w, *grad) } else { *grad * c.grad_scale };
+            let m = rule::first_moment(c, m, g);
+            let kept = if CHECKED { stored * rebase } else { stored };
+            let seen = rule::seen(c, g) * per_unit;
+            if CHECKED {
+                let code = F::encode_norm(rule::maximum(kept, seen));
+                let ratio = F::bound(rule::ratio(c, m, F::norm(code) * after), limits);
+                *w = rule::apply(c, *w, ratio);
+                *moment = F::narrow(F::encode(m, ratio, limits, random(key, i)));
+                *norm = F::narrow_norm(code);
+            } else {
+                let (v, code) = F::round_plain_norm(if kept > seen { kept } else { seen });
+                let ratio = F::bound(m / (v * after + c.eps_outside), limits);
+                let kept_w = if DECAYS { *w - c.decay * *w } else { *w };
+                *w = kept_w - c.step_size * ratio;
+                *moment = F::narrow(F::encode_plain(m, ratio, limits, random(key, i)));
+                *norm = F::narrow_norm(code);
+            }
+        }
+    }
 }
 
 /// One update of a row whose elements share one u: the largest of the row.
@@ -404,10 +599,10 @@ pub(crate) fn update_row<A: Arithmetic, M: Moment<A>>(
     }
     for (((w, grad), moment), i) in params.iter_mut().zip(grads).zip(moments).zip(0u32..) {
         let g = rule::gradient(c, *w, *grad);
-        let m = rule::first_moment(c, M::decode(*moment, before + c.eps_outside, limits), g);
+        let m = rule::first_moment(c, M::decode(M::load(*moment, limits), before + c.eps_outside), g);
         let ratio = rule::ratio(c, m, after);
         *w = rule::apply(c, *w, ratio);
-        *moment = M::encode(m, ratio, limits, random(key, i));
+        *moment = M::narrow(M::encode(m, ratio, limits, random(key, i)));
     }
     *norm = after;
 }
@@ -425,8 +620,8 @@ pub(crate) fn pay_block<F: Format>(
     let (moved, rebase) = move_unit::<F>(*log, debt.shrunk, 0.0);
     let after = scale_of(moved);
     let decoded = |moment: F::Code, norm: F::Norm| {
-        let u = F::norm(norm) * before;
-        (F::decode(moment, u + debt.eps_outside, limits), u)
+        let u = F::norm(F::widen_norm(norm)) * before;
+        (F::decode(F::load(moment, limits), u + debt.eps_outside), u)
     };
     let is_series = params.iter().zip(&*moments).zip(&*norms).all(|((_, moment), norm)| {
         let (m, u) = decoded(*moment, *norm);
@@ -436,10 +631,11 @@ pub(crate) fn pay_block<F: Format>(
         let (m, u) = decoded(*moment, *norm);
         *w = if is_series { debt.weight(*w, m, u) } else { debt.weight_one_by_one(*w, m, u) };
         let (m, _) = debt.moments(m, u);
-        *norm = F::encode_norm(rebased(F::norm(*norm), rebase));
-        let denominator = F::norm(*norm) * after + debt.eps_outside;
+        let code = F::encode_norm(F::norm(F::widen_norm(*norm)) * rebase);
+        *norm = F::narrow_norm(code);
+        let denominator = F::norm(code) * after + debt.eps_outside;
         let ratio = if denominator == 0.0 { 0.0 } else { m / denominator };
-        *moment = F::encode(m, F::bound(ratio, limits), limits, random(key, i));
+        *moment = F::narrow(F::encode(m, F::bound(ratio, limits), limits, random(key, i)));
     }
     *log = moved;
 }
@@ -457,12 +653,12 @@ pub(crate) fn pay_row<A: Arithmetic, M: Moment<A>>(
     let (_, after) = debt.moments(A::ZERO, u);
     let is_series = debt.is_series(after, u);
     for ((w, moment), i) in params.iter_mut().zip(moments).zip(0u32..) {
-        let m = M::decode(*moment, u + debt.eps_outside, limits);
+        let m = M::decode(M::load(*moment, limits), u + debt.eps_outside);
         *w = if is_series { debt.weight(*w, m, u) } else { debt.weight_one_by_one(*w, m, u) };
         let (m, _) = debt.moments(m, u);
         let denominator = after + debt.eps_outside;
         let ratio = if denominator == A::ZERO { A::ZERO } else { m / denominator };
-        *moment = M::encode(m, ratio, limits, random(key, i));
+        *moment = M::narrow(M::encode(m, ratio, limits, random(key, i)));
     }
     *norm = after;
 }
@@ -475,8 +671,11 @@ pub(crate) fn decode_block<F: Format>(
 ) {
     let (scale, limits) = (scale_of(log), encoding.limits());
     for (moment, norm) in moments.iter().zip(norms) {
-        let u = F::norm(*norm) * scale;
-        put(F::decode(*moment, u + encoding.eps_outside as f32, &limits), u);
+        let u = F::norm(F::widen_norm(*norm)) * scale;
+        let m = F::decode(F::load(*moment, &limits), u + encoding.eps_outside as f32);
+        // Formats without a zero have its code for u where nothing has been yet.
+        let is_zero = m == 0.0 && F::widen_norm(*norm) == 0;
+        put(m, if is_zero { 0.0 } else { u });
     }
 }
 
@@ -491,8 +690,9 @@ pub(crate) fn encode_block<F: Format>(
     let (scale, limits, eps) = (scale_of(log), encoding.limits(), encoding.eps_outside as f32);
     let per_unit = F::UP / scale;
     for (((&m, &u), moment), norm) in exp_avg.iter().zip(exp_inf).zip(moments).zip(norms) {
-        *norm = F::encode_norm(u * per_unit);
-        *moment = encode_moment::<F>(m, F::norm(*norm) * scale + eps, &limits);
+        let code = F::encode_norm(u * per_unit);
+        *norm = F::narrow_norm(code);
+        *moment = encode_moment::<F>(m, F::norm(code) * scale + eps, &limits);
     }
     log
 }
@@ -500,8 +700,6 @@ pub(crate) fn encode_block<F: Format>(
 /// The nearest code of m, where `denominator` is `u + eps`.
 #[inline(always)]
 pub(crate) fn encode_moment<F: Format>(m: f32, denominator: f32, limits: &Limits) -> F::Code {
-    /// In the middle between up and down.
-    const NEAREST: u32 = 0x8000_0000;
     let ratio = if denominator == 0.0 { 0.0 } else { m / denominator };
-    F::encode(m, F::bound(ratio, limits), limits, NEAREST)
+    F::narrow(F::encode(m, F::bound(ratio, limits), limits, F::NEAREST))
 }

@@ -86,17 +86,12 @@ impl Element for bf16 {
 
     #[inline(always)]
     fn widen(self) -> f32 {
-        f32::from_bits(u32::from(self.to_bits()) << 16)
+        bf16_to_f32(u32::from(self.to_bits()))
     }
 
     #[inline(always)]
     fn narrow(x: f32) -> Self {
-        let bits = x.to_bits();
-        // Adding just under half of the last kept place, and the last kept bit itself, rounds ties to even.
-        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-        // The addition could carry a NaN's payload into infinity; a quiet bit keeps it a NaN.
-        let nan = (bits >> 16) | 0x0040;
-        Self::from_bits(if x.is_nan() { nan } else { rounded } as u16)
+        Self::from_bits(f32_to_bf16(x) as u16)
     }
 }
 
@@ -105,38 +100,64 @@ impl Element for f16 {
 
     #[inline(always)]
     fn widen(self) -> f32 {
-        const INFINITE: u32 = 0x7c00 << 13; // f16's largest exponent, in f32's place
-        const SMALLEST_NORMAL: f32 = 6.103_515_6e-5; // 2^-14
-        let bits = u32::from(self.to_bits());
-        let sign = (bits & 0x8000) << 16;
-        let magnitude = (bits & 0x7fff) << 13;
-        let normal = magnitude + ((127 - 15) << 23);
-        // A subnormal is put behind the smallest normal's exponent, which the subtraction takes away again: exact.
-        let subnormal = (f32::from_bits(magnitude + (113 << 23)) - SMALLEST_NORMAL).to_bits();
-        let special = magnitude | 0x7f80_0000;
-        let finite = if magnitude < 1 << 23 { subnormal } else { normal };
-        f32::from_bits(sign | if magnitude >= INFINITE { special } else { finite })
+        f16_to_f32(u32::from(self.to_bits()))
     }
 
     #[inline(always)]
     fn narrow(x: f32) -> Self {
-        const OVERFLOW: u32 = 0x4780_0000; // 2^16: everything from here on is infinite
-        const SMALLEST_NORMAL: u32 = 0x3880_0000; // 2^-14
-        const INFINITE: u32 = 0x7c00;
-        let sign = (x.to_bits() >> 16) & 0x8000;
-        let magnitude = x.to_bits() & 0x7fff_ffff;
-        // As for bf16; the exponent is moved from f32's bias to f16's in the same addition. From 65520 on this gives infinity.
-        let normal = magnitude
-            .wrapping_add((15u32.wrapping_sub(127) << 23).wrapping_add(0xfff))
-            .wrapping_add((magnitude >> 13) & 1)
-            >> 13;
-        // Adding one half leaves f16's subnormal places, 2^-24 apart, as the last bits of the sum, rounded to even.
-        let subnormal = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0.5f32.to_bits());
-        let finite = if magnitude < SMALLEST_NORMAL { subnormal } else { normal };
-        let special = if magnitude > 0x7f80_0000 { 0x7e00 } else { INFINITE };
-        let rounded = if magnitude >= OVERFLOW { special } else { finite };
-        Self::from_bits((sign | rounded) as u16)
+        Self::from_bits(f32_to_f16(x) as u16)
     }
+}
+
+/// The value of a bf16's bits.
+#[inline(always)]
+pub(crate) fn bf16_to_f32(bits: u32) -> f32 {
+    f32::from_bits(bits << 16)
+}
+
+/// The bits of the nearest bf16.
+#[inline(always)]
+pub(crate) fn f32_to_bf16(x: f32) -> u32 {
+    let bits = x.to_bits();
+    // Adding just under half of the last kept place, and the last kept bit itself, rounds ties to even.
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    // The addition could carry a NaN's payload into infinity; a quiet bit keeps it a NaN.
+    let nan = (bits >> 16) | 0x0040;
+    if x.is_nan() { nan } else { rounded }
+}
+
+/// The value of an f16's bits.
+#[inline(always)]
+pub(crate) fn f16_to_f32(bits: u32) -> f32 {
+    const INFINITE: u32 = 0x7c00 << 13; // f16's largest exponent, in f32's place
+    const SMALLEST_NORMAL: f32 = 6.103_515_6e-5; // 2^-14
+    let sign = (bits & 0x8000) << 16;
+    let magnitude = (bits & 0x7fff) << 13;
+    let normal = magnitude + ((127 - 15) << 23);
+    // A subnormal is put behind the smallest normal's exponent, which the subtraction takes away again: exact.
+    let subnormal = (f32::from_bits(magnitude + (113 << 23)) - SMALLEST_NORMAL).to_bits();
+    let special = magnitude | 0x7f80_0000;
+    let finite = if magnitude < 1 << 23 { subnormal } else { normal };
+    f32::from_bits(sign | if magnitude >= INFINITE { special } else { finite })
+}
+
+/// The bits of the nearest f16.
+#[inline(always)]
+pub(crate) fn f32_to_f16(x: f32) -> u32 {
+    const OVERFLOW: u32 = 0x4780_0000; // 2^16: everything from here on is infinite
+    const SMALLEST_NORMAL: u32 = 0x3880_0000; // 2^-14
+    const INFINITE: u32 = 0x7c00;
+    let sign = (x.to_bits() >> 16) & 0x8000;
+    let magnitude = x.to_bits() & 0x7fff_ffff;
+    // As for bf16; the exponent is moved from f32's bias to f16's in the same addition. From 65520 on this gives infinity.
+    let normal =
+        magnitude.wrapping_add((15u32.wrapping_sub(127) << 23).wrapping_add(0xfff)).wrapping_add((magnitude >> 13) & 1)
+            >> 13;
+    // Adding one half leaves f16's subnormal places, 2^-24 apart, as the last bits of the sum, rounded to even.
+    let subnormal = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0.5f32.to_bits());
+    let finite = if magnitude < SMALLEST_NORMAL { subnormal } else { normal };
+    let special = if magnitude > 0x7f80_0000 { 0x7e00 } else { INFINITE };
+    sign | if magnitude >= OVERFLOW { special } else { finite }
 }
 
 #[cfg(test)]

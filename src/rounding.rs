@@ -7,7 +7,7 @@
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
-use crate::element::Element;
+use crate::element::{self, Element};
 
 /// How f16 and bf16 parameters are rounded after an update; f32 and f64 ones need none.
 ///
@@ -43,19 +43,21 @@ pub(crate) fn key_of(name: &str) -> u64 {
     name.bytes().fold(name.len() as u64, |key, byte| derive(key, u64::from(byte)))
 }
 
-/// 32 random bits for element `i` of the block that has this key.
+/// 32 random bits for element `i` of the block that has this key; the upper ones are the better ones.
+///
+/// Two rounds of multiplication, as few as leave no pattern that a mean over neighbors or over updates would show (see the
+/// tests): a random number for each element is a good part of what an update in few bits costs.
 #[inline(always)]
 pub(crate) fn random(key: u32, i: u32) -> u32 {
-    let x = key.wrapping_add(i.wrapping_mul(0x9e37_79b9));
-    let x = (x ^ (x >> 16)).wrapping_mul(0x7feb_352d);
+    let x = key.wrapping_add(i).wrapping_mul(0x9e37_79b1);
     let x = (x ^ (x >> 15)).wrapping_mul(0x846c_a68b);
     x ^ (x >> 16)
 }
 
-/// A random number in `[0, 1)`, of 24 bits.
+/// A random number between -0.5 and 0.5, from all bits of another; 0 from 0.
 #[inline(always)]
-pub(crate) fn unit(random: u32) -> f32 {
-    ((random >> 8) as i32 as f32) * (1.0 / 16_777_216.0)
+pub(crate) fn centered(random: u32) -> f32 {
+    random as i32 as f32 * (1.0 / 4_294_967_296.0)
 }
 
 /// A type of 16 bits that f32 is rounded to.
@@ -63,8 +65,18 @@ pub(crate) trait Half: Element<Acc = f32> {
     /// What a master copy keeps beside the value.
     type Rest: bytemuck::Pod + Send + Sync;
 
-    /// Up or down, so that the mean over `random` is `x`. What is exact stays exact, and a NaN a NaN.
-    fn stochastic(x: f32, random: u32) -> Self;
+    /// The value of a code that is as wide as f32.
+    fn widen_bits(bits: u32) -> f32;
+
+    /// The bits of the nearest value.
+    fn nearest(x: f32) -> u32;
+
+    /// The bits of a neighbor, up or down, so that the mean over `random` is `x`. What is exact stays exact, and a NaN a
+    /// NaN.
+    fn stochastic(x: f32, random: u32) -> u32;
+
+    /// The value of bits whose upper half is zero.
+    fn of_bits(bits: u32) -> Self;
 
     /// A nearest value, and what is left.
     fn split(x: f32) -> (Self, Self::Rest);
@@ -77,11 +89,26 @@ impl Half for bf16 {
     type Rest = i16;
 
     #[inline(always)]
-    fn stochastic(x: f32, random: u32) -> Self {
+    fn widen_bits(bits: u32) -> f32 {
+        element::bf16_to_f32(bits)
+    }
+
+    #[inline(always)]
+    fn nearest(x: f32) -> u32 {
+        element::f32_to_bf16(x)
+    }
+
+    #[inline(always)]
+    fn of_bits(bits: u32) -> Self {
+        Self::from_bits(bits as u16)
+    }
+
+    #[inline(always)]
+    fn stochastic(x: f32, random: u32) -> u32 {
         let bits = x.to_bits();
         let rounded = bits.wrapping_add(random >> 16) >> 16;
         let nan = (bits >> 16) | 0x0040;
-        Self::from_bits(if x.is_nan() { nan } else { rounded } as u16)
+        if x.is_nan() { nan } else { rounded }
     }
 
     #[inline(always)]
@@ -104,7 +131,22 @@ impl Half for f16 {
     type Rest = f32;
 
     #[inline(always)]
-    fn stochastic(x: f32, random: u32) -> Self {
+    fn widen_bits(bits: u32) -> f32 {
+        element::f16_to_f32(bits)
+    }
+
+    #[inline(always)]
+    fn nearest(x: f32) -> u32 {
+        element::f32_to_f16(x)
+    }
+
+    #[inline(always)]
+    fn of_bits(bits: u32) -> Self {
+        Self::from_bits(bits as u16)
+    }
+
+    #[inline(always)]
+    fn stochastic(x: f32, random: u32) -> u32 {
         const OVERFLOW: u32 = 0x4780_0000; // 2^16
         const SMALLEST_NORMAL: u32 = 0x3880_0000; // 2^-14
         const TWO_23: f32 = 8_388_608.0;
@@ -113,12 +155,12 @@ impl Half for f16 {
         let normal = magnitude.wrapping_add(15u32.wrapping_sub(127) << 23).wrapping_add(random >> 19) >> 13;
         // In units of 2^-24: a random number less one half added, and rounded to a whole number by f32's own end.
         let units = f32::from_bits(magnitude) * 16_777_216.0;
-        let subnormal = ((units + (unit(random) - 0.5)).max(0.0) + TWO_23).to_bits() & 0x7ff;
+        let subnormal = ((units + centered(random)).max(0.0) + TWO_23).to_bits() & 0x7ff;
         let whole = (units + TWO_23) - TWO_23 == units;
         let subnormal = if whole { (units + TWO_23).to_bits() & 0x7ff } else { subnormal };
         let finite = if magnitude < SMALLEST_NORMAL { subnormal } else { normal };
         let special = if magnitude > 0x7f80_0000 { 0x7e00 } else { 0x7c00 };
-        Self::from_bits((sign | if magnitude >= OVERFLOW { special } else { finite }) as u16)
+        sign | if magnitude >= OVERFLOW { special } else { finite }
     }
 
     #[inline(always)]
@@ -166,7 +208,10 @@ mod tests {
     fn stochastic_rounding_takes_a_neighbor_and_keeps_what_is_exact() {
         for x in sweep() {
             for random in [0, 0x1fff_0000, 0x7fff_ffff, u32::MAX, 0x8000_8000] {
-                let (b, h) = (<bf16 as Half>::stochastic(x, random), <f16 as Half>::stochastic(x, random));
+                let (b, h) = (
+                    bf16::of_bits(<bf16 as Half>::stochastic(x, random)),
+                    f16::of_bits(<f16 as Half>::stochastic(x, random)),
+                );
                 if x.is_nan() {
                     assert!(b.is_nan() && h.is_nan());
                     continue;
@@ -182,10 +227,14 @@ mod tests {
             let (b, h) = (bf16::from_bits(bits), f16::from_bits(bits));
             for random in [0, u32::MAX] {
                 if !b.is_nan() {
-                    assert_eq!(<bf16 as Half>::stochastic(b.to_f32(), random).to_bits(), bits);
+                    assert_eq!(bf16::of_bits(<bf16 as Half>::stochastic(b.to_f32(), random)).to_bits(), bits);
                 }
                 if !h.is_nan() {
-                    assert_eq!(<f16 as Half>::stochastic(h.to_f32(), random).to_bits(), bits, "{h:e} {random:#x}");
+                    assert_eq!(
+                        f16::of_bits(<f16 as Half>::stochastic(h.to_f32(), random)).to_bits(),
+                        bits,
+                        "{h:e} {random:#x}"
+                    );
                 }
             }
         }
@@ -197,8 +246,8 @@ mod tests {
         for x in [1.001f32, -0.3, 3e-5, 1.2e-7, 1000.3] {
             let mean =
                 |round: &dyn Fn(u32) -> f32| (0..n).map(|i| f64::from(round(random(7, i)))).sum::<f64>() / f64::from(n);
-            let b = mean(&|random| <bf16 as Half>::stochastic(x, random).to_f32());
-            let h = mean(&|random| <f16 as Half>::stochastic(x, random).to_f32());
+            let b = mean(&|random| bf16::of_bits(<bf16 as Half>::stochastic(x, random)).to_f32());
+            let h = mean(&|random| f16::of_bits(<f16 as Half>::stochastic(x, random)).to_f32());
             let x = f64::from(x);
             // Three standard deviations of a mean of n draws of one spacing or none.
             assert!((b - x).abs() < x.abs() / 128.0 * 1.5 / f64::from(n).sqrt(), "bf16 {x} {b}");

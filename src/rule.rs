@@ -156,16 +156,12 @@ pub(crate) fn apply<A: Arithmetic>(c: &Coefficients<A>, w: A, ratio: A) -> A {
     w - c.step_size * ratio
 }
 
-/// `x` moved into `[-limit, limit]`; a NaN stays one, infinities become the limits.
+/// `x` moved into `[-limit, limit]`; a NaN stays one, infinities become the limits. In this form each comparison is one
+/// instruction, a minimum and a maximum that give their second operand where one is NaN.
 #[inline(always)]
 pub(crate) fn clamp<A: Arithmetic>(x: A, limit: A) -> A {
-    if x > limit {
-        limit
-    } else if x < -limit {
-        -limit
-    } else {
-        x
-    }
+    let x = if limit < x { limit } else { x };
+    if -limit > x { -limit } else { x }
 }
 
 /// The larger one, or NaN if one is NaN (`f32::max` would drop it).

@@ -104,7 +104,7 @@ impl<F: Format> Coded<F> {
                 Norms::Shared(norms) => {
                     let u = norms[block];
                     for &code in codes {
-                        put(F::decode(code, u + layout.encoding.eps_outside as f32, &limits), u);
+                        put(F::decode(F::load(code, &limits), u + layout.encoding.eps_outside as f32), u);
                     }
                 }
             }

@@ -431,35 +431,44 @@ impl Span<'_> {
         let range = self.range(k);
         let key = derive(job.key(), (self.first + k) as u64);
         let (moment_key, param_key) = (key as u32, (key >> 32) as u32);
-        let moments = &mut self.moments;
-        let run = |w: &mut [f32]| match moments {
+        // One call for all types of parameters, which the compiler can put into the loops for each instruction set.
+        let w = match &mut self.params {
+            ElementsMut::F32(w) => &mut w[range.clone()],
+            ElementsMut::BF16(w) => {
+                let scratch = &mut scratch[..range.len()];
+                match &self.master {
+                    Some(MasterMut::Rest(rest)) => join(&w[range.clone()], &rest[range.clone()], scratch),
+                    _ => widen(&w[range.clone()], scratch),
+                }
+                scratch
+            }
+            ElementsMut::F16(w) => {
+                let scratch = &mut scratch[..range.len()];
+                match &self.master {
+                    Some(MasterMut::Copy(copy)) => join(&w[range.clone()], &copy[range.clone()], scratch),
+                    _ => widen(&w[range.clone()], scratch),
+                }
+                scratch
+            }
+            ElementsMut::F64(_) => return,
+        };
+        match &mut self.moments {
             MomentsMut::F32(full) => full.run(job, k, range.clone(), w),
             MomentsMut::BF16(coded) => coded.run(job, k, range.clone(), moment_key, w),
             MomentsMut::F16(coded) => coded.run(job, k, range.clone(), moment_key, w),
             MomentsMut::Q8(coded) => coded.run(job, k, range.clone(), moment_key, w),
             MomentsMut::F64(_) => {}
-        };
-        let len = range.len();
+        }
         match &mut self.params {
-            ElementsMut::F32(w) => {
-                let mut run = run;
-                run(&mut w[self.unit * k..][..len]);
-            }
-            ElementsMut::BF16(w) => {
-                let master = match &mut self.master {
-                    Some(MasterMut::Rest(rest)) => Some(&mut rest[self.unit * k..][..len]),
-                    _ => None,
-                };
-                narrowed(&mut w[self.unit * k..][..len], master, &mut scratch[..len], job.rounding(), param_key, run);
-            }
-            ElementsMut::F16(w) => {
-                let master = match &mut self.master {
-                    Some(MasterMut::Copy(copy)) => Some(&mut copy[self.unit * k..][..len]),
-                    _ => None,
-                };
-                narrowed(&mut w[self.unit * k..][..len], master, &mut scratch[..len], job.rounding(), param_key, run);
-            }
-            ElementsMut::F64(_) => {}
+            ElementsMut::BF16(w) => match &mut self.master {
+                Some(MasterMut::Rest(rest)) => split(scratch, &mut w[range.clone()], &mut rest[range]),
+                _ => narrow(scratch, &mut w[range], job.rounding(), param_key),
+            },
+            ElementsMut::F16(w) => match &mut self.master {
+                Some(MasterMut::Copy(copy)) => split(scratch, &mut w[range.clone()], &mut copy[range]),
+                _ => narrow(scratch, &mut w[range], job.rounding(), param_key),
+            },
+            ElementsMut::F32(_) | ElementsMut::F64(_) => {}
         }
     }
 }
@@ -489,41 +498,41 @@ impl<F: Format> CodedMut<'_, F> {
     }
 }
 
-/// Widens parameters of 16 bits, updates them, and rounds them again.
+/// Widens parameters of 16 bits.
 #[inline(always)]
-fn narrowed<H: Half>(
-    params: &mut [H],
-    master: Option<&mut [H::Rest]>,
-    scratch: &mut [f32],
-    rounding: Rounding,
-    key: u32,
-    mut update: impl FnMut(&mut [f32]),
-) {
-    if let Some(rest) = master {
-        for ((w, param), rest) in scratch.iter_mut().zip(&*params).zip(&*rest) {
-            *w = param.join(*rest);
-        }
-        update(scratch);
-        for ((w, param), rest) in scratch.iter().zip(params).zip(rest) {
-            (*param, *rest) = H::split(*w);
-        }
-        return;
-    }
-    for (w, param) in scratch.iter_mut().zip(&*params) {
+fn widen<H: Half>(params: &[H], wide: &mut [f32]) {
+    for (w, param) in wide.iter_mut().zip(params) {
         *w = param.widen();
     }
-    update(scratch);
-    match rounding {
-        Rounding::Stochastic => {
-            for ((w, param), i) in scratch.iter().zip(params).zip(0u32..) {
-                *param = H::stochastic(*w, random(key, i));
-            }
+}
+
+/// Puts masters together.
+#[inline(always)]
+fn join<H: Half>(params: &[H], rests: &[H::Rest], wide: &mut [f32]) {
+    for ((w, param), rest) in wide.iter_mut().zip(params).zip(rests) {
+        *w = param.join(*rest);
+    }
+}
+
+/// Rounds to parameters of 16 bits.
+#[inline(always)]
+fn narrow<H: Half>(wide: &[f32], params: &mut [H], rounding: Rounding, key: u32) {
+    if rounding == Rounding::Stochastic {
+        for ((w, param), i) in wide.iter().zip(params).zip(0u32..) {
+            *param = H::of_bits(H::stochastic(*w, random(key, i)));
         }
-        Rounding::Nearest | Rounding::Master => {
-            for (w, param) in scratch.iter().zip(params) {
-                *param = H::narrow(*w);
-            }
+    } else {
+        for (w, param) in wide.iter().zip(params) {
+            *param = H::narrow(*w);
         }
+    }
+}
+
+/// Takes masters apart.
+#[inline(always)]
+fn split<H: Half>(wide: &[f32], params: &mut [H], rests: &mut [H::Rest]) {
+    for ((w, param), rest) in wide.iter().zip(params).zip(rests) {
+        (*param, *rest) = H::split(*w);
     }
 }
 
