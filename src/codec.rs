@@ -81,7 +81,7 @@ impl Encoding {
 
     pub(crate) fn limits(&self) -> Limits {
         let limit = self.limit as f32;
-        Limits { limit, per_code: limit / Q8::LARGEST, codes: Q8::LARGEST / limit }
+        Limits { limit, per_code: limit / Q8::LARGEST, codes: Q8::LARGEST / limit * TWO_32 }
     }
 }
 
@@ -94,10 +94,12 @@ pub(crate) fn largest_ratio(beta1: f64, beta2: f64) -> f64 {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
     limit: f32,
-    /// What a code of [`Q8`] stands for, and its reciprocal.
+    /// What a code of [`Q8`] stands for, and its reciprocal in units of 2^-32.
     per_code: f32,
     codes: f32,
 }
+
+const TWO_32: f32 = 4_294_967_296.0;
 
 /// By how much a unit's logarithm falls in update `t`: `octaves = -log2(beta2)`, rounded down or up at random, so that the
 /// error of any number of updates stays that of a random walk: 3e-6 of u after 20,000 of them, 2e-5 after a million.
@@ -162,6 +164,11 @@ pub(crate) trait Moment<A: Arithmetic> {
     /// m, from what is stored and from `u + eps`.
     fn decode(stored: A, denominator: A) -> A;
 
+    /// What is stored in units of [`plain_unit`](Self::plain_unit), if it is not NaN.
+    fn load_plain(code: Self::Code) -> A;
+
+    fn plain_unit(limits: &Limits) -> A;
+
     /// The code of m, where `ratio` is `m / (u + eps)`.
     fn encode(m: A, ratio: A, limits: &Limits, random: u32) -> Self::Wide;
 
@@ -187,6 +194,16 @@ impl<A: Arithmetic + Pod> Moment<A> for Plain {
     #[inline(always)]
     fn decode(stored: A, _: A) -> A {
         stored
+    }
+
+    #[inline(always)]
+    fn load_plain(code: A) -> A {
+        code
+    }
+
+    #[inline(always)]
+    fn plain_unit(_: &Limits) -> A {
+        A::from_f64(1.0)
     }
 
     #[inline(always)]
@@ -226,7 +243,7 @@ pub(crate) trait Format: Moment<f32> + 'static {
     fn norm(code: u32) -> f32;
 
     /// Of codes that are neither infinite nor NaN.
-    fn plain_norm(code: u32) -> f32;
+    fn norm_plain(code: Self::Norm) -> f32;
 
     /// The code of v, which is not negative; what is above zero is at least the smallest v.
     fn encode_norm(v: f32) -> u32;
@@ -271,13 +288,23 @@ macro_rules! halves {
             }
 
             #[inline(always)]
+            fn load_plain(code: u16) -> f32 {
+                <$half as Half>::widen_bits(u32::from(code))
+            }
+
+            #[inline(always)]
+            fn plain_unit(_: &Limits) -> f32 {
+                1.0
+            }
+
+            #[inline(always)]
             fn encode(m: f32, ratio: f32, _: &Limits, random: u32) -> u32 {
                 <$half as Half>::stochastic(storable(m, ratio), random)
             }
 
             #[inline(always)]
             fn encode_plain(_: f32, ratio: f32, _: &Limits, random: u32) -> u32 {
-                <$half as Half>::stochastic(ratio, random)
+                <$half as Half>::stochastic_plain(ratio, random)
             }
 
             #[inline(always)]
@@ -304,8 +331,8 @@ macro_rules! halves {
             }
 
             #[inline(always)]
-            fn plain_norm(code: u32) -> f32 {
-                <$half as Half>::widen_bits(code)
+            fn norm_plain(code: u16) -> f32 {
+                <$half as Half>::widen_bits(u32::from(code))
             }
 
             #[inline(always)]
@@ -316,7 +343,7 @@ macro_rules! halves {
 
             #[inline(always)]
             fn round_plain_norm(v: f32) -> (f32, u32) {
-                let code = Self::encode_norm(v);
+                let code = <$half as Half>::nearest_plain(v);
                 (<$half as Half>::widen_bits(code), code)
             }
 
@@ -374,9 +401,18 @@ impl Moment<f32> for Q8 {
 
     #[inline(always)]
     fn load(code: i8, limits: &Limits) -> f32 {
-        let code = i32::from(code);
-        let ratio = code as f32 * limits.per_code;
-        if code == Self::NAN { f32::NAN } else { ratio }
+        let ratio = Self::load_plain(code) * limits.per_code;
+        if i32::from(code) == Self::NAN { f32::NAN } else { ratio }
+    }
+
+    #[inline(always)]
+    fn load_plain(code: i8) -> f32 {
+        i32::from(code) as f32
+    }
+
+    #[inline(always)]
+    fn plain_unit(limits: &Limits) -> f32 {
+        limits.per_code
     }
 
     #[inline(always)]
@@ -401,7 +437,8 @@ impl Moment<f32> for Q8 {
     #[inline(always)]
     fn encode_plain(_: f32, ratio: f32, limits: &Limits, random: u32) -> u32 {
         // f32 has no places behind the point from 2^23 on: the addition rounds, and its last byte is the whole number.
-        const ROUND: f32 = 12_582_912.0;
+        // Here the point is 32 places higher, where the random numbers have it.
+        const ROUND: f32 = 12_582_912.0 * TWO_32;
         ((ratio * limits.codes + centered(random)) + ROUND).to_bits()
     }
 }
@@ -422,12 +459,12 @@ impl Format for Q8 {
     #[inline(always)]
     fn norm(code: u32) -> f32 {
         let special = if code == Self::INFINITE { f32::INFINITY } else { f32::NAN };
-        if code > Self::FINITE { special } else { Self::plain_norm(code) }
+        if code > Self::FINITE { special } else { f32::from_bits((code + Self::LOWEST_BITS) << 20) }
     }
 
     #[inline(always)]
-    fn plain_norm(code: u32) -> f32 {
-        f32::from_bits((code + Self::LOWEST_BITS) << 20)
+    fn norm_plain(code: u8) -> f32 {
+        f32::from_bits((u32::from(code) + Self::LOWEST_BITS) << 20)
     }
 
     #[inline(always)]
@@ -483,15 +520,14 @@ pub(crate) fn update_block<F: Format>(
     let (moved, rebase) = move_unit::<F>(*log, codes.shrink, largest.finite);
     let (before, after) = (scale_of(*log), scale_of(moved));
     let block = Block { c, limits: &codes.limits, key, before, after, rebase };
-    // Nothing is divided by zero, since u is at least its smallest code; and no code is above the largest one.
-    let no_zero = c.eps_outside > 0.0 || after * F::SMALLEST >= f32::MIN_POSITIVE;
-    let is_plain = rebase == 1.0 && largest.is_all && largest.finite < 1e38 && no_zero && c.l2 == 0.0;
-    let is_plain =
-        is_plain && c.clamp == f32::INFINITY && !norms.iter().fold(false, |any, norm| any | F::is_special(*norm));
-    match (is_plain, c.decay == 0.0) {
-        (true, true) => block.update::<F, false, false>(params, grads, moments, norms),
-        (true, false) => block.update::<F, false, true>(params, grads, moments, norms),
-        (false, _) => block.update::<F, true, true>(params, grads, moments, norms),
+    if block.is_plain::<F>(&largest, norms) {
+        if c.decay == 0.0 {
+            block.update_plain::<F, false>(params, grads, moments, norms);
+        } else {
+            block.update_plain::<F, true>(params, grads, moments, norms);
+        }
+    } else {
+        block.update::<F>(params, grads, moments, norms);
     }
     *log = moved;
 }
@@ -539,41 +575,66 @@ struct Block<'c> {
 }
 
 impl Block<'_> {
-    /// With `CHECKED` there may be infinities, NaN, zeros to divide by, and every term of the formula; without, nothing
-    /// looks for them, and weights decay if `DECAYS`. Where there are none, all give the same bits.
+    /// Whether [`update_plain`](Self::update_plain) may be used.
     #[inline(always)]
-    fn update<F: Format, const CHECKED: bool, const DECAYS: bool>(
+    fn is_plain<F: Format>(&self, largest: &Largest, norms: &[F::Norm]) -> bool {
+        /// Products of three numbers of this range are numbers of f32's range.
+        const MIDDLE: std::ops::Range<f32> = 1e-12..1e12;
+        let Self { c, after, rebase, .. } = *self;
+        let has_no_terms = c.l2 == 0.0 && c.clamp == f32::INFINITY && MIDDLE.contains(&c.grad_scale.abs());
+        // Nothing is divided by zero, since u is at least its smallest code.
+        let no_zero = c.eps_outside > 0.0 || F::SMALLEST > 0.0;
+        let in_range = rebase == 1.0 && largest.is_all && largest.finite < 1e12 && MIDDLE.contains(&after);
+        has_no_terms && no_zero && in_range && !norms.iter().fold(false, |any, norm| any | F::is_special(*norm))
+    }
+
+    /// Any case: with every term of the formula, infinities, NaN, zeros to divide by, and a unit that has moved.
+    #[inline(always)]
+    fn update<F: Format>(&self, params: &mut [f32], grads: &[f32], moments: &mut [F::Code], norms: &mut [F::Norm]) {
+        let Self { c, limits, key, before, after, rebase } = *self;
+        let per_unit = F::UP / after;
+        let streams = params.iter_mut().zip(grads).zip(moments).zip(norms);
+        for ((((w, grad), moment), norm), i) in streams.zip(0u32..) {
+            let stored = F::norm(F::widen_norm(*norm));
+            let m = F::decode(F::load(*moment, limits), stored * before + c.eps_outside);
+            let g = rule::gradient(c, *w, *grad);
+            let m = rule::first_moment(c, m, g);
+            let code = F::encode_norm(rule::maximum(stored * rebase, rule::seen(c, g) * per_unit));
+            let ratio = F::bound(rule::ratio(c, m, F::norm(code) * after), limits);
+            *w = rule::apply(c, *w, ratio);
+            *moment = F::narrow(F::encode(m, ratio, limits, random(key, i)));
+            *norm = F::narrow_norm(code);
+        }
+    }
+
+    /// The same where nothing of that is, which is nearly everywhere: constants are multiplied beforehand, and nothing looks
+    /// for what is not there. A rounding apart from [`update`](Self::update).
+    #[inline(always)]
+    fn update_plain<F: Format, const DECAYS: bool>(
         &self,
         params: &mut [f32],
         grads: &[f32],
         moments: &mut [F::Code],
         norms: &mut [F::Norm],
     ) {
-        let Self { c, limits, key, before, after, rebase } = *self;
+        let Self { c, limits, key, before, after, .. } = *self;
         let per_unit = F::UP / after;
+        // beta1 * m of a code of 1 is `v * unit_m + eps_m`.
+        let (unit_m, eps_m) =
+            (before * F::plain_unit(limits) * c.beta1, c.eps_outside * F::plain_unit(limits) * c.beta1);
+        let scale_m = c.grad_scale * c.one_minus_beta1;
+        let (scale_v, eps_v) = (c.grad_scale.abs() * per_unit, c.eps_inside * per_unit);
         let streams = params.iter_mut().zip(grads).zip(moments).zip(norms);
         for ((((w, grad), moment), norm), i) in streams.zip(0u32..) {
-            let code = F::widen_norm(*norm);
-            let stored = if CHECKED { F::norm(code) } else { F::plain_norm(code) };
-            let m = F::decode(F::load(*moment, limits), stored * before + c.eps_outside);
-            let g = if CHECKED { rule::gradient(c, *w, *grad) } else { *grad * c.grad_scale };
-            let m = rule::first_moment(c, m, g);
-            let kept = if CHECKED { stored * rebase } else { stored };
-            let seen = rule::seen(c, g) * per_unit;
-            if CHECKED {
-                let code = F::encode_norm(rule::maximum(kept, seen));
-                let ratio = F::bound(rule::ratio(c, m, F::norm(code) * after), limits);
-                *w = rule::apply(c, *w, ratio);
-                *moment = F::narrow(F::encode(m, ratio, limits, random(key, i)));
-                *norm = F::narrow_norm(code);
-            } else {
-                let (v, code) = F::round_plain_norm(if kept > seen { kept } else { seen });
-                let ratio = F::bound(m / (v * after + c.eps_outside), limits);
-                let kept_w = if DECAYS { *w - c.decay * *w } else { *w };
-                *w = kept_w - c.step_size * ratio;
-                *moment = F::narrow(F::encode_plain(m, ratio, limits, random(key, i)));
-                *norm = F::narrow_norm(code);
-            }
+            let kept = F::norm_plain(*norm);
+            let m = F::load_plain(*moment) * (kept * unit_m + eps_m) + *grad * scale_m;
+            let seen = grad.abs() * scale_v + eps_v;
+            let (v, code) = F::round_plain_norm(if kept > seen { kept } else { seen });
+            let ratio = F::bound(m / (v * after + c.eps_outside), limits);
+            let w_kept = if DECAYS { *w - c.decay * *w } else { *w };
+            *w = w_kept - c.step_size * ratio;
+            *moment = F::narrow(F::encode_plain(m, ratio, limits, random(key, i)));
+            *norm = F::narrow_norm(code);
         }
     }
 }

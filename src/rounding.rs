@@ -45,19 +45,18 @@ pub(crate) fn key_of(name: &str) -> u64 {
 
 /// 32 random bits for element `i` of the block that has this key; the upper ones are the better ones.
 ///
-/// Two rounds of multiplication, as few as leave no pattern that a mean over neighbors or over updates would show (see the
-/// tests): a random number for each element is a good part of what an update in few bits costs.
+/// Weyl's sequence and one round of multiplication, as little as leaves no pattern that a mean over neighbors or over
+/// updates would show (see the tests): these numbers are a good part of what an update in few bits costs.
 #[inline(always)]
 pub(crate) fn random(key: u32, i: u32) -> u32 {
-    let x = key.wrapping_add(i).wrapping_mul(0x9e37_79b1);
-    let x = (x ^ (x >> 15)).wrapping_mul(0x846c_a68b);
-    x ^ (x >> 16)
+    let x = key.wrapping_add(i.wrapping_mul(0x9e37_79b1));
+    (x ^ (x >> 15)).wrapping_mul(0x846c_a68b)
 }
 
-/// A random number between -0.5 and 0.5, from all bits of another; 0 from 0.
+/// A random number between -2^31 and 2^31.
 #[inline(always)]
 pub(crate) fn centered(random: u32) -> f32 {
-    random as i32 as f32 * (1.0 / 4_294_967_296.0)
+    random as i32 as f32
 }
 
 /// A type of 16 bits that f32 is rounded to.
@@ -74,6 +73,12 @@ pub(crate) trait Half: Element<Acc = f32> {
     /// The bits of a neighbor, up or down, so that the mean over `random` is `x`. What is exact stays exact, and a NaN a
     /// NaN.
     fn stochastic(x: f32, random: u32) -> u32;
+
+    /// The same of a number that is not NaN.
+    fn stochastic_plain(x: f32, random: u32) -> u32;
+
+    /// The bits of a nearest value of a number above zero and in the range: ties are rounded up.
+    fn nearest_plain(x: f32) -> u32;
 
     /// The value of bits whose upper half is zero.
     fn of_bits(bits: u32) -> Self;
@@ -105,10 +110,18 @@ impl Half for bf16 {
 
     #[inline(always)]
     fn stochastic(x: f32, random: u32) -> u32 {
-        let bits = x.to_bits();
-        let rounded = bits.wrapping_add(random >> 16) >> 16;
-        let nan = (bits >> 16) | 0x0040;
-        if x.is_nan() { nan } else { rounded }
+        let nan = (x.to_bits() >> 16) | 0x0040;
+        if x.is_nan() { nan } else { Self::stochastic_plain(x, random) }
+    }
+
+    #[inline(always)]
+    fn stochastic_plain(x: f32, random: u32) -> u32 {
+        x.to_bits().wrapping_add(random >> 16) >> 16
+    }
+
+    #[inline(always)]
+    fn nearest_plain(x: f32) -> u32 {
+        x.to_bits().wrapping_add(0x8000) >> 16
     }
 
     #[inline(always)]
@@ -125,6 +138,22 @@ impl Half for bf16 {
     fn join(self, rest: i16) -> f32 {
         f32::from_bits((u32::from(self.to_bits()) << 16).wrapping_add(i32::from(rest) as u32))
     }
+}
+
+/// From f32's bias to f16's.
+const F16_BIAS: u32 = 15u32.wrapping_sub(127) << 23;
+/// f16's smallest normal number, 2^-14, in f32's bits.
+const F16_NORMAL: u32 = 0x3880_0000;
+const TWO_23: f32 = 8_388_608.0;
+const TWO_24: f32 = 16_777_216.0;
+
+/// The bits of a subnormal f16 beside `x`, which is not negative: in units of 2^-24, a random number less one half is added,
+/// and f32's own end rounds the sum to a whole number.
+#[inline(always)]
+fn subnormal(x: f32, random: u32) -> u32 {
+    let noise = centered(random ^ (1 << 31)) * (1.0 / 4_294_967_296.0);
+    let units = x * TWO_24 + noise;
+    ((if units > 0.0 { units } else { 0.0 }) + TWO_23).to_bits() & 0x7ff
 }
 
 impl Half for f16 {
@@ -148,19 +177,30 @@ impl Half for f16 {
     #[inline(always)]
     fn stochastic(x: f32, random: u32) -> u32 {
         const OVERFLOW: u32 = 0x4780_0000; // 2^16
-        const SMALLEST_NORMAL: u32 = 0x3880_0000; // 2^-14
-        const TWO_23: f32 = 8_388_608.0;
-        let sign = (x.to_bits() >> 16) & 0x8000;
         let magnitude = x.to_bits() & 0x7fff_ffff;
-        let normal = magnitude.wrapping_add(15u32.wrapping_sub(127) << 23).wrapping_add(random >> 19) >> 13;
-        // In units of 2^-24: a random number less one half added, and rounded to a whole number by f32's own end.
-        let units = f32::from_bits(magnitude) * 16_777_216.0;
-        let subnormal = ((units + centered(random)).max(0.0) + TWO_23).to_bits() & 0x7ff;
-        let whole = (units + TWO_23) - TWO_23 == units;
-        let subnormal = if whole { (units + TWO_23).to_bits() & 0x7ff } else { subnormal };
-        let finite = if magnitude < SMALLEST_NORMAL { subnormal } else { normal };
+        let sign = (x.to_bits() >> 16) & 0x8000;
+        // A whole number of the smallest steps stays one.
+        let units = f32::from_bits(magnitude) * TWO_24;
+        let is_whole = magnitude < F16_NORMAL && (units + TWO_23) - TWO_23 == units;
+        let random = if is_whole { 1 << 31 } else { random };
+        let finite = Self::stochastic_plain(f32::from_bits(magnitude), random);
         let special = if magnitude > 0x7f80_0000 { 0x7e00 } else { 0x7c00 };
         sign | if magnitude >= OVERFLOW { special } else { finite }
+    }
+
+    #[inline(always)]
+    fn stochastic_plain(x: f32, random: u32) -> u32 {
+        let sign = (x.to_bits() >> 16) & 0x8000;
+        let magnitude = x.to_bits() & 0x7fff_ffff;
+        let normal = magnitude.wrapping_add(F16_BIAS).wrapping_add(random >> 19) >> 13;
+        sign | if magnitude < F16_NORMAL { subnormal(f32::from_bits(magnitude), random) } else { normal }
+    }
+
+    #[inline(always)]
+    fn nearest_plain(x: f32) -> u32 {
+        let normal = x.to_bits().wrapping_add(F16_BIAS + 0x1000) >> 13;
+        let subnormal = (x + 0.5).to_bits().wrapping_sub(0.5f32.to_bits());
+        if x.to_bits() < F16_NORMAL { subnormal } else { normal }
     }
 
     #[inline(always)]
