@@ -260,6 +260,13 @@ pub(crate) trait Format: Moment<f32> + 'static {
     fn bound(ratio: f32, limits: &Limits) -> f32;
 }
 
+/// m, from the quotient; not above what is finite where u is not, though the quotient may have been rounded up.
+#[inline(always)]
+fn moment_of(ratio: f32, denominator: f32) -> f32 {
+    let m = ratio * denominator;
+    if denominator < f32::INFINITY { rule::clamp(m, f32::MAX) } else { m }
+}
+
 /// What is stored of m: the quotient. Where both are infinite that is NaN, and the sign is stored instead, times which u
 /// is m again.
 #[inline(always)]
@@ -284,7 +291,7 @@ macro_rules! halves {
 
             #[inline(always)]
             fn decode(stored: f32, denominator: f32) -> f32 {
-                stored * denominator
+                moment_of(stored, denominator)
             }
 
             #[inline(always)]
@@ -337,8 +344,10 @@ macro_rules! halves {
 
             #[inline(always)]
             fn encode_norm(v: f32) -> u32 {
-                let code = <$half as Half>::nearest(v);
-                if v > 0.0 && code == 0 { 1 } else { code }
+                let finite = <$half as Half>::nearest_plain(v);
+                // A bf16 has a smallest value that f32 can be below.
+                let finite = if v > 0.0 && finite == 0 { 1 } else { finite };
+                if v < f32::INFINITY { finite } else { <$half as Half>::nearest(v) }
             }
 
             #[inline(always)]
@@ -384,7 +393,7 @@ impl Q8 {
     /// The code of a quotient that is NaN.
     const NAN: i32 = -128;
     /// Codes of v: `2^(code >> 3) * (1 + (code & 7) / 8)` in units of `2^-LOWEST`, up to FINITE, then infinity and NaN. There is
-    /// no zero: where no gradient was, m is zero, and then it does not matter what u is.
+    /// no zero: where no gradient has been, m is zero, and then it does not matter what u is.
     const LOWEST: u32 = 31;
     const FINITE: u32 = 253;
     const INFINITE: u32 = 254;
@@ -417,7 +426,7 @@ impl Moment<f32> for Q8 {
 
     #[inline(always)]
     fn decode(stored: f32, denominator: f32) -> f32 {
-        stored * denominator
+        moment_of(stored, denominator)
     }
 
     #[inline(always)]
@@ -724,6 +733,15 @@ pub(crate) fn pay_row<A: Arithmetic, M: Moment<A>>(
     *norm = after;
 }
 
+/// The code of v in a unit that is some octaves larger.
+pub(crate) fn in_unit<F: Format>(code: F::Norm, before: u32, after: u32) -> F::Norm {
+    let octaves = i64::from((after - before) >> POINT);
+    match octaves {
+        0 => code,
+        _ => F::narrow_norm(F::encode_norm(F::norm(F::widen_norm(code)) * power_of_two(-octaves))),
+    }
+}
+
 /// m and u of a block.
 pub(crate) fn decode_block<F: Format>(
     encoding: &Encoding,
@@ -733,10 +751,7 @@ pub(crate) fn decode_block<F: Format>(
     let (scale, limits) = (scale_of(log), encoding.limits());
     for (moment, norm) in moments.iter().zip(norms) {
         let u = F::norm(F::widen_norm(*norm)) * scale;
-        let m = F::decode(F::load(*moment, &limits), u + encoding.eps_outside as f32);
-        // Formats without a zero have its code for u where nothing has been yet.
-        let is_zero = m == 0.0 && F::widen_norm(*norm) == 0;
-        put(m, if is_zero { 0.0 } else { u });
+        put(F::decode(F::load(*moment, &limits), u + encoding.eps_outside as f32), u);
     }
 }
 

@@ -77,7 +77,8 @@ pub(crate) trait Half: Element<Acc = f32> {
     /// The same of a number that is not NaN.
     fn stochastic_plain(x: f32, random: u32) -> u32;
 
-    /// The bits of a nearest value of a number above zero and in the range: ties are rounded up.
+    /// The bits of a nearest value of a number in the range that is not negative; ties, and what would be a subnormal, are
+    /// rounded up.
     fn nearest_plain(x: f32) -> u32;
 
     /// The value of bits whose upper half is zero.
@@ -199,7 +200,9 @@ impl Half for f16 {
     #[inline(always)]
     fn nearest_plain(x: f32) -> u32 {
         let normal = x.to_bits().wrapping_add(F16_BIAS + 0x1000) >> 13;
-        let subnormal = (x + 0.5).to_bits().wrapping_sub(0.5f32.to_bits());
+        let rounded = x + 0.5;
+        let up = u32::from(rounded - 0.5 < x);
+        let subnormal = rounded.to_bits().wrapping_sub(0.5f32.to_bits()) + up;
         if x.to_bits() < F16_NORMAL { subnormal } else { normal }
     }
 

@@ -27,8 +27,13 @@ impl Layout {
     pub(crate) fn of(var: &Tensor, dtype: StateDType, by_rows: bool, rowwise: bool, encoding: Encoding) -> Self {
         // The moments of f64 are f64.
         let dtype = if arithmetic(var.dtype()) == DType::F64 { StateDType::F32 } else { dtype };
-        // Moments as they are have no units.
+        // Moments as they are have no units, and nothing depends on what only some codes depend on.
         let by_rows = by_rows && dtype != StateDType::F32;
+        let encoding = match dtype {
+            StateDType::F32 => Encoding { eps_outside: 0.0, limit: f64::INFINITY },
+            StateDType::BF16 | StateDType::F16 => Encoding { limit: f64::INFINITY, ..encoding },
+            StateDType::Q8 => encoding,
+        };
         Self { dtype, unit: if by_rows || rowwise { row_unit(var) } else { BLOCK }, by_rows, rowwise, encoding }
     }
 }
@@ -68,6 +73,16 @@ pub(crate) enum Norms<F: Format> {
     Each { codes: Pages<F::Norm>, logs: Pages<u32> },
     /// One for each row.
     Shared(Pages<f32>),
+}
+
+impl<F: Format> Norms<F> {
+    /// u of element `i`.
+    fn value(&self, i: usize, layout: &Layout) -> f32 {
+        match self {
+            Self::Each { codes, logs } => F::norm(F::widen_norm(codes[i])) * codec::scale_of(logs[i / layout.unit]),
+            Self::Shared(norms) => norms[i / layout.unit],
+        }
+    }
 }
 
 impl<F: Format> Coded<F> {
@@ -132,6 +147,44 @@ impl<F: Format> Coded<F> {
                         *code = codec::encode_moment::<F>(m, norms[block] + eps, &limits);
                     }
                 }
+            }
+        }
+        coded
+    }
+
+    /// The same codes for another layout of the same format. Norms are not rounded again: where units are merged, they
+    /// are some octaves apart, since all units of a variable shrink alike before it becomes a table.
+    fn rebuilt(&self, from: &Layout, to: &Layout) -> Self {
+        let n = self.moments.len();
+        let mut coded = Self::zeros(n, to);
+        if let (Norms::Each { codes, logs }, Norms::Each { codes: new_codes, logs: new_logs }) =
+            (&self.norms, &mut coded.norms)
+        {
+            for (unit, new_codes) in new_codes.chunks_mut(to.unit).enumerate() {
+                let start = unit * to.unit;
+                let covered = start / from.unit..(start + new_codes.len()).div_ceil(from.unit);
+                let log = covered.map(|unit| logs[unit]).max().unwrap_or(0);
+                for (new, i) in new_codes.iter_mut().zip(start..) {
+                    *new = codec::in_unit::<F>(codes[i], logs[i / from.unit], log);
+                }
+                if log != 0 {
+                    new_logs[unit] = log;
+                }
+            }
+        }
+        if let (Norms::Shared(norms), Norms::Shared(new)) = (&self.norms, &mut coded.norms) {
+            *new = Pages::of(norms);
+        }
+        if from.encoding == to.encoding {
+            coded.moments = Pages::of(&self.moments);
+            return coded;
+        }
+        let (before, after) = (from.encoding.limits(), to.encoding.limits());
+        for i in 0..n {
+            let u = self.norms.value(i, from);
+            let m = F::decode(F::load(self.moments[i], &before), u + from.encoding.eps_outside as f32);
+            if m != 0.0 {
+                coded.moments[i] = codec::encode_moment::<F>(m, u + to.encoding.eps_outside as f32, &after);
             }
         }
         coded
@@ -223,6 +276,17 @@ impl Moments {
         {
             let stored = Stored::Full { exp_avg: exp_avg.copied()?, exp_inf: exp_inf.copied()? };
             return Ok(Self { layout: *layout, stored });
+        }
+        if self.layout.dtype == layout.dtype && self.layout.rowwise == layout.rowwise {
+            let stored = match &self.stored {
+                Stored::BF16(coded) => Some(Stored::BF16(coded.rebuilt(&self.layout, layout))),
+                Stored::F16(coded) => Some(Stored::F16(coded.rebuilt(&self.layout, layout))),
+                Stored::Q8(coded) => Some(Stored::Q8(coded.rebuilt(&self.layout, layout))),
+                Stored::Full { .. } => None,
+            };
+            if let Some(stored) = stored {
+                return Ok(Self { layout: *layout, stored });
+            }
         }
         let (exp_avg, exp_inf) = self.decode()?;
         let stored = match (layout.dtype, &exp_avg, &exp_inf) {
