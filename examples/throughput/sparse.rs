@@ -7,16 +7,19 @@ use std::io::Write;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use candle_adamax::{Adamax, Embedding, ParamsAdamax};
+use candle_adamax::{Adamax, Embedding, ParamsAdamax, SparseUpdate};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{AdamW, Linear, Module, Optimizer, ParamsAdamW};
+use clap::ValueEnum;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde::Serialize;
 
 use crate::memory::{available_memory, peak_memory};
 use crate::support::rows::{Rows, Touched};
-use crate::{ADAMW, AFTER_ADAMW, MEMORY, OURS, median};
+use crate::{ADAMW, AFTER_ADAMW, MEMORY, OURS, State, median, of_neighbors};
+
+const LAZY: &str = "lazy, f32";
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -32,9 +35,38 @@ pub(crate) struct Args {
     /// How often each is timed, after some steps to warm up.
     #[arg(long, default_value_t = 30)]
     rounds: usize,
+    /// How moments are stored.
+    #[arg(long, value_enum, default_value = "f32")]
+    state: State,
+    /// What becomes of rows without a gradient. `exact`, or moments other than f32, are timed beside `lazy` with f32, and
+    /// the memory is left out.
+    #[arg(long, value_enum, default_value = "lazy")]
+    sparse: Sparse,
     /// Leave candle's dense way out, which takes seconds a step and a dozen tables of memory.
     #[arg(long)]
     no_dense: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Sparse {
+    Lazy,
+    Exact,
+}
+
+impl Args {
+    /// The settings that were asked for.
+    fn params(&self) -> ParamsAdamax {
+        let sparse_update = match self.sparse {
+            Sparse::Lazy => SparseUpdate::Lazy,
+            Sparse::Exact => SparseUpdate::Exact,
+        };
+        ParamsAdamax { sparse_update, state_dtype: self.state.into(), ..ParamsAdamax::default() }
+    }
+
+    /// Whether those are the plain ones.
+    fn is_plain(&self) -> bool {
+        self.sparse == Sparse::Lazy && matches!(self.state, State::F32)
+    }
 }
 
 /// Steps before anything is timed: they touch most large pages of the moments.
@@ -54,13 +86,65 @@ struct Line {
     case: &'static str,
     implementation: &'static str,
     median_ms: f64,
-    /// The time in terms of the memory's.
-    per_memory: f64,
+    /// The time in terms of the memory's, or of lazy rows with f32 moments.
+    per_other: f64,
     rows: usize,
     dim: usize,
     batch: usize,
     rounds: usize,
     threads: usize,
+}
+
+impl<E: Module, O: Optimizer> Model<E, O> {
+    /// Some steps before anything is timed; how many rows the last one touched.
+    fn warm_up(&mut self, batches: &mut Batches) -> Result<usize> {
+        let mut touched = 0;
+        for _ in 0..WARM_UP {
+            let ids = batches.draw();
+            touched = Touched::of(&ids).len();
+            self.whole(&Tensor::new(ids, &Device::Cpu)?)?;
+        }
+        Ok(touched)
+    }
+
+    /// Times every case once, with ids of its own.
+    fn draw_and_time(&mut self, batches: &mut Batches, times: &mut Times) -> Result<()> {
+        let mut draw = || Tensor::new(batches.draw(), &Device::Cpu);
+        let tensors = [draw()?, draw()?, draw()?];
+        self.round(tensors.each_ref(), times)
+    }
+}
+
+/// The memory's own speed.
+struct Memory {
+    rows: Rows,
+    grads: Vec<f32>,
+}
+
+impl Memory {
+    fn new(args: &Args, batches: &mut Batches) -> Result<Self> {
+        let mut memory = Self { rows: Rows::new(args.rows, args.dim)?, grads: vec![0.5; args.batch * args.dim] };
+        for _ in 0..WARM_UP {
+            memory.rows.update(&Touched::of(&batches.draw()), &memory.grads);
+        }
+        Ok(memory)
+    }
+
+    fn time(&mut self, batches: &mut Batches, times: &mut Times) -> Result<()> {
+        let ids = batches.draw();
+        times[0].push(milliseconds(|| {
+            self.rows.look_up(&ids);
+            Ok(())
+        })?);
+        let rows = Touched::of(&batches.draw());
+        let update = milliseconds(|| {
+            self.rows.update(&rows, &self.grads);
+            Ok(())
+        })?;
+        times[1].push(update);
+        times[2].push(update);
+        Ok(())
+    }
 }
 
 /// Milliseconds of each round, for each of the [`CASES`].
@@ -101,10 +185,10 @@ fn vars(args: &Args) -> Result<[Var; 3]> {
 }
 
 impl Model<Embedding, Adamax> {
-    fn ours(args: &Args) -> Result<Self> {
+    fn ours(args: &Args, params: ParamsAdamax) -> Result<Self> {
         let vars = vars(args)?;
         let embedding = Embedding::new(vars[0].as_tensor().clone())?;
-        Self::new(args, vars, embedding, |vars| Adamax::new(vars, ParamsAdamax::default()))
+        Self::new(args, vars, embedding, |vars| Adamax::new(vars, params))
     }
 }
 
@@ -164,55 +248,39 @@ pub(crate) fn run(args: &Args, json: bool) -> Result<()> {
     let table_bytes = (args.rows as u64).saturating_mul(4 * args.dim as u64);
     ensure!(isize::try_from(4 * table_bytes).is_ok(), "--rows: a table of {table_bytes} bytes does not fit");
     let mut batches = Batches::new(args);
-    let tensor = |ids: &[u32]| Tensor::new(ids, &Device::Cpu);
-
-    let mut ours = Model::ours(args)?;
-    let mut touched = 0;
-    for _ in 0..WARM_UP {
-        let ids = batches.draw();
-        touched = Touched::of(&ids).len();
-        ours.whole(&tensor(&ids)?)?;
-    }
-    // Before the memory's own arrays are there.
+    let mut ours = Model::ours(args, args.params())?;
+    let touched = ours.warm_up(&mut batches)?;
+    // Before anybody else's arrays are there.
     let peak = peak_memory();
-
-    let mut memory = Rows::new(args.rows, args.dim)?;
-    let grads = vec![0.5f32; args.batch * args.dim];
-    for _ in 0..WARM_UP {
-        memory.update(&Touched::of(&batches.draw()), &grads);
+    let (mut our_times, mut other_times) = (Times::default(), Times::default());
+    if args.is_plain() {
+        let mut memory = Memory::new(args, &mut batches)?;
+        for _ in 0..args.rounds {
+            ours.draw_and_time(&mut batches, &mut our_times)?;
+            memory.time(&mut batches, &mut other_times)?;
+        }
+    } else {
+        let mut lazy = Model::ours(args, ParamsAdamax::default())?;
+        lazy.warm_up(&mut batches)?;
+        for _ in 0..args.rounds {
+            ours.draw_and_time(&mut batches, &mut our_times)?;
+            lazy.draw_and_time(&mut batches, &mut other_times)?;
+        }
     }
-    let (mut our_times, mut memory_times) = (Times::default(), Times::default());
-    for _ in 0..args.rounds {
-        let ids = [(); 3].map(|()| batches.draw());
-        let tensors = [tensor(&ids[0])?, tensor(&ids[1])?, tensor(&ids[2])?];
-        ours.round(tensors.each_ref(), &mut our_times)?;
-        let ids = batches.draw();
-        memory_times[0].push(milliseconds(|| {
-            memory.look_up(&ids);
-            Ok(())
-        })?);
-        let rows = Touched::of(&batches.draw());
-        let update = milliseconds(|| {
-            memory.update(&rows, &grads);
-            Ok(())
-        })?;
-        memory_times[1].push(update);
-        memory_times[2].push(update);
-    }
-    drop((ours, memory));
+    drop(ours);
 
     let fits = available_memory().is_none_or(|available| DENSE_TABLES * table_bytes < available);
     let mut dense_times = Times::default();
     if fits && !args.no_dense {
         let mut dense = Model::dense(args)?;
-        dense.whole(&tensor(&batches.draw())?)?;
+        dense.whole(&Tensor::new(batches.draw(), &Device::Cpu)?)?;
         for _ in 0..DENSE_ROUNDS {
-            let ids = tensor(&batches.draw())?;
+            let ids = Tensor::new(batches.draw(), &Device::Cpu)?;
             dense.round([&ids; 3], &mut dense_times)?;
         }
     }
     let mut out = std::io::stdout().lock();
-    let lines = lines(args, &our_times, &dense_times, &memory_times);
+    let lines = lines(args, &our_times, &dense_times, &other_times);
     if json {
         for line in &lines {
             writeln!(out, "{}", serde_json::to_string(line)?)?;
@@ -230,7 +298,11 @@ pub(crate) fn run(args: &Args, json: bool) -> Result<()> {
     )?;
     writeln!(out, "whole: lookup, a linear layer to one number, a mean of squares, backward, step")?;
     if let Some(peak) = peak {
-        let moments = 2 * table_bytes as i64;
+        let moments = match args.state {
+            State::F32 => 2 * table_bytes,
+            State::Bf16 | State::F16 => table_bytes + 4 * args.rows as u64,
+            State::Q8 => table_bytes / 2 + 4 * args.rows as u64,
+        };
         writeln!(
             out,
             "peak memory with {OURS}: {:.0} MB; the table is {:.0} MB, its moments would be {:.0} MB if all were touched",
@@ -242,23 +314,24 @@ pub(crate) fn run(args: &Args, json: bool) -> Result<()> {
     Ok(())
 }
 
-fn lines(args: &Args, ours: &Times, dense: &Times, memory: &Times) -> Vec<Line> {
+fn lines(args: &Args, ours: &Times, dense: &Times, other: &Times) -> Vec<Line> {
     let mut lines = Vec::new();
     for (index, case) in CASES.into_iter().enumerate() {
-        for (implementation, times) in [(OURS, ours), (ADAMW, dense), (MEMORY, memory)] {
+        let other_name = if args.is_plain() { MEMORY } else { LAZY };
+        for (implementation, times) in [(OURS, ours), (ADAMW, dense), (other_name, other)] {
             if times[index].is_empty() {
                 continue;
             }
             // Neighbors where there are as many; noise that lasts longer than a round cancels.
-            let per_memory = match times[index].len() == memory[index].len() {
-                true => median(&times[index].iter().zip(&memory[index]).map(|(a, b)| a / b).collect::<Vec<_>>()),
-                false => median(&times[index]) / median(&memory[index]),
+            let per_other = match times[index].len() == other[index].len() {
+                true => of_neighbors(&times[index], &other[index]),
+                false => median(&times[index]) / median(&other[index]),
             };
             lines.push(Line {
                 case,
                 implementation,
                 median_ms: median(&times[index]),
-                per_memory,
+                per_other,
                 rows: args.rows,
                 dim: args.dim,
                 batch: args.batch,
@@ -273,11 +346,14 @@ fn lines(args: &Args, ours: &Times, dense: &Times, memory: &Times) -> Vec<Line> 
 fn print_table(out: &mut impl Write, args: &Args, lines: &[Line]) -> Result<()> {
     let Args { rows, dim, batch, .. } = args;
     let threads = rayon::current_num_threads();
-    writeln!(out, "a table of {rows} x {dim} f32, {batch} uniform ids, {threads} threads")?;
+    let ParamsAdamax { state_dtype, sparse_update, .. } = args.params();
+    write!(out, "a table of {rows} x {dim} f32, {batch} uniform ids, {threads} threads")?;
+    writeln!(out, ", {sparse_update:?} with {state_dtype:?} moments")?;
+    let per_other = if args.is_plain() { "per memory" } else { "per lazy" };
     writeln!(out)?;
-    writeln!(out, "{:<8} {:<16} {:>12} {:>12} {:>7}", "case", "implementation", "median ms", "per memory", "rounds")?;
-    for Line { case, implementation, median_ms, per_memory, rounds, .. } in lines {
-        writeln!(out, "{case:<8} {implementation:<16} {median_ms:>12.3} {per_memory:>12.2} {rounds:>7}")?;
+    writeln!(out, "{:<8} {:<16} {:>12} {:>12} {:>7}", "case", "implementation", "median ms", per_other, "rounds")?;
+    for Line { case, implementation, median_ms, per_other, rounds, .. } in lines {
+        writeln!(out, "{case:<8} {implementation:<16} {median_ms:>12.3} {per_other:>12.2} {rounds:>7}")?;
     }
     Ok(())
 }
