@@ -53,6 +53,9 @@ pub(crate) fn random(key: u32, i: u32) -> u32 {
     (x ^ (x >> 15)).wrapping_mul(0x846c_a68b)
 }
 
+/// 2^32.
+pub(crate) const TWO_32: f32 = 4_294_967_296.0;
+
 /// A random number between -2^31 and 2^31.
 #[inline(always)]
 pub(crate) fn centered(random: u32) -> f32 {
@@ -152,7 +155,7 @@ const TWO_24: f32 = 16_777_216.0;
 /// and f32's own end rounds the sum to a whole number.
 #[inline(always)]
 fn subnormal(x: f32, random: u32) -> u32 {
-    let noise = centered(random ^ (1 << 31)) * (1.0 / 4_294_967_296.0);
+    let noise = centered(random ^ (1 << 31)) * (1.0 / TWO_32);
     let units = x * TWO_24 + noise;
     ((if units > 0.0 { units } else { 0.0 }) + TWO_23).to_bits() & 0x7ff
 }

@@ -334,7 +334,7 @@ impl Adamax {
             }
             let key = derive(derive(self.params.seed, param.key), state.step + 1);
             let encoding = state.moments.layout.encoding;
-            let shrink = shrinkage(*octaves, key, state.step + 1);
+            let shrink = shrinkage(*octaves, state.step + 1, state.moments.layout.by_rows.then_some(key));
             Ok(Some(Orders { coefficients, encoding, shrink, rounding: plan.keeping.rounding, key }))
         });
         orders.collect()

@@ -1,0 +1,104 @@
+//! How moments are stored in 4 and in 2 bytes. Pure; its mirror will be `cuda/codec.cuh`.
+//!
+//! Two facts of Adamax make it possible.
+//!
+//! 1. `u = max_i |g_i| * beta2^(n - i)`: the norm is a maximum of values that only shrink, all by the same factor. What
+//!    is stored is the **un-decayed** `v = u / 2^L` in a unit `2^L` that shrinks instead, one for a block of elements. So v
+//!    is rounded when a new maximum comes, once, and never again: rounding `beta2 * u` at each step would leave it where it
+//!    is for ever (in bf16 for all beta2 above 0.998).
+//! 2. `|m| / (u + eps) <= C = (1 - beta1) / (1 - beta1 / beta2)`, always: what is stored for m is that quotient, whose range
+//!    is known, so it needs no scale. It is rounded stochastically, since its changes of a tenth a step would get lost.
+//!
+//! `L` is a [fixed-point number](scale_of) of 8 bits before and 24 behind the point: a table has one for each row, which is
+//! the row's own clock, and other tensors have one for each 1,024 elements, so that it costs nothing to look for the largest
+//! value of a block before anything is written: a spike moves its block's unit, and nothing saturates.
+//!
+//! | | ratio | v | range of v in a block | u in terms of the exact one |
+//! | --- | --- | --- | --- | --- |
+//! | [`Bf16`] | bf16 | bf16, nearest | that of f32 | within 2^-8 |
+//! | [`F16`] | f16 | f16, nearest | 2^29, subnormal over 2^39 | within 2^-11 |
+//! | [`Q8`] | 8 bits, linear in `[-C, C]` | 5 bits of exponent, 3 of mantissa, rounded up | 2^31 | 1 to 1.13 |
+//!
+//! What lies below its block's range becomes the smallest code, so its u is too large and its steps too small, never the
+//! reverse. Infinity and NaN have codes.
+
+mod convert;
+mod format;
+mod pay;
+#[cfg(test)]
+mod tests;
+mod unit;
+mod update;
+
+use serde::{Deserialize, Serialize};
+
+use crate::rounding::TWO_32;
+use crate::rule::{Epsilon, Hyperparameters};
+
+pub(crate) use convert::{decode_block, encode_block, encode_moment, in_unit};
+pub(crate) use format::{Bf16, F16, Format, Moment, Plain, Q8};
+pub(crate) use pay::{pay_block, pay_row};
+pub(crate) use unit::{scale_of, shrinkage};
+pub(crate) use update::{Codes, update_block, update_row};
+
+/// How the moments of f32, f16 and bf16 variables are stored; those of f64 variables are f64.
+///
+/// Two things are stored for each element: the quotient `m / (u + eps)`, rounded stochastically, and the un-decayed norm,
+/// in a unit that shrinks by `beta2` each update, so that u decays in any number of bits. The unit is 4 bytes for each row
+/// of a table and for each 1,024 elements of any other variable.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum StateDType {
+    /// m and u in f32: 8 bytes an element.
+    #[default]
+    F32,
+    /// 4 bytes an element: 8 bits of precision, the range of f32. u is within 2^-8 of the exact one.
+    BF16,
+    /// 4 bytes an element: 11 bits of precision. u is within 2^-11 of the exact one; elements whose u is less than 2^-29
+    /// of the largest one in their block have less, and below 2^-39 their u is too large and their steps too small.
+    F16,
+    /// 2 bytes an element: the quotient in 8 bits, the norm in 8 bits rounded up. u is 1 to 1.13 times the exact one while
+    /// it is above 2^-30 of the largest one in its block, and no weight moves by more than
+    /// `(1 - beta1) / (1 - beta1 / beta2)` times `lr / (1 - beta1^t)` in a step.
+    Q8,
+}
+
+/// Elements that share a unit, where these are not the rows of a table.
+pub(crate) const BLOCK: usize = 1024;
+/// What the encodings of a parameter depend on; a state that was encoded with others has to be encoded anew.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Encoding {
+    /// Beside u in the quotient.
+    pub(crate) eps_outside: f64,
+    /// The largest quotient, C.
+    pub(crate) limit: f64,
+}
+
+impl Encoding {
+    pub(crate) fn of(hyper: &Hyperparameters) -> Self {
+        let eps_outside = match hyper.epsilon {
+            Epsilon::Outside => hyper.eps,
+            Epsilon::Inside => 0.0,
+        };
+        Self { eps_outside, limit: largest_ratio(hyper.beta1, hyper.beta2) }
+    }
+
+    pub(crate) fn limits(&self) -> Limits {
+        let limit = self.limit as f32;
+        Limits { limit, per_code: limit / Q8::LARGEST, codes: Q8::LARGEST / limit * TWO_32 }
+    }
+}
+
+/// The largest `|m| / u` there can be: `(1 - beta1) / (1 - beta1 / beta2)`; infinite unless `beta1 < beta2`.
+pub(crate) fn largest_ratio(beta1: f64, beta2: f64) -> f64 {
+    if beta1 < beta2 { (1.0 - beta1) / (1.0 - beta1 / beta2) } else { f64::INFINITY }
+}
+
+/// [`Encoding::limit`] in the forms that kernels use.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    limit: f32,
+    /// What a code of [`Q8`] stands for, and its reciprocal in units of 2^-32.
+    per_code: f32,
+    codes: f32,
+}

@@ -1,0 +1,63 @@
+//! What the elements of one row owe for the updates that they missed.
+
+use super::unit::{move_unit, scale_of};
+use super::{Format, Limits, Moment};
+use crate::element::Arithmetic;
+use crate::ledger::Debt;
+use crate::rounding::random;
+
+/// Pays what a block of elements owes that share a unit.
+#[inline(always)]
+pub(crate) fn pay_block<F: Format>(
+    debt: &Debt<'_, f32>,
+    limits: &Limits,
+    key: u32,
+    params: &mut [f32],
+    (moments, norms, log): (&mut [F::Code], &mut [F::Norm], &mut u32),
+) {
+    let before = scale_of(*log);
+    let (moved, rebase) = move_unit::<F>(*log, debt.shrunk, 0.0);
+    let after = scale_of(moved);
+    let decoded = |moment: F::Code, norm: F::Norm| {
+        let u = F::norm(F::widen_norm(norm)) * before;
+        (F::decode(F::load(moment, limits), u + debt.eps_outside), u)
+    };
+    let is_series = params.iter().zip(&*moments).zip(&*norms).all(|((_, moment), norm)| {
+        let (m, u) = decoded(*moment, *norm);
+        debt.is_series(m, u)
+    });
+    for (((w, moment), norm), i) in params.iter_mut().zip(moments).zip(norms).zip(0u32..) {
+        let (m, u) = decoded(*moment, *norm);
+        *w = if is_series { debt.weight(*w, m, u) } else { debt.weight_one_by_one(*w, m, u) };
+        let (m, _) = debt.moments(m, u);
+        let code = F::encode_norm(F::norm(F::widen_norm(*norm)) * rebase);
+        *norm = F::narrow_norm(code);
+        let denominator = F::norm(code) * after + debt.eps_outside;
+        let ratio = if denominator == 0.0 { 0.0 } else { m / denominator };
+        *moment = F::narrow(F::encode(m, F::bound(ratio, limits), limits, random(key, i)));
+    }
+    *log = moved;
+}
+
+/// Pays what a row owes whose elements share one u.
+#[inline(always)]
+pub(crate) fn pay_row<A: Arithmetic, M: Moment<A>>(
+    debt: &Debt<'_, A>,
+    limits: &Limits,
+    key: u32,
+    params: &mut [A],
+    (moments, norm): (&mut [M::Code], &mut A),
+) {
+    let u = *norm;
+    let (_, after) = debt.moments(A::ZERO, u);
+    let is_series = debt.is_series(after, u);
+    for ((w, moment), i) in params.iter_mut().zip(moments).zip(0u32..) {
+        let m = M::decode(M::load(*moment, limits), u + debt.eps_outside);
+        *w = if is_series { debt.weight(*w, m, u) } else { debt.weight_one_by_one(*w, m, u) };
+        let (m, _) = debt.moments(m, u);
+        let denominator = after + debt.eps_outside;
+        let ratio = if denominator == A::ZERO { A::ZERO } else { m / denominator };
+        *moment = M::narrow(M::encode(m, ratio, limits, random(key, i)));
+    }
+    *norm = after;
+}

@@ -1,0 +1,123 @@
+use super::unit::move_unit;
+use super::*;
+
+fn limits(limit: f64) -> Limits {
+    Encoding { eps_outside: 0.0, limit }.limits()
+}
+
+#[test]
+fn every_code_of_v_stands_for_a_value_of_its_own() {
+    fn check<F: Format>(codes: impl Iterator<Item = u32>) {
+        let mut last = -1.0;
+        for code in codes {
+            let v = F::norm(code);
+            assert!(v > last, "code {code}: {v:e} after {last:e}");
+            assert_eq!(F::encode_norm(v), code, "{v:e}");
+            if v > 0.0 {
+                assert_eq!(F::round_plain_norm(v), (v, code));
+                assert_eq!(F::norm_plain(F::narrow_norm(code)), v);
+            }
+            assert!(!F::is_special(F::narrow_norm(code)));
+            last = v;
+        }
+        for special in [f32::INFINITY, f32::NAN] {
+            let code = F::encode_norm(special);
+            assert!(F::is_special(F::narrow_norm(code)));
+            assert_eq!(F::norm(code).is_nan(), special.is_nan());
+        }
+    }
+    check::<Bf16>(0..0x7f80);
+    check::<F16>(0..0x7c00);
+    check::<Q8>(0..254);
+}
+
+#[test]
+fn v_is_rounded_as_each_format_says() {
+    let mut x = 2f32.powi(-29);
+    while x < 0.99 {
+        let of = |code: u32, norm: fn(u32) -> f32| norm(code) / x;
+        let q8 = of(Q8::encode_norm(x), Q8::norm);
+        assert!((1.0..=1.125).contains(&q8), "{x:e}: {q8}");
+        assert_eq!(Q8::round_plain_norm(x).1, Q8::encode_norm(x));
+        let bf16 = of(Bf16::encode_norm(x), Bf16::norm);
+        assert!((bf16 - 1.0).abs() <= 2f32.powi(-8), "{x:e}: {bf16}");
+        // In the middle of f16's range; and up below it.
+        let f16 = F16::norm(F16::encode_norm(x * 16.0)) / (x * 16.0);
+        let is_normal = x * 16.0 >= 2f32.powi(-14);
+        assert!(if is_normal { (f16 - 1.0).abs() <= 2f32.powi(-11) } else { f16 >= 1.0 }, "{x:e}: {f16}");
+        x *= 1.000_37;
+    }
+    // Above the range it saturates, and what is above zero stays so.
+    assert_eq!(Q8::encode_norm(f32::MAX), 253);
+    assert_eq!(Q8::norm(Q8::encode_norm(1e-40)), 2f32.powi(-31));
+    assert!(F16::norm(F16::encode_norm(1e-40)) > 0.0 && Bf16::norm(Bf16::encode_norm(1e-45)) > 0.0);
+}
+
+#[test]
+fn quotients_round_up_and_down_with_the_right_mean() {
+    let limits = limits(1.009);
+    for ratio in [0.0f32, 1.009, -1.009, 0.5, -0.003, 0.0001] {
+        let n = 40_000;
+        let draw = |i| Q8::load(Q8::narrow(Q8::encode(0.0, ratio, &limits, crate::rounding::random(5, i))), &limits);
+        let mean = (0..n).map(|i| f64::from(draw(i))).sum::<f64>() / f64::from(n);
+        let code = 1.009 / 127.0;
+        assert!((mean - f64::from(ratio)).abs() < 3.0 * 0.5 * code / f64::from(n).sqrt() + 1e-9, "{ratio}: {mean}");
+        assert!((0..n).all(|i| (draw(i) - ratio).abs() <= 1.0001 * code as f32), "{ratio}");
+    }
+    assert!(Q8::load(Q8::narrow(Q8::encode(f32::NAN, f32::NAN, &limits, 0)), &limits).is_nan());
+    // Both are infinite: the sign is kept.
+    let code = Q8::narrow(Q8::encode(f32::NEG_INFINITY, f32::NAN, &limits, 0));
+    assert_eq!(Q8::decode(Q8::load(code, &limits), f32::INFINITY), f32::NEG_INFINITY);
+}
+
+#[test]
+fn units_are_powers_of_two() {
+    for log in (0..252u32 << 24).step_by(1_000_003) {
+        let exact = (f64::from(log) / f64::from(1u32 << 24) - 126.0).exp2();
+        let ratio = f64::from(scale_of(log)) / exact;
+        assert!((ratio - 1.0).abs() < 1e-7, "{log:#x}: {ratio}");
+    }
+    assert_eq!(scale_of(126 << 24), 1.0);
+}
+
+#[test]
+fn a_unit_makes_room_for_the_largest_and_shrinks_otherwise() {
+    let one = 126u32 << 24;
+    // Half an octave down, and no value to make room for.
+    assert_eq!(move_unit::<Q8>(one, 1 << 23, 0.25), (one - (1 << 23), 1.0));
+    for largest in [1e-30f32, 0.7, 1.0, 3.0, 1e30] {
+        let (log, rebase) = move_unit::<Q8>(one, 0, largest);
+        assert!(
+            largest / scale_of(log) <= 1.0
+                && Q8::norm(Q8::encode_norm(largest / scale_of(log))) >= largest / scale_of(log)
+        );
+        assert_eq!(scale_of(log) * rebase, 1.0, "{largest:e}");
+        let (log, _) = move_unit::<F16>(one, 0, largest);
+        assert!(largest / scale_of(log) <= 32768.0);
+    }
+    // bf16 has f32's range: its units stay between 1 and 2.
+    let (log, rebase) = move_unit::<Bf16>(one, 1 << 23, 1e30);
+    assert_eq!((log, rebase), (one + (1 << 23), 0.5));
+    // As low as it can be; and shrinking by everything, which a beta2 of 0 does.
+    assert_eq!(move_unit::<Q8>(5, 10, 0.0).0, (1 << 24) - 5);
+    assert_eq!(move_unit::<Q8>(one, shrinkage(f64::INFINITY, 1, None), 0.0).1, 0.0);
+}
+
+#[test]
+fn shrinkage_is_right_on_average() {
+    let octaves = -0.999f64.log2();
+    let n = 100_000;
+    let exact = octaves * f64::from(1u32 << 24) * n as f64;
+    let sum = |key| (1..=n).map(|t| shrinkage(octaves, t, key)).sum::<u64>() as f64;
+    assert!((sum(None) - exact).abs() <= 1.0, "{} off", sum(None) - exact);
+    let random = sum(Some(9));
+    assert!((random - exact).abs() < 3.0 * 0.5 * (n as f64).sqrt(), "{} off", random - exact);
+    assert_ne!(random, sum(None));
+}
+
+#[test]
+fn the_largest_quotient() {
+    assert!((largest_ratio(0.9, 0.999) - 1.0091).abs() < 1e-4);
+    assert_eq!(largest_ratio(0.0, 0.9), 1.0);
+    assert_eq!(largest_ratio(0.9, 0.9), f64::INFINITY);
+}
