@@ -1,5 +1,5 @@
 //! The Adamax optimizer (Kingma & Ba 2015, section 7.1) for [candle](candle_core): the numbers of Keras or of PyTorch,
-//! in one pass over memory a step.
+//! in one pass over memory a step, with moments of 8, 4 or 2 bytes a parameter.
 //!
 //! ```
 //! use candle_adamax::{Adamax, CosineDecay, ParamsAdamax};
@@ -30,14 +30,16 @@
 //! | its settings, and the conventions of the frameworks | [`ParamsAdamax`], [`Epsilon`], [`WeightDecay`], [`StepCount`] |
 //! | learning rates that change | [`LearningRate`], [`Schedule`], [`LearningRateSchedule`] |
 //! | settings of some variables | [`ParamGroup`] |
-//! | embedding tables, of which a step touches some rows | [`Embedding`], [`EmbeddingBag`], [`Table`], [`SparseGrad`] |
+//! | fewer bytes for moments, rounding of f16 and bf16 weights | [`StateDType`], [`Rounding`] |
+//! | embedding tables, of which a step touches some rows | [`Embedding`], [`EmbeddingBag`], [`Table`], [`SparseGrad`], [`SparseUpdate`] |
 //! | what a step did | [`StepReport`] |
 //! | state in memory | [`Snapshot`], [`State`] |
 //! | what goes wrong | [`Error`], [`ErrorKind`] |
 //!
 //! # Numerics
 //!
-//! Arithmetic and moments are f32 for f32, f16 and bf16 variables and f64 for f64. Coefficients such as
+//! Arithmetic is f32 for f32, f16 and bf16 variables and f64 for f64, and so are moments unless
+//! [`state_dtype`](ParamsAdamax::state_dtype) says otherwise. Coefficients such as
 //! `lr / (1 - beta1^t)` are computed in f64 and rounded once. No operation is fused and none is reordered, so the number
 //! of threads and the width of the CPU's vectors do not change a bit of the result. NaN propagates into the moments and
 //! the weights unless [`skip_nonfinite`](ParamsAdamax::skip_nonfinite) is set.
@@ -50,7 +52,7 @@
 //! | --- | --- |
 //! | `adamax` | the optimizer; `step` reads as the list of what it does |
 //! | `embedding` | layers on tables |
-//! | `table` | one weight with rows: its lookups, and which gradients are theirs |
+//! | `table` | one weight with rows: its lookups, which gradients are theirs, and what its rows owe |
 //! | `checkpoint` | a snapshot of all state, and its way into a file and back |
 //! | `gradient` | norms of gradients, and what clipping makes of them; gradients of rows, in their order |
 //! | `group`, `params` | settings, presets, what is allowed |
@@ -59,10 +61,13 @@
 //! | `kernel::lend` | the only place that takes slices out of candle's tensors |
 //! | `kernel::rows` | a gradient of some rows, and of what each is the sum |
 //! | `kernel::plan` | sizes of tensors become equal pieces of work; pure |
-//! | `state` | the moments of one variable |
+//! | `state` | all that is kept for one variable, in each encoding |
 //! | `pages` | zeroed arrays that take memory where they are written |
+//! | `codec` | how moments are stored in 4 and 2 bytes; pure |
+//! | `ledger` | what rows owe for the updates that they missed; pure |
 //! | `reduce` | the one tree by which norms are summed; pure |
 //! | `rule` | **the formula**; pure |
+//! | `rounding` | stochastic rounding from a counter, masters; pure |
 //! | `element` | f64, f32, f16, bf16 and the type of their arithmetic; pure |
 //! | `check`, `error` | what is allowed, and what can go wrong |
 

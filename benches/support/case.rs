@@ -34,11 +34,6 @@ impl Case {
         self.tensors * self.elements
     }
 
-    /// The same with moments as they are.
-    pub(crate) fn with_full_moments(self) -> Self {
-        Self { state: StateDType::F32, ..self }
-    }
-
     /// The bytes of one moment of one element.
     fn moment(&self) -> usize {
         match (self.dtype, self.state) {

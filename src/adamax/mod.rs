@@ -271,7 +271,7 @@ impl Adamax {
             match grad {
                 GradRef::Rows(grad) => {
                     state.pay(Some(&grad.rows))?;
-                    row_tasks.push(RowTask { var: *var, grad, orders, state });
+                    row_tasks.push(RowTask { var, grad, orders, state });
                 }
                 GradRef::Dense(read) => {
                     state.pay(None)?;

@@ -10,7 +10,7 @@ use crate::rule::{self, Coefficients};
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Codes {
     pub(crate) limits: Limits,
-    /// Of [`shrinkage`].
+    /// Of [`shrinkage`](super::shrinkage).
     pub(crate) shrink: u64,
 }
 

@@ -82,13 +82,13 @@ impl<'a> ElementsMut<'a> {
 
     /// Whether gradients of this type can be those of these elements.
     pub(crate) fn takes(&self, grads: Elements<'_>) -> bool {
-        match (self, grads) {
+        matches!(
+            (self, grads),
             (Self::F64(_), Elements::F64(_))
-            | (Self::F32(_) | Self::F16(_) | Self::BF16(_), Elements::F32(_))
-            | (Self::F16(_), Elements::F16(_))
-            | (Self::BF16(_), Elements::BF16(_)) => true,
-            _ => false,
-        }
+                | (Self::F32(_) | Self::F16(_) | Self::BF16(_), Elements::F32(_))
+                | (Self::F16(_), Elements::F16(_))
+                | (Self::BF16(_), Elements::BF16(_))
+        )
     }
 }
 
