@@ -1,6 +1,8 @@
 //! Moments in 4 and in 2 bytes: u has to stay within one rounding of the recurrence in f64 at every step of runs of all
 //! kinds, and a step within its bound, whatever the gradients are.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 mod common;
 
 use std::ops::Range;

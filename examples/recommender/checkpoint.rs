@@ -79,6 +79,8 @@ impl Checkpoints {
                 fs::remove_dir_all(&partial)?; // of a run that was killed
             }
             fs::create_dir(&partial)?;
+            // Rows of tables may owe updates; whoever reads the weights from the file will not know of that.
+            optimizer.catch_up()?;
             varmap.save(partial.join(WEIGHTS))?;
             optimizer.save(partial.join(OPTIMIZER))?;
             fs::write(partial.join(PROGRESS), serde_json::to_string_pretty(progress)?)?;

@@ -5,6 +5,8 @@
 //! cargo run --release --example recommender -- --data ml-100k/u.data    MovieLens, in any of its three forms
 //! cargo run --release --example recommender -- --items 1000000          a million items, most of them never rated
 //! cargo run --release --example recommender -- --dense                  with candle's own embeddings
+//! cargo run --release --example recommender -- --state q8               moments of 2 bytes a weight
+//! cargo run --release --example recommender -- --sparse exact           rows move as in dense tables
 //! cargo run --release --example recommender -- --help                   all options
 //! ```
 //!
@@ -135,7 +137,7 @@ fn run(args: &Args) -> Result<()> {
     report::quality(&baselines, quality, settings.ema);
     report::time(&trainer.laps);
     report::comparison(compare::compare(settings, &ratings, &split)?);
-    report::memory(&trainer.optimizer)?;
+    report::memory(&trainer.optimizer, &trainer.varmap)?;
     let curves = args.out.join("learning-curves.svg");
     chart::draw(&curves, &progress.history, &baselines)?;
     println!("\nlearning curves: {}", curves.display());

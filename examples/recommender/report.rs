@@ -1,11 +1,12 @@
 //! What is printed.
 
 use std::path::Path;
+use std::sync::PoisonError;
 use std::time::Duration;
 
 use anyhow::Result;
 use candle_adamax::Adamax;
-use candle_core::Tensor;
+use candle_nn::VarMap;
 
 use crate::compare::Comparison;
 use crate::data::Ratings;
@@ -88,19 +89,20 @@ pub(crate) fn comparison(comparison: Option<Comparison>) {
 }
 
 /// How much there is to update, and what the optimizer keeps for it.
-pub(crate) fn memory(optimizer: &Adamax) -> Result<()> {
-    let bytes = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
+pub(crate) fn memory(optimizer: &Adamax, varmap: &VarMap) -> Result<()> {
+    let vars = varmap.data().lock().unwrap_or_else(PoisonError::into_inner);
+    let elements = |name: &str| vars.get(name).map_or(0, |var| var.elem_count());
     let kib = |bytes: usize| format!("{} KiB", grouped(bytes.div_ceil(1024)));
-    println!("\n{:<30}  {:>9}  {:>8}  {:>8}", "", "numbers", "weights", "moments");
+    println!("\n{:<30}  {:>9}  {:>8}  {:>8}  {:>8}", "", "numbers", "weights", "moments", "a number");
     for (part, is_mlp) in [("embeddings and biases", false), ("MLP and heads", true)] {
         let (mut numbers, mut moments) = (0, 0);
         for name in optimizer.names().filter(|name| name.starts_with("mlp") == is_mlp) {
-            let var = optimizer.state(name)?; // a copy, of one variable at a time
-            numbers += var.exp_avg.elem_count();
-            moments += bytes(&var.exp_avg) + bytes(&var.exp_inf);
+            numbers += elements(name);
+            moments += optimizer.state_bytes(name)?;
         }
         let weights = numbers * size_of::<f32>();
-        println!("{part:<30}  {:>9}  {:>8}  {:>8}", grouped(numbers), kib(weights), kib(moments));
+        let each = moments as f64 / numbers.max(1) as f64;
+        println!("{part:<30}  {:>9}  {:>8}  {:>8}  {each:>6.2} B", grouped(numbers), kib(weights), kib(moments));
     }
     Ok(())
 }

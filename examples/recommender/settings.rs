@@ -2,7 +2,10 @@
 
 use std::path::PathBuf;
 
-use candle_adamax::{CosineDecay, Ema, ExponentialDecay, LearningRate, ParamsAdamax, PolynomialDecay, WeightDecay};
+use candle_adamax::{
+    CosineDecay, Ema, ExponentialDecay, LearningRate, ParamsAdamax, PolynomialDecay, SparseUpdate, StateDType,
+    WeightDecay,
+};
 use clap::{Parser, ValueEnum};
 use serde::{Deserialize, Serialize};
 
@@ -79,6 +82,14 @@ pub(crate) struct Settings {
     #[arg(long)]
     pub(crate) dense: bool,
 
+    /// How the optimizer's moments are stored.
+    #[arg(long, value_enum, default_value_t = State::F32)]
+    pub(crate) state: State,
+
+    /// What becomes of the rows of tables that a batch does not touch.
+    #[arg(long, value_enum, default_value_t = Sparse::Lazy)]
+    pub(crate) sparse: Sparse,
+
     /// How many of the items that a user rated last are part of what is known of the user.
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub(crate) history: usize,
@@ -98,6 +109,26 @@ pub(crate) struct Settings {
     /// What the loss of the interactions counts for beside that of the ratings.
     #[arg(long, default_value_t = 0.7)]
     pub(crate) interaction_weight: f64,
+}
+
+/// How moments are stored, in bytes a weight: 8, 4, 4, 2.
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum State {
+    F32,
+    Bf16,
+    F16,
+    Q8,
+}
+
+/// What becomes of rows without a gradient.
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Sparse {
+    /// Nothing.
+    Lazy,
+    /// What an optimizer of dense tables would do to them.
+    Exact,
 }
 
 /// How the learning rate changes.
@@ -140,6 +171,16 @@ impl Settings {
             // Also part of the names of the tables of biases.
             no_decay: vec!["bias".into()],
             clip_global_norm: self.clip_norm,
+            state_dtype: match self.state {
+                State::F32 => StateDType::F32,
+                State::Bf16 => StateDType::BF16,
+                State::F16 => StateDType::F16,
+                State::Q8 => StateDType::Q8,
+            },
+            sparse_update: match self.sparse {
+                Sparse::Lazy => SparseUpdate::Lazy,
+                Sparse::Exact => SparseUpdate::Exact,
+            },
             ema: self.ema.map(|momentum| Ema { momentum, overwrite_frequency: None }),
             ..Default::default()
         }

@@ -28,7 +28,7 @@ pub struct State {
     pub ema: Option<Tensor>,
     /// The sum of the unscaled gradients since the last update, if there are any.
     pub accumulated: Option<AccumulatedGrad>,
-    /// The bytes that moments and master take, as they are stored.
+    /// The bytes that moments and master take as they are stored: [`Adamax::state_bytes`].
     pub bytes: usize,
 }
 
@@ -43,8 +43,17 @@ impl Adamax {
         let VarSnapshot { step, ema, accumulated, .. } = self.var_snapshot(param)?;
         let state = param.state.get();
         let (exp_avg, exp_inf) = state.moments.to_tensors(param.var.shape())?;
-        let bytes = state.moments.bytes() + state.master.as_ref().map_or(0, Master::bytes);
-        Ok(State { exp_avg, exp_inf, step, ema, accumulated: accumulated.map(|(sum, _)| sum), bytes })
+        Ok(State { exp_avg, exp_inf, step, ema, accumulated: accumulated.map(|(sum, _)| sum), bytes: state.bytes() })
+    }
+
+    /// The bytes that moments and masters of the variable `name` take as they are stored, once all of them have been
+    /// written; averages and accumulated gradients are not counted.
+    ///
+    /// # Errors
+    ///
+    /// No variable has this name.
+    pub fn state_bytes(&self, name: &str) -> Result<usize> {
+        Ok(self.vars[self.index_of(name)?].state.get().bytes())
     }
 
     /// All state as plain data: settings, counters, moments. Nothing is shared with the optimizer; the variables

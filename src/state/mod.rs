@@ -198,6 +198,11 @@ impl ParamState {
         Self { moments: Moments { layout: *layout, stored }, master: None, step: 0 }
     }
 
+    /// How many bytes it takes, once all of it has been written.
+    pub(crate) fn bytes(&self) -> usize {
+        self.moments.bytes() + self.master.as_ref().map_or(0, Master::bytes)
+    }
+
     /// Where it lives.
     pub(crate) fn place(&self) -> Place {
         self.moments.place()
