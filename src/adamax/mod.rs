@@ -329,7 +329,7 @@ impl Adamax {
             nth += 1;
             let GroupRates { plan, octaves, lr } = &rates.groups[param.group];
             if let (Held::Shared(_), true) = (&param.state, coefficients.decay >= 1.0) {
-                let expected = "a decay below 1 of the weight in a step, for `sparse_update: Exact`";
+                let expected = "less than 1 of the weight to decay in a step, for `sparse_update: Exact`";
                 return Err(Error::invalid("lr", expected, lr));
             }
             let key = derive(derive(self.params.seed, param.key), state.step + 1);

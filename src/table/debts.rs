@@ -40,7 +40,6 @@ pub(crate) struct Account {
     floor: u32,
     rounding: Rounding,
     key: u64,
-    payments: u64,
 }
 
 impl Debts {
@@ -65,7 +64,7 @@ impl Debts {
         let rows = var.dims().first().copied().unwrap_or(1);
         let since = vec![if state.step == 0 { EMPTY } else { 0 }; rows];
         let ledger = Ledger::new(hyper);
-        let account = Account { state, ledger, since, floor: 0, rounding, key, payments: 0 };
+        let account = Account { state, ledger, since, floor: 0, rounding, key };
         let debts = Arc::new(Self { var: var.clone(), row_len, account: Mutex::new(account) });
         lock(&DEBTS).insert(var.id(), Arc::downgrade(&debts));
         debts
@@ -107,9 +106,9 @@ impl Debts {
         if rows.is_empty() {
             return Ok(());
         }
-        account.payments += 1;
-        let Account { state, ledger, rounding, key, payments, .. } = account;
-        let (rounding, key) = (*rounding, derive(*key, *payments));
+        let Account { state, ledger, rounding, key, .. } = account;
+        // A row pays once between two updates; updates themselves have keys of another kind.
+        let (rounding, key) = (*rounding, derive(!*key, state.step));
         kernel::pay(PayTask { var: &self.var, rows, row_len: self.row_len, ledger, rounding, key, state })
     }
 
