@@ -33,8 +33,8 @@ pub(crate) trait Moment<A: Arithmetic> {
     /// The code of m, where `ratio` is `m / (u + eps)`.
     fn encode(m: A, ratio: A, limits: &Limits, random: u32) -> Self::Wide;
 
-    /// The same, where both are finite.
-    fn encode_plain(m: A, ratio: A, limits: &Limits, random: u32) -> Self::Wide;
+    /// The same, where both are finite, from the quotient times the [gain](Format::GAIN) of the format.
+    fn encode_plain(gained: A, limits: &Limits, random: u32) -> Self::Wide;
 
     fn narrow(code: Self::Wide) -> Self::Code;
 }
@@ -78,7 +78,7 @@ impl<A: Arithmetic + Pod> Moment<A> for Plain {
     }
 
     #[inline(always)]
-    fn encode_plain(m: A, _: A, _: &Limits, _: u32) -> A {
+    fn encode_plain(m: A, _: &Limits, _: u32) -> A {
         m
     }
 }
@@ -93,6 +93,9 @@ pub(crate) trait Format: Moment<f32> + 'static {
 
     /// How much larger a new maximum is made before it is rounded.
     const UP: f32;
+
+    /// What steps are multiplied with, within their bound, because u is rounded up: so they are right on average.
+    const GAIN: f32;
 
     /// The smallest v above zero.
     const SMALLEST: f32;
@@ -171,7 +174,7 @@ macro_rules! halves {
             }
 
             #[inline(always)]
-            fn encode_plain(_: f32, ratio: f32, _: &Limits, random: u32) -> u32 {
+            fn encode_plain(ratio: f32, _: &Limits, random: u32) -> u32 {
                 <$half as Half>::stochastic_plain(ratio, random)
             }
 
@@ -186,6 +189,7 @@ macro_rules! halves {
 
             const TOP: Option<i64> = $top;
             const UP: f32 = 1.0;
+            const GAIN: f32 = 1.0;
             const SMALLEST: f32 = $smallest;
 
             #[inline(always)]
@@ -298,18 +302,18 @@ impl Moment<f32> for Q8 {
     #[inline(always)]
     fn encode(m: f32, ratio: f32, limits: &Limits, random: u32) -> u32 {
         let ratio = storable(m, ratio);
-        let code = Self::encode_plain(m, ratio, limits, random);
+        let code = Self::encode_plain(ratio * Self::GAIN, limits, random);
         #[expect(clippy::eq_op, reason = "only a NaN differs from itself")]
         let is_nan = ratio != ratio;
         if is_nan { Self::NAN as u32 } else { code }
     }
 
     #[inline(always)]
-    fn encode_plain(_: f32, ratio: f32, limits: &Limits, random: u32) -> u32 {
+    fn encode_plain(gained: f32, limits: &Limits, random: u32) -> u32 {
         // f32 has no places behind the point from 2^23 on: the addition rounds, and its last byte is the whole number.
         // Here the point is 32 places higher, where the random numbers have it.
         const ROUND: f32 = 12_582_912.0 * TWO_32;
-        ((ratio * limits.codes + centered(random)) + ROUND).to_bits()
+        ((gained * limits.codes + centered(random)) + ROUND).to_bits()
     }
 }
 
@@ -319,6 +323,9 @@ impl Format for Q8 {
     const TOP: Option<i64> = Some(0);
     /// Above what the clock's dither can take away, so that u is never below the exact one.
     const UP: f32 = 1.0 + 1.0 / 8192.0;
+    /// A number whose logarithm is equally likely to be anywhere is rounded up to `1 / 0.9562` of it on average: the mean of
+    /// `x / up(x)` is `(1/9 + 1/10 + .. + 1/16) / ln 2`, less [`UP`](Self::UP).
+    const GAIN: f32 = 1.0458;
     const SMALLEST: f32 = f32::from_bits(Self::LOWEST_BITS << 20);
 
     #[inline(always)]

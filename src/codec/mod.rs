@@ -19,6 +19,10 @@
 //! | [`F16`] | f16 | f16, nearest | 2^29, subnormal over 2^39 | within 2^-11 |
 //! | [`Q8`] | 8 bits, linear in `[-C, C]` | 5 bits of exponent, 3 of mantissa, rounded up | 2^31 | 1 to 1.13 |
 //!
+//! Since [`Q8`] rounds u up, its steps are multiplied by what that takes away from them on average, within their bound.
+//! (Measured on MovieLens: without it decoupled decay wins over steps that are 4 % too small, and the error of the ratings
+//! grows by 0.002. An 8-bit quotient with an exact u costs nothing there, and one that is finer near zero gains nothing.)
+//!
 //! What lies below its block's range becomes the smallest code, so its u is too large and its steps too small, never the
 //! reverse. Infinity and NaN have codes.
 
@@ -59,7 +63,8 @@ pub enum StateDType {
     F16,
     /// 2 bytes an element: the quotient in 8 bits, the norm in 8 bits rounded up. u is 1 to 1.13 times the exact one while
     /// it is above 2^-30 of the largest one in its block, and no weight moves by more than
-    /// `(1 - beta1) / (1 - beta1 / beta2)` times `lr / (1 - beta1^t)` in a step.
+    /// `(1 - beta1) / (1 - beta1 / beta2)` times `lr / (1 - beta1^t)` in a step; within that, steps are multiplied by 1.046,
+    /// which is what rounding u up takes away from them on average.
     Q8,
 }
 
@@ -85,7 +90,7 @@ impl Encoding {
 
     pub(crate) fn limits(&self) -> Limits {
         let limit = self.limit as f32;
-        Limits { limit, per_code: limit / Q8::LARGEST, codes: Q8::LARGEST / limit * TWO_32 }
+        Limits { limit, per_code: limit / Q8::LARGEST, codes: Q8::LARGEST / limit / Q8::GAIN * TWO_32 }
     }
 }
 
@@ -98,7 +103,7 @@ pub(crate) fn largest_ratio(beta1: f64, beta2: f64) -> f64 {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
     limit: f32,
-    /// What a code of [`Q8`] stands for, and its reciprocal in units of 2^-32.
+    /// What a code of [`Q8`] stands for; and its reciprocal in units of 2^-32, without the gain.
     per_code: f32,
     codes: f32,
 }

@@ -28,7 +28,8 @@ pub(crate) fn pay_block<F: Format>(
     });
     for (((w, moment), norm), i) in params.iter_mut().zip(moments).zip(norms).zip(0u32..) {
         let (m, u) = decoded(*moment, *norm);
-        *w = if is_series { debt.weight(*w, m, u) } else { debt.weight_one_by_one(*w, m, u) };
+        let gained = m * F::GAIN;
+        *w = if is_series { debt.weight(*w, gained, u) } else { debt.weight_one_by_one(*w, gained, u) };
         let (m, _) = debt.moments(m, u);
         let code = F::encode_norm(F::norm(F::widen_norm(*norm)) * rebase);
         *norm = F::narrow_norm(code);

@@ -109,7 +109,7 @@ impl Block<'_> {
             let m = rule::first_moment(c, m, g);
             let code = F::encode_norm(rule::maximum(stored * rebase, rule::seen(c, g) * per_unit));
             let ratio = F::bound(rule::ratio(c, m, F::norm(code) * after), limits);
-            *w = rule::apply(c, *w, ratio);
+            *w = rule::apply(c, *w, F::bound(ratio * F::GAIN, limits));
             *moment = F::narrow(F::encode(m, ratio, limits, random(key, i)));
             *norm = F::narrow_norm(code);
         }
@@ -132,16 +132,17 @@ impl Block<'_> {
             (before * F::plain_unit(limits) * c.beta1, c.eps_outside * F::plain_unit(limits) * c.beta1);
         let scale_m = c.grad_scale * c.one_minus_beta1;
         let (scale_v, eps_v) = (c.grad_scale.abs() * per_unit, c.eps_inside * per_unit);
+        let (unit_u, eps_u) = (after / F::GAIN, c.eps_outside / F::GAIN);
         let streams = params.iter_mut().zip(grads).zip(moments).zip(norms);
         for ((((w, grad), moment), norm), i) in streams.zip(0u32..) {
             let kept = F::norm_plain(*norm);
             let m = F::load_plain(*moment) * (kept * unit_m + eps_m) + *grad * scale_m;
             let seen = grad.abs() * scale_v + eps_v;
             let (v, code) = F::round_plain_norm(if kept > seen { kept } else { seen });
-            let ratio = F::bound(m / (v * after + c.eps_outside), limits);
+            let gained = m / (v * unit_u + eps_u);
             let w_kept = if DECAYS { *w - c.decay * *w } else { *w };
-            *w = w_kept - c.step_size * ratio;
-            *moment = F::narrow(F::encode_plain(m, ratio, limits, random(key, i)));
+            *w = w_kept - c.step_size * F::bound(gained, limits);
+            *moment = F::narrow(F::encode_plain(gained, limits, random(key, i)));
             *norm = F::narrow_norm(code);
         }
     }
