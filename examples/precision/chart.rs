@@ -17,6 +17,8 @@ const COLORS: [RGBColor; 5] = [
     RGBColor(133, 80, 170),
     RGBColor(217, 104, 28),
 ];
+/// Curves that lie on each other are all to be seen: the first ones are broad.
+const WIDTHS: [u32; 5] = [9, 6, 4, 2, 3];
 const TEXT: RGBColor = RGBColor(51, 56, 62);
 const GRAY: RGBColor = RGBColor(120, 128, 138);
 const GRID: RGBColor = RGBColor(228, 231, 235);
@@ -47,8 +49,8 @@ fn curves(area: &Area<'_>, outcomes: &[Outcome], steps: u64) -> Drawn {
         title,
     ))?;
     let mut x = 44;
-    for (outcome, color) in outcomes.iter().zip(COLORS) {
-        head.draw(&PathElement::new([(x, 68), (x + 34, 68)], color.stroke_width(3)))?;
+    for ((outcome, color), width) in outcomes.iter().zip(COLORS).zip(WIDTHS) {
+        head.draw(&PathElement::new([(x, 68), (x + 34, 68)], color.stroke_width(width)))?;
         head.draw(&Text::new(outcome.name, (x + 42, 60), ("sans-serif", 20).into_font().color(&TEXT)))?;
         x += 76 + 10 * outcome.name.len() as i32;
     }
@@ -79,13 +81,13 @@ fn curves(area: &Area<'_>, outcomes: &[Outcome], steps: u64) -> Drawn {
             chart.draw_series(LineSeries::new(points, color.mix(0.18)))?;
         }
     }
-    for (outcome, color) in outcomes.iter().zip(COLORS) {
+    for ((outcome, color), width) in outcomes.iter().zip(COLORS).zip(WIDTHS) {
         let recorded = outcome.runs.first().map_or(0, |run| run.losses.len());
         let mean = |i: usize| {
             let logs: f64 = outcome.runs.iter().map(|run| run.losses[i].ln()).sum();
             (logs / outcome.runs.len() as f64).exp()
         };
-        chart.draw_series(LineSeries::new((0..recorded).map(|i| point((i, mean(i)))), color.stroke_width(3)))?;
+        chart.draw_series(LineSeries::new((0..recorded).map(|i| point((i, mean(i)))), color.stroke_width(width)))?;
     }
     Ok(())
 }

@@ -11,7 +11,9 @@
 //! too small. The encodings of this crate store an un-decayed norm in a unit that shrinks, and need no more bytes for that.
 //!
 //! What the table says of an encoding stands beside what a seed says: the difference to f32 with the same seed, and the
-//! spread of f32 between seeds. One that is within the other is one that nobody would notice.
+//! spread of f32 between seeds. One that is within the other is one that nobody would notice. Measured, with the defaults,
+//! in a minute on two cores: losses of 1.00 times f32's with all three encodings, and of 2.6 times with naive bf16, where a
+//! standard deviation between seeds is a factor of 1.15.
 
 mod chart;
 mod task;
