@@ -58,6 +58,7 @@
 //! | `group`, `params` | settings, presets, what is allowed |
 //! | `schedule` | learning rates: pure functions of the count of calls |
 //! | `kernel` | which kernel runs; the one for the CPU, the one of tensor operations |
+//! | `kernel::cuda` | the kernels of `cuda/`: what they are given, compiled and launched (feature `cuda`) |
 //! | `kernel::lend` | the only place that takes slices out of candle's tensors |
 //! | `kernel::rows` | a gradient of some rows, and of what each is the sum |
 //! | `kernel::plan` | sizes of tensors become equal pieces of work; pure |
@@ -65,7 +66,7 @@
 //! | `pages` | zeroed arrays that take memory where they are written |
 //! | `codec` | how moments are stored in 4 and 2 bytes; pure |
 //! | `ledger` | what rows owe for the updates that they missed; pure |
-//! | `reduce` | the one tree by which norms are summed; pure |
+//! | `reduce`, `clip` | the one tree by which norms are summed, and what clipping makes of them; pure |
 //! | `rule` | **the formula**; pure |
 //! | `rounding` | stochastic rounding from a counter, masters; pure |
 //! | `element` | f64, f32, f16, bf16 and the type of their arithmetic; pure |
@@ -76,6 +77,7 @@
 mod adamax;
 mod check;
 mod checkpoint;
+mod clip;
 mod codec;
 mod element;
 mod embedding;

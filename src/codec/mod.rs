@@ -1,4 +1,4 @@
-//! How moments are stored in 4 and in 2 bytes. Pure; its mirror will be `cuda/codec.cuh`.
+//! How moments are stored in 4 and in 2 bytes. Pure; its mirror is `cuda/codec.cuh`.
 //!
 //! Two facts of Adamax make it possible.
 //!
@@ -106,4 +106,12 @@ pub(crate) struct Limits {
     /// What a code of [`Q8`] stands for; and its reciprocal in units of 2^-32, without the gain.
     per_code: f32,
     codes: f32,
+}
+
+impl Limits {
+    /// In the order of the fields, which is that of `cuda/codec.cuh`.
+    #[cfg(any(test, feature = "cuda"))]
+    pub(crate) fn as_array(&self) -> [f32; 3] {
+        [self.limit, self.per_code, self.codes]
+    }
 }

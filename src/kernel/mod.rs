@@ -1,6 +1,8 @@
 //! Which kernel runs, from device and dtype; nothing else.
 
 mod cpu;
+#[cfg(any(test, feature = "cuda"))]
+mod cuda;
 pub(crate) mod lend;
 mod lookup;
 mod plan;

@@ -1,0 +1,242 @@
+//! What the host hands to kernels: `cuda/abi.cuh` has the same structures. Pure.
+//!
+//! Invariant: every field is at the place where the compiler of the other side puts it, and there is no hidden padding; a
+//! test asks that compiler.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::clip::Clip;
+use crate::codec::Limits;
+use crate::kernel::Orders as HostOrders;
+use crate::reduce::NormType;
+use crate::rounding::Rounding;
+use crate::rule::Coefficients;
+
+/// Threads of a warp.
+pub(crate) const WARP: u32 = 32;
+/// Threads of a block, in every kernel.
+pub(crate) const THREADS: u32 = 256;
+/// Warps of a block.
+pub(crate) const WARPS: u32 = THREADS / WARP;
+
+/// An address in the device's memory; 0 is none.
+pub(crate) type Address = u64;
+
+/// One parameter of a launch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct Tensor {
+    pub(crate) param: Address,
+    pub(crate) grad: Address,
+    /// m, or its codes.
+    pub(crate) exp_avg: Address,
+    /// u, or its codes, or one for each row.
+    pub(crate) exp_inf: Address,
+    /// The logarithm of each unit.
+    pub(crate) units: Address,
+    /// What masters keep beside the parameter.
+    pub(crate) master: Address,
+    /// Which units, ascending; none for all of them.
+    pub(crate) rows: Address,
+    /// How many `rows` there are, where only the device knows.
+    pub(crate) count: Address,
+    /// Elements of the parameter.
+    pub(crate) len: u64,
+    /// Elements of a unit.
+    pub(crate) unit: u64,
+    /// Which orders are this one's.
+    pub(crate) orders: u32,
+    /// How many units a chunk has.
+    pub(crate) chunk: u32,
+}
+
+/// `Coefficients` in the order of `cuda/rule.cuh`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct Wide {
+    pub(crate) grad_scale: f64,
+    rest: [f64; 9],
+}
+
+/// The same, rounded once to f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct Narrow {
+    pub(crate) grad_scale: f32,
+    rest: [f32; 9],
+}
+
+/// What one update of one parameter is made with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct Orders {
+    pub(crate) wide: Wide,
+    pub(crate) narrow: Narrow,
+    limits: [f32; 3],
+    rounding: u32,
+    shrink: u64,
+    key: u64,
+}
+
+impl Orders {
+    pub(crate) fn new(orders: &HostOrders) -> Self {
+        let HostOrders { coefficients, encoding, shrink, rounding, key } = orders;
+        let (narrow, limits): (Coefficients<f32>, Limits) = (coefficients.round(), encoding.limits());
+        Self {
+            wide: Wide { grad_scale: coefficients.grad_scale, rest: rest(coefficients) },
+            narrow: Narrow { grad_scale: narrow.grad_scale, rest: rest(&narrow) },
+            limits: limits.as_array(),
+            rounding: u32::from(*rounding == Rounding::Stochastic),
+            shrink: *shrink,
+            key: *key,
+        }
+    }
+}
+
+/// All but `grad_scale`.
+fn rest<A: Copy>(c: &Coefficients<A>) -> [A; 9] {
+    [c.clamp, c.l2, c.beta1, c.one_minus_beta1, c.beta2, c.eps_inside, c.eps_outside, c.decay, c.step_size]
+}
+
+/// The work of one block: units of one tensor, from `first` on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct Chunk {
+    pub(crate) tensor: u32,
+    pub(crate) first: u32,
+}
+
+/// What the device knows before the host does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct Control {
+    pub(crate) total_norm: f64,
+    /// Calls so far.
+    pub(crate) skipped: u64,
+    /// Whether this one is.
+    pub(crate) skip: u32,
+    pub(crate) padding: u32,
+}
+
+/// Which of several possible orders hold: those for as many skipped calls as the host has not heard of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct Late {
+    /// None if the host knows everything.
+    pub(crate) control: Address,
+    /// Skipped calls that the host knows of.
+    pub(crate) heard: u64,
+    /// How many orders there are for each number of others.
+    pub(crate) orders: u32,
+    pub(crate) padding: u32,
+}
+
+/// Of `update_*`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct UpdateArgs {
+    pub(crate) tensors: Address,
+    pub(crate) orders: Address,
+    pub(crate) chunks: Address,
+    pub(crate) late: Late,
+}
+
+/// One gradient that is measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct Gradient {
+    pub(crate) values: Address,
+    /// How many rows there are, where only the device knows.
+    pub(crate) count: Address,
+    /// Elements; of a row if there is a count.
+    pub(crate) len: u64,
+    /// Of its leaves, among those of all tensors.
+    pub(crate) first: u64,
+}
+
+/// Of `summary_leaves_*`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct LeavesArgs {
+    pub(crate) gradients: Address,
+    pub(crate) chunks: Address,
+    pub(crate) leaves: Address,
+    pub(crate) norm: u32,
+    pub(crate) chunk_units: u32,
+}
+
+/// Of `summary_norms`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct NormsArgs {
+    pub(crate) gradients: Address,
+    pub(crate) leaves: Address,
+    pub(crate) folded: Address,
+    pub(crate) norms: Address,
+    pub(crate) unscale: f64,
+    pub(crate) norm: u32,
+    pub(crate) padding: u32,
+}
+
+/// Of `summary_join`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct JoinArgs {
+    pub(crate) norms: Address,
+    pub(crate) squares: Address,
+    pub(crate) orders: Address,
+    pub(crate) control: Address,
+    pub(crate) limit: f64,
+    pub(crate) n: u32,
+    pub(crate) orders_n: u32,
+    pub(crate) norm: u32,
+    pub(crate) clip: u32,
+    pub(crate) skips: u32,
+    pub(crate) padding: u32,
+}
+
+/// A norm's number.
+pub(crate) fn norm(norm: NormType) -> u32 {
+    match norm {
+        NormType::L1 => 0,
+        NormType::L2 => 1,
+        NormType::Inf => 2,
+    }
+}
+
+/// The number of a way of clipping, and its limit.
+pub(crate) fn clip(clip: Clip) -> (u32, f64) {
+    match clip {
+        Clip::None => (0, 0.0),
+        Clip::Each(limit) => (1, limit),
+        Clip::Global(limit) => (2, limit),
+        Clip::Torch(limit) => (3, limit),
+    }
+}
+
+/// Of `accumulate_*` and `average_*`: elements of one tensor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct Pair {
+    /// What is written: a sum, or an average.
+    pub(crate) to: Address,
+    /// A gradient, or a parameter, which an average may overwrite.
+    pub(crate) other: Address,
+    pub(crate) len: u64,
+}
+
+/// Of `accumulate_*` and `average_*`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct PairArgs {
+    pub(crate) pairs: Address,
+    pub(crate) chunks: Address,
+    pub(crate) control: Address,
+    /// What gradients are multiplied with, or the share that an average keeps.
+    pub(crate) factor: f64,
+    /// 1 less that share.
+    pub(crate) other_factor: f64,
+    pub(crate) chunk_units: u32,
+    /// Whether parameters become their averages.
+    pub(crate) overwrites: u32,
+}

@@ -1,0 +1,80 @@
+//! Pure: sizes of tensors -> the blocks of a launch.
+//!
+//! Invariant: every unit of every tensor is in exactly one chunk, and every chunk is one block's.
+
+use super::abi::{Chunk, THREADS, WARP};
+use crate::error::{Error, Result};
+use crate::reduce::LEAF;
+
+/// Elements that a thread works on at a time, as in `cuda/abi.cuh`.
+const GROUP: u64 = 8;
+/// How many units a thread works on, one after another: enough for loads of the next to begin while the last ones wait, few
+/// enough for the last blocks of a launch to end together.
+const ROUNDS: u32 = 2;
+/// Units that are leaves of a sum, or of that size: a warp for each.
+pub(crate) const LEAVES: u32 = THREADS / WARP * ROUNDS;
+
+/// How many units of `unit` elements a chunk has.
+pub(crate) fn units_of_chunk(unit: u64) -> u32 {
+    let lanes = unit.div_ceil(GROUP).next_power_of_two().clamp(1, u64::from(WARP));
+    THREADS / lanes as u32 * ROUNDS
+}
+
+/// The chunks of tensors, each of which has so many units, `of_chunk` of them in a chunk.
+///
+/// # Errors
+///
+/// More than 2^31 - 1 chunks, which is as many blocks as a launch can have.
+pub(crate) fn chunks(tensors: impl IntoIterator<Item = (u64, u32)>) -> Result<Vec<Chunk>> {
+    let mut chunks = Vec::new();
+    for ((units, of_chunk), tensor) in tensors.into_iter().zip(0u32..) {
+        let n = units.div_ceil(u64::from(of_chunk));
+        if chunks.len() as u64 + n > i32::MAX as u64 || units > u64::from(u32::MAX) {
+            return Err(Error::invalid("vars", "at most 2147483647 blocks of work on one device", units));
+        }
+        chunks.extend((0..n as u32).map(|i| Chunk { tensor, first: i * of_chunk }));
+    }
+    Ok(chunks)
+}
+
+/// The chunks of tensors of so many elements, by leaves.
+pub(crate) fn chunks_of_leaves(lens: impl IntoIterator<Item = u64>) -> Result<Vec<Chunk>> {
+    chunks(lens.into_iter().map(|len| (len.div_ceil(LEAF as u64), LEAVES)))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn short_units_share_a_warp() {
+        assert_eq!(units_of_chunk(1024), 16);
+        assert_eq!(units_of_chunk(256), 16);
+        assert_eq!(units_of_chunk(128), 32);
+        assert_eq!(units_of_chunk(64), 64);
+        assert_eq!(units_of_chunk(65), 32);
+        assert_eq!(units_of_chunk(1), 512);
+    }
+
+    #[test]
+    fn too_much_for_a_launch_is_an_error() {
+        assert!(chunks([(u64::from(u32::MAX), 1)]).is_err());
+        assert!(chunks([(1 << 33, 1 << 20)]).is_err());
+        assert_eq!(chunks([]).expect("nothing fits"), []);
+    }
+
+    proptest! {
+        #[test]
+        fn every_unit_is_in_one_chunk(tensors in prop::collection::vec((0u64..5000, 1u64..2000), 0..40)) {
+            let tensors: Vec<(u64, u32)> = tensors.into_iter().map(|(units, unit)| (units, units_of_chunk(unit))).collect();
+            let chunks = chunks(tensors.iter().copied()).expect("little work");
+            let mut expected = Vec::new();
+            for (&(units, of_chunk), tensor) in tensors.iter().zip(0u32..) {
+                expected.extend((0..units as u32).step_by(of_chunk as usize).map(|first| Chunk { tensor, first }));
+            }
+            prop_assert_eq!(chunks, expected);
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! The kernels' sources and names. Pure.
+
+use candle_core::DType;
+
+use crate::codec::StateDType;
+
+/// The headers, in the order in which each needs those before it; NVRTC is given one text and finds no files.
+const HEADERS: [&str; 5] = [
+    include_str!("../../../cuda/element.cuh"),
+    include_str!("../../../cuda/rule.cuh"),
+    include_str!("../../../cuda/rounding.cuh"),
+    include_str!("../../../cuda/codec.cuh"),
+    include_str!("../../../cuda/abi.cuh"),
+];
+
+/// One file of kernels, compiled when the first of them is needed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Module {
+    /// The update, of parameters of one dtype with gradients of one dtype.
+    Update(&'static str),
+    /// Norms.
+    Summary,
+    /// Sums and averages.
+    Passes,
+}
+
+impl Module {
+    /// All of them.
+    pub(crate) const ALL: [Self; 8] = [
+        Self::Update("f64_f64"),
+        Self::Update("f32_f32"),
+        Self::Update("f16_f16"),
+        Self::Update("f16_f32"),
+        Self::Update("bf16_bf16"),
+        Self::Update("bf16_f32"),
+        Self::Summary,
+        Self::Passes,
+    ];
+
+    /// A name for candle's store of modules.
+    pub(crate) fn name(self) -> String {
+        match self {
+            Self::Update(dtypes) => format!("candle-adamax-update-{dtypes}"),
+            Self::Summary => "candle-adamax-summary".to_owned(),
+            Self::Passes => "candle-adamax-passes".to_owned(),
+        }
+    }
+
+    /// The text to compile.
+    pub(crate) fn source(self) -> String {
+        let kernels = match self {
+            Self::Update(_) => include_str!("../../../cuda/adamax.cu"),
+            Self::Summary => include_str!("../../../cuda/summary.cu"),
+            Self::Passes => include_str!("../../../cuda/passes.cu"),
+        };
+        let text = HEADERS.iter().chain([&kernels]).flat_map(|file| file.lines());
+        let mut source: String = match self {
+            Self::Update(dtypes) => format!("#define ONLY_{dtypes}\n"),
+            Self::Summary | Self::Passes => String::new(),
+        };
+        for line in text.filter(|line| !line.starts_with("#include") && !line.starts_with("#pragma once")) {
+            source.push_str(line);
+            source.push('\n');
+        }
+        source
+    }
+}
+
+/// The kernel that updates parameters and gradients of these dtypes, with moments stored like this.
+pub(crate) fn update_kernel(param: DType, grad: DType, state: StateDType, rowwise: bool) -> String {
+    let state = match state {
+        StateDType::F32 => "full",
+        StateDType::BF16 => "bf16",
+        StateDType::F16 => "f16",
+        StateDType::Q8 => "q8",
+    };
+    let rowwise = if rowwise { "_rowwise" } else { "" };
+    format!("update_{}_{}_{state}{rowwise}", param.as_str(), grad.as_str())
+}

@@ -1,0 +1,15 @@
+// All kernels, and what the tests ask of the headers, compiled for the host.
+#include "host.h"
+
+#include "../../cuda/adamax.cu"
+#include "../../cuda/passes.cu"
+#include "../../cuda/summary.cu"
+
+// Sizes of the structures that both sides have, in the order of src/kernel/cuda/abi.rs.
+extern "C" void host_sizes(uint64_t* sizes) {
+    const uint64_t all[] = {sizeof(Tensor),   sizeof(Coefficients<double>), sizeof(Coefficients<float>), sizeof(Orders),
+                            sizeof(Chunk),    sizeof(Control),              sizeof(Late),                sizeof(UpdateArgs),
+                            sizeof(Gradient), sizeof(LeavesArgs),           sizeof(NormsArgs),           sizeof(JoinArgs),
+                            sizeof(Pair),     sizeof(PairArgs)};
+    memcpy(sizes, all, sizeof(all));
+}
