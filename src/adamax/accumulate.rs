@@ -6,7 +6,7 @@ use super::{Adamax, GradRef, Gradients, Param, Rates};
 use crate::error::Result;
 use crate::gradient::Summary;
 use crate::gradient::sparse::{self, densify};
-use crate::kernel::{self, Accumulate, RowGrad, Source, Task};
+use crate::kernel::{Accumulate, RowGrad, Source, Task};
 use crate::state::Buffer;
 
 /// The sum of unscaled gradients since the last update.
@@ -70,7 +70,8 @@ impl Accumulated {
 impl Adamax {
     /// Adds the gradients to what was accumulated, and updates with the mean on the last of `steps` calls.
     pub(super) fn accumulate(&mut self, collected: &Collected<'_>, steps: u64, rates: &Rates) -> Result<Outcome> {
-        if self.params.skip_nonfinite && !Summary::check(&Gradients::OfThisCall(collected).sources(&self.vars)?)? {
+        let sources = || Gradients::OfThisCall(collected).sources(&self.vars);
+        if self.params.skip_nonfinite && !Summary::check(&mut self.context, &sources()?)? {
             return Ok(Outcome::Skipped);
         }
         let unscale = self.unscale();
@@ -81,12 +82,13 @@ impl Adamax {
                 None => {}
                 Some(Grad::Rows(rows)) => sums.push((index, param.sum_with(rows, unscale)?)),
                 Some(Grad::Dense(grad)) => {
+                    let place = param.place();
                     let kind = Accumulate { unscale, sum: param.dense_sum()? };
-                    tasks.push(Task { lent: None, read: Some(Source::Tensor(grad)), kind });
+                    tasks.push(Task { place, nth: index, lent: None, read: Some(Source::Tensor(grad)), kind });
                 }
             }
         }
-        kernel::accumulate(tasks)?;
+        self.context.accumulate(tasks)?;
         for (index, sum) in sums {
             let accumulated = &mut self.vars[index].accumulated;
             let calls = accumulated.as_ref().map_or(0, |accumulated| accumulated.calls);

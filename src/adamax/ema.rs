@@ -2,7 +2,7 @@
 
 use super::{Adamax, Param};
 use crate::error::{Error, Result};
-use crate::kernel::{self, Average, Task};
+use crate::kernel::{Average, Context, Task};
 use crate::params::Ema;
 use crate::state::Buffer;
 
@@ -25,18 +25,25 @@ impl Averages {
     ///
     /// The average is a copy of the variable in all calls of the first update, and in the first call of a variable
     /// that came later.
-    pub(super) fn advance(self, params: &mut [Param], ema: Option<Ema>, update: u64) -> Result<()> {
+    pub(super) fn advance(
+        self,
+        params: &mut [Param],
+        ema: Option<Ema>,
+        update: u64,
+        context: &mut Context,
+    ) -> Result<()> {
         let Some(Ema { momentum, overwrite_frequency }) = ema else { return Ok(()) };
         let overwrite = overwrite_frequency.is_some_and(|frequency| (update + 1).is_multiple_of(frequency));
         let mut tasks = Vec::with_capacity(params.len());
-        for (param, fresh) in params.iter_mut().zip(self.fresh) {
+        for (nth, (param, fresh)) in params.iter_mut().zip(self.fresh).enumerate() {
+            let place = param.place();
             let momentum = if update == 0 || fresh.is_some() { 0.0 } else { momentum };
             param.ema = fresh.or(param.ema.take());
             let Some(average) = &mut param.ema else { continue };
             let kind = Average { momentum, overwrite, average };
-            tasks.push(Task { lent: Some(param.var.as_tensor()), read: None, kind });
+            tasks.push(Task { place, nth, lent: Some(param.var.as_tensor()), read: None, kind });
         }
-        kernel::average(tasks)
+        context.average(tasks)
     }
 }
 
@@ -54,12 +61,13 @@ impl Adamax {
             return Err(error.of_optimizer(&self.params.name));
         }
         let mut tasks = Vec::with_capacity(self.vars.len());
-        for param in &mut self.vars {
+        for (nth, param) in self.vars.iter_mut().enumerate() {
+            let place = param.place();
             let Some(average) = &mut param.ema else { continue };
             // With momentum 1 the average stays, and the weight becomes it.
             let kind = Average { momentum: 1.0, overwrite: true, average };
-            tasks.push(Task { lent: Some(param.var.as_tensor()), read: None, kind });
+            tasks.push(Task { place, nth, lent: Some(param.var.as_tensor()), read: None, kind });
         }
-        kernel::average(tasks)
+        self.context.average(tasks)
     }
 }

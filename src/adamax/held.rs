@@ -137,16 +137,18 @@ impl GroupPlan {
     pub(super) fn check(&self, place: Place) -> Result<()> {
         let Keeping { state_dtype, rowwise_norm, rounding, sparse_update } = self.keeping;
         let plain = ParamsAdamax::default().keeping();
+        let (is_operations, is_host) = (place == Place::Device, place == Place::Host);
+        // Setting, value, whether this place can do it.
         let got: [(&str, &dyn std::fmt::Debug, bool); 4] = [
-            ("state_dtype", &state_dtype, state_dtype == plain.state_dtype),
-            ("rowwise_norm", &rowwise_norm, rowwise_norm == plain.rowwise_norm),
-            ("rounding", &rounding, rounding == plain.rounding),
-            ("sparse_update", &sparse_update, sparse_update == plain.sparse_update),
+            ("state_dtype", &state_dtype, !is_operations || state_dtype == plain.state_dtype),
+            ("rowwise_norm", &rowwise_norm, !is_operations || rowwise_norm == plain.rowwise_norm),
+            ("rounding", &rounding, !is_operations || rounding == plain.rounding),
+            ("sparse_update", &sparse_update, is_host || sparse_update == plain.sparse_update),
         ];
-        match got.into_iter().find(|(_, _, is_plain)| place == Place::Device && !is_plain) {
+        match got.into_iter().find(|(_, _, is_possible)| !is_possible) {
             Some((field, got, _)) => {
-                let expected = "the default for variables that candle's tensor operations update, on this device";
-                Err(Error::invalid(field, expected, format!("{got:?}")))
+                let by = if is_operations { "that candle's tensor operations update, on this device" } else { "on a GPU" };
+                Err(Error::invalid(field, format!("the default for variables {by}"), format!("{got:?}")))
             }
             None => Ok(()),
         }
@@ -224,15 +226,15 @@ impl Param {
         self.state.pay_all()?;
         let state = self.state.get();
         let layout = plan.layout(&self.var, state.moments.layout.by_rows);
-        let master = Master::zeros(self.var.dtype(), self.var.elem_count(), plan.keeping.rounding);
+        let is_kept = Master::is_kept(self.var.dtype(), plan.keeping.rounding);
         let stays_shared = matches!(self.state, Held::Own(_)) || plan.keeping.sparse_update == SparseUpdate::Exact;
-        if layout == state.moments.layout && master.is_some() == state.master.is_some() && stays_shared {
+        if layout == state.moments.layout && is_kept == state.master.is_some() && stays_shared {
             return Ok(None);
         }
         // A master that stays keeps what it has.
         let master = match &state.master {
-            Some(old) if master.is_some() => Some(old.grown(self.var.elem_count())),
-            _ => master,
+            Some(old) if is_kept => Some(old.grown(&self.var)?),
+            _ => Master::zeros(&self.var, state.place(), plan.keeping.rounding)?,
         };
         Ok(Some(ParamState { moments: state.moments.converted(&layout)?, master, step: state.step }))
     }

@@ -12,11 +12,11 @@ use crate::checkpoint::Counters;
 use crate::error::{Error, ErrorKind, Result};
 use crate::group::{DEFAULT_GROUP, GroupSettings, ParamGroup};
 use crate::kernel::lend::storage_address;
-use crate::kernel::{Kernel, is_supported};
+use crate::kernel::{Context, Kernel, is_supported};
 use crate::params::ParamsAdamax;
 use crate::rounding::key_of;
 use crate::rule::WeightDecay;
-use crate::state::{Buffer, Moments, ParamState, Stored};
+use crate::state::{Buffer, Master, Moments, ParamState};
 
 impl Adamax {
     pub(super) fn without_vars(params: ParamsAdamax) -> Result<Self> {
@@ -28,6 +28,7 @@ impl Adamax {
             storages: HashMap::new(),
             counters: Counters::default(),
             kernel: Kernel::Auto,
+            context: Context::default(),
             report: Report::default(),
         })
     }
@@ -176,17 +177,20 @@ impl Adamax {
                 Buffer::from_tensor(&buffer.to_tensor(param.var.shape())?, &param.var, place)
             };
             let state = param.state.get();
-            // Only moments as they are can be elsewhere; what stays need not be copied.
-            let state = match &state.moments.stored {
-                Stored::Full { exp_avg, exp_inf } if state.place() != place => {
-                    let stored = Stored::Full { exp_avg: buffer(exp_avg)?, exp_inf: buffer(exp_inf)? };
-                    Some(ParamState {
-                        moments: Moments { layout: state.moments.layout, stored },
-                        master: None,
-                        step: state.step,
-                    })
-                }
-                _ => None,
+            // What stays need not be copied.
+            let state = if state.place() == place {
+                None
+            } else {
+                let (var, layout) = (param.var.as_tensor(), state.moments.layout);
+                let tensors = state.moments.to_stored(var.shape())?;
+                let master = state.master.as_ref().map(|master| {
+                    Master::from_tensor(&master.to_tensor(var.shape())?, var, place)
+                });
+                Some(ParamState {
+                    moments: Moments::from_stored(&tensors, var, place, &layout)?,
+                    master: master.transpose()?,
+                    step: state.step,
+                })
             };
             // Accumulated rows are in host memory anyway.
             let sum = match &param.accumulated {

@@ -31,7 +31,9 @@ use crate::codec::shrinkage;
 use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::{Gradient, SparseGrad, Summary};
 use crate::group::{DEFAULT_GROUP, GroupSettings, ParamGroup};
-use crate::kernel::{self, Kernel, Orders, RowGrad, RowTask, RowValues, Source, Task, Update};
+use crate::kernel::{
+    Context, Kernel, Orders, RowGrad, RowTask, RowValues, Source, Task, Update, all_on_one_gpu,
+};
 use crate::params::{ParamsAdamax, StepCount};
 use crate::rounding::derive;
 use crate::rule::Coefficients;
@@ -75,6 +77,8 @@ pub struct Adamax {
     storages: HashMap<usize, String>,
     counters: Counters,
     kernel: Kernel,
+    /// What kernels keep from one call to the next.
+    context: Context,
     report: Report,
 }
 
@@ -246,7 +250,7 @@ impl Adamax {
             self.counters.skipped += 1;
             return Ok(());
         }
-        averages.advance(&mut self.vars, self.params.ema, updates_before)?;
+        averages.advance(&mut self.vars, self.params.ema, updates_before, &mut self.context)?;
         self.counters.calls += 1;
         Ok(())
     }
@@ -257,7 +261,13 @@ impl Adamax {
             Gradients::OfThisCall(_) => self.unscale(),
             Gradients::Accumulated { steps } => 1.0 / steps as f64,
         };
-        let summary = Summary::measure(|| gradients.sources(&self.vars), &self.params, unscale)?;
+        // Where all of it happens on one GPU, the host does not wait for norms; only what is skipped it has to know.
+        let (summary, measured) = if !self.params.skip_nonfinite && all_on_one_gpu(gradients.places(&self.vars)) {
+            Summary::of_update(&self.params, unscale)
+        } else {
+            let grads = || gradients.sources(&self.vars);
+            (Summary::measure(&mut self.context, grads, &self.params, unscale)?, None)
+        };
         if self.params.skip_nonfinite && !summary.is_finite() {
             return Ok(Outcome::Skipped);
         }
@@ -265,21 +275,23 @@ impl Adamax {
         let update = self.counters.updates + 1;
         let orders = self.orders(gradients, rates, &summary, update)?;
         let mut locked: Vec<_> = self.vars.iter_mut().map(Param::unlock).collect();
-        let (mut tasks, mut row_tasks) = (Vec::with_capacity(locked.len()), Vec::new());
+        let (mut tasks, mut row_tasks, mut nth) = (Vec::with_capacity(locked.len()), Vec::new(), 0);
         for (index, (orders, (var, accumulated, state))) in orders.iter().zip(&mut locked).enumerate() {
             let (Some(orders), Some(grad)) = (*orders, gradients.of(index, *accumulated)) else { continue };
             match grad {
                 GradRef::Rows(grad) => {
                     state.pay(Some(&grad.rows))?;
-                    row_tasks.push(RowTask { var, grad, orders, state });
+                    row_tasks.push(RowTask { nth, var, grad, orders, state });
                 }
                 GradRef::Dense(read) => {
                     state.pay(None)?;
-                    tasks.push(Task { lent: Some(*var), read: Some(read), kind: Update { orders, state } });
+                    let place = state.place();
+                    tasks.push(Task { place, nth, lent: Some(*var), read: Some(read), kind: Update { orders, state } });
                 }
             }
+            nth += 1;
         }
-        kernel::update(tasks, row_tasks)?;
+        self.context.update(tasks, row_tasks, measured)?;
         for (index, (orders, (_, accumulated, state))) in orders.iter().zip(&mut locked).enumerate() {
             let (Some(orders), Some(grad)) = (orders, gradients.of(index, *accumulated)) else { continue };
             state.step += 1;
@@ -287,7 +299,10 @@ impl Adamax {
         }
         drop(locked);
         self.counters.updates = update;
-        Ok(Outcome::Updated { total_norm: summary.total_norm() })
+        Ok(match measured {
+            Some(_) => Outcome::UpdatedOnGpu,
+            None => Outcome::Updated { total_norm: summary.total_norm() },
+        })
     }
 
     /// Gets the states of tables ready for gradients of rows.
@@ -375,6 +390,16 @@ impl<'c> Gradients<'c> {
             }),
             Self::Accumulated { .. } => accumulated.and_then(Accumulated::sum),
         }
+    }
+
+    /// The variables with a gradient, and where their state lives.
+    fn places<'s>(self, vars: &'s [Param]) -> impl Iterator<Item = (&'s Tensor, Place)>
+    where
+        'c: 's,
+    {
+        let with_gradient =
+            move |(index, param): &(usize, &Param)| self.of(*index, param.accumulated.as_ref()).is_some();
+        vars.iter().enumerate().filter(with_gradient).map(|(_, param)| (param.var.as_tensor(), param.place()))
     }
 
     /// All there are, with the place of what they are measured from; rows have been summed up.

@@ -1,6 +1,7 @@
 //! What the last call did.
 
 use super::{Adamax, Param};
+use crate::kernel::Context;
 
 /// What became of a call.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -12,6 +13,8 @@ pub(super) enum Outcome {
     Accumulated,
     /// The variables were updated.
     Updated { total_norm: Option<f64> },
+    /// The same by a GPU, which knows the total norm.
+    UpdatedOnGpu,
     /// Something was not finite; nothing has changed.
     Skipped,
 }
@@ -29,6 +32,7 @@ pub(super) struct Report {
 pub struct StepReport<'a> {
     report: &'a Report,
     vars: &'a [Param],
+    context: &'a Context,
 }
 
 impl<'a> StepReport<'a> {
@@ -39,7 +43,7 @@ impl<'a> StepReport<'a> {
 
     /// Whether variables were updated: not if the gradients were only accumulated, nor if the call was skipped.
     pub fn updated(&self) -> bool {
-        matches!(self.report.outcome, Outcome::Updated { .. })
+        matches!(self.report.outcome, Outcome::Updated { .. } | Outcome::UpdatedOnGpu)
     }
 
     /// Whether the call was skipped because something was not finite.
@@ -49,10 +53,11 @@ impl<'a> StepReport<'a> {
 
     /// The norm of all gradients together before clipping, in the norm that clipping asks for (L2 for each variable's
     /// own norm, and for [`measure_norm`](crate::ParamsAdamax::measure_norm)). `None` if nothing asks for one or if there
-    /// was no update.
+    /// was no update. Where a GPU has measured it, this waits for the GPU; `None` if its memory cannot be read.
     pub fn total_norm(&self) -> Option<f64> {
         match self.report.outcome {
             Outcome::Updated { total_norm } => total_norm,
+            Outcome::UpdatedOnGpu => self.context.total_norm().ok().flatten(),
             _ => None,
         }
     }
@@ -95,6 +100,6 @@ impl Adamax {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     pub fn report(&self) -> StepReport<'_> {
-        StepReport { report: &self.report, vars: &self.vars }
+        StepReport { report: &self.report, vars: &self.vars, context: &self.context }
     }
 }

@@ -151,7 +151,7 @@ impl Adamax {
         let before = param.state.get();
         let state = Held::Own(ParamState {
             moments: before.moments.grown(&var)?,
-            master: before.master.as_ref().map(|master| master.grown(var.elem_count())),
+            master: before.master.as_ref().map(|master| master.grown(&var)).transpose()?,
             step: before.step,
         });
         drop(before);

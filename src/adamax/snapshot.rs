@@ -256,7 +256,7 @@ impl Adamax {
             (Some(_), None) => Err(Error::checkpoint(format!("{name}.{what}"), "no such tensor", "a surplus one")),
         };
         optional("units", &snapshot.units, Moments::expected_units(&param.var, &layout))?;
-        let has_master = Master::zeros(param.var.dtype(), 0, plan.keeping.rounding).is_some();
+        let has_master = Master::is_kept(param.var.dtype(), plan.keeping.rounding);
         let of_master = has_master.then(|| (Master::dtype(param.var.dtype()), param.var.dims().to_vec()));
         optional("master", &snapshot.master, of_master)?;
         let tensors = MomentTensors {
@@ -266,7 +266,11 @@ impl Adamax {
         };
         let state = ParamState {
             moments: Moments::from_stored(&tensors, &param.var, param.place(), &layout)?,
-            master: snapshot.master.as_ref().map(Master::from_tensor).transpose()?,
+            master: snapshot
+                .master
+                .as_ref()
+                .map(|master| Master::from_tensor(master, &param.var, param.place()))
+                .transpose()?,
             step: snapshot.step,
         };
         let ema = snapshot.ema.as_ref().map(|ema| buffer("ema", ema)).transpose()?;

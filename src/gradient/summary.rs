@@ -5,7 +5,7 @@
 
 use crate::clip::Clip;
 use crate::error::Result;
-use crate::kernel::{self, Source};
+use crate::kernel::{Context, Measured, Source};
 use crate::params::ParamsAdamax;
 use crate::reduce::NormType;
 use crate::state::Place;
@@ -23,8 +23,8 @@ pub(crate) struct Summary {
 
 impl Summary {
     /// Whether every element is finite: the largest magnitude tells.
-    pub(crate) fn check(grads: &[(Source<'_>, Place)]) -> Result<bool> {
-        Ok(kernel::measure(grads, NormType::Inf)?.iter().all(|norm| norm.is_finite()))
+    pub(crate) fn check(context: &mut Context, grads: &[(Source<'_>, Place)]) -> Result<bool> {
+        Ok(context.measure(grads, NormType::Inf)?.iter().all(|norm| norm.is_finite()))
     }
 
     /// Whether anything asks for the gradients to be measured.
@@ -36,6 +36,7 @@ impl Summary {
     ///
     /// `unscale` is what each gradient still has to be multiplied by to be the true one.
     pub(crate) fn measure<'s>(
+        context: &mut Context,
         grads: impl FnOnce() -> Result<Vec<(Source<'s>, Place)>>,
         params: &ParamsAdamax,
         unscale: f64,
@@ -47,10 +48,18 @@ impl Summary {
         let Some(norm_type) = measured else {
             return Ok(Self { norms: Vec::new(), total_norm: None, reported, clip, unscale });
         };
-        let mut norms = kernel::measure(&grads()?, norm_type)?;
+        let mut norms = context.measure(&grads()?, norm_type)?;
         norms.iter_mut().for_each(|norm| *norm *= unscale.abs());
         let total_norm = Some(norm_type.join(&norms));
         Ok(Self { norms, total_norm, reported, clip, unscale })
+    }
+
+    /// The summary of gradients that the update measures by itself, where that is on the device of all of them, and how.
+    pub(crate) fn of_update(params: &ParamsAdamax, unscale: f64) -> (Self, Option<Measured>) {
+        let summary =
+            Self { norms: Vec::new(), total_norm: None, reported: false, clip: Clip::None, unscale };
+        let measured = params.norm_type().map(|norm| Measured { norm, clip: clip_of(params), unscale: unscale.abs() });
+        (summary, measured)
     }
 
     /// Whether every element is finite, as far as was measured.

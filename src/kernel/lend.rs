@@ -5,6 +5,9 @@
 //! the invariant that callers keep: no variable is lent twice at once, and no gradient shares a variable's storage
 //! (compare [`storage_address`]es first).
 
+#[cfg(feature = "cuda")]
+pub(crate) mod gpu;
+
 use std::cell::RefCell;
 use std::ops::Range;
 

@@ -11,6 +11,7 @@ mod rows;
 
 use candle_core::{DType, Tensor};
 
+use crate::clip::Clip;
 use crate::error::Result;
 use crate::reduce::NormType;
 use crate::state::Place;
@@ -25,7 +26,8 @@ pub(crate) use rows::{Contribution, Occurrences, RowGrad, RowValues};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Kernel {
-    /// The fastest one for each variable: one pass over memory on the CPU, [`Self::Portable`] elsewhere.
+    /// The fastest one for each variable: one pass over memory on the CPU; with the feature `cuda` one launch for all
+    /// variables of the same types on an NVIDIA GPU of compute capability 7.5 or more; [`Self::Portable`] elsewhere.
     #[default]
     Auto,
     /// candle's tensor operations, some ten of them a variable: slower, for any device, and an independent
@@ -38,9 +40,20 @@ impl Kernel {
     pub(crate) fn place(self, var: &Tensor) -> Place {
         match self {
             Self::Auto if var.device().is_cpu() => Place::Host,
+            Self::Auto if has_cuda_kernels(var) => Place::Cuda,
             _ => Place::Device,
         }
     }
+}
+
+/// Whether the CUDA kernels run on the device of `var`.
+fn has_cuda_kernels(var: &Tensor) -> bool {
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = var.device() {
+        return cuda::has_kernels(device);
+    }
+    let _ = var;
+    false
 }
 
 /// Whether `dtype` is one that parameters may have.
@@ -48,15 +61,140 @@ pub(crate) fn is_supported(dtype: DType) -> bool {
     matches!(dtype, DType::F64 | DType::F32 | DType::F16 | DType::BF16)
 }
 
-/// Updates variables and moments in place: whole ones, and the touched rows of tables.
-pub(crate) fn update(tasks: Vec<Task<'_, Update<'_>>>, rows: Vec<RowTask<'_>>) -> Result<()> {
-    let (host, device) = split(tasks, |task| task.kind.state.place());
-    let (host_rows, device_rows) = split(rows, |task| task.state.place());
-    // Tensor operations can fail and a pass over slices cannot: they go first, so that a failure finds nothing changed.
-    portable::update(device, device_rows)?;
-    cpu::run(host)?;
-    cpu::update_rows(host_rows)?;
-    Ok(())
+/// What kernels keep from one call to the next, of one optimizer.
+#[derive(Default)]
+pub(crate) struct Context {
+    #[cfg(feature = "cuda")]
+    cuda: cuda::Runtimes,
+}
+
+/// Norms that an update measures by itself, on the GPU, and what it makes of them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Measured {
+    pub(crate) norm: NormType,
+    pub(crate) clip: Clip,
+    /// What gradients are multiplied with to be the true ones.
+    pub(crate) unscale: f64,
+}
+
+impl Context {
+    /// Updates variables and moments in place: whole ones, and the touched rows of tables. `measured` is for gradients
+    /// that are [all on one GPU](all_on_one_gpu), in the order of their tasks' numbers.
+    pub(crate) fn update(
+        &mut self,
+        tasks: Vec<Task<'_, Update<'_>>>,
+        rows: Vec<RowTask<'_>>,
+        measured: Option<Measured>,
+    ) -> Result<()> {
+        let [host, device, gpu] = split(tasks, |task| task.place);
+        let [host_rows, device_rows, gpu_rows] = split(rows, |task| task.state.place());
+        // What can fail goes first, so that a failure finds nothing changed: a launch can, for want of memory, and tensor
+        // operations can, but a pass over slices cannot.
+        self.update_cuda(gpu, gpu_rows, measured)?;
+        portable::update(device, device_rows)?;
+        cpu::run(host)?;
+        cpu::update_rows(host_rows)?;
+        Ok(())
+    }
+
+    /// Adds gradients to the accumulated ones.
+    pub(crate) fn accumulate(&mut self, tasks: Vec<Task<'_, Accumulate<'_>>>) -> Result<()> {
+        let [host, device, gpu] = split(tasks, |task| task.place);
+        self.accumulate_cuda(gpu)?;
+        portable::accumulate(device)?;
+        cpu::run(host)?;
+        Ok(())
+    }
+
+    /// Moves averages towards their variables.
+    pub(crate) fn average(&mut self, tasks: Vec<Task<'_, Average<'_>>>) -> Result<()> {
+        let [host, device, gpu] = split(tasks, |task| task.place);
+        self.average_cuda(gpu)?;
+        portable::average(device)?;
+        cpu::run(host)?;
+        Ok(())
+    }
+
+    /// The norm of each gradient, in their order; the second of each pair is where the state of its variable lives.
+    /// Waits for the devices that gradients are on.
+    pub(crate) fn measure(&mut self, grads: &[(Source<'_>, Place)], norm: NormType) -> Result<Vec<f64>> {
+        let on_host = grads.iter().filter(|(_, place)| *place == Place::Host);
+        let borrowed = on_host.map(|(source, _)| source.borrow()).collect::<candle_core::Result<Vec<_>>>()?;
+        let elements = borrowed.iter().map(Borrowed::elements).collect::<candle_core::Result<Vec<_>>>()?;
+        let mut measured = cpu::measure(&elements, norm).into_iter();
+        let of_each = grads.iter().map(|(source, place)| match place {
+            Place::Host => Ok(measured.next().unwrap_or_default()),
+            Place::Device => Ok(portable::measure(*source, norm)?),
+            Place::Cuda => self.measure_cuda(*source, norm),
+        });
+        of_each.collect()
+    }
+
+    /// The norm of all gradients of the last update, where it was measured on a GPU; waits for it.
+    pub(crate) fn total_norm(&self) -> Result<Option<f64>> {
+        #[cfg(feature = "cuda")]
+        return self.cuda.total_norm();
+        #[cfg(not(feature = "cuda"))]
+        Ok(None)
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Context {
+    fn update_cuda(
+        &mut self,
+        tasks: Vec<Task<'_, Update<'_>>>,
+        rows: Vec<RowTask<'_>>,
+        measured: Option<Measured>,
+    ) -> Result<()> {
+        self.cuda.update(tasks, rows, measured)
+    }
+
+    fn accumulate_cuda(&mut self, tasks: Vec<Task<'_, Accumulate<'_>>>) -> Result<()> {
+        self.cuda.accumulate(tasks)
+    }
+
+    fn average_cuda(&mut self, tasks: Vec<Task<'_, Average<'_>>>) -> Result<()> {
+        self.cuda.average(tasks)
+    }
+
+    fn measure_cuda(&mut self, grad: Source<'_>, norm: NormType) -> Result<f64> {
+        self.cuda.measure(grad, norm)
+    }
+}
+
+/// Without the feature no variable's state lives at [`Place::Cuda`].
+#[cfg(not(feature = "cuda"))]
+impl Context {
+    fn update_cuda(
+        &mut self,
+        tasks: Vec<Task<'_, Update<'_>>>,
+        rows: Vec<RowTask<'_>>,
+        measured: Option<Measured>,
+    ) -> Result<()> {
+        debug_assert!(tasks.is_empty() && rows.is_empty() && measured.is_none());
+        Ok(())
+    }
+
+    fn accumulate_cuda(&mut self, tasks: Vec<Task<'_, Accumulate<'_>>>) -> Result<()> {
+        debug_assert!(tasks.is_empty());
+        Ok(())
+    }
+
+    fn average_cuda(&mut self, tasks: Vec<Task<'_, Average<'_>>>) -> Result<()> {
+        debug_assert!(tasks.is_empty());
+        Ok(())
+    }
+
+    fn measure_cuda(&mut self, _: Source<'_>, _: NormType) -> Result<f64> {
+        Err(candle_core::Error::msg("this program is built without the feature `cuda`").into())
+    }
+}
+
+/// Whether all gradients are measured and used on one GPU, so that the host need not know their norms.
+pub(crate) fn all_on_one_gpu<'v>(mut grads: impl Iterator<Item = (&'v Tensor, Place)>) -> bool {
+    let Some((first, Place::Cuda)) = grads.next() else { return false };
+    grads.all(|(var, place)| place == Place::Cuda && var.device().same_device(first.device()))
 }
 
 /// Lets rows of one table pay what they owe; tables elsewhere owe nothing.
@@ -64,39 +202,14 @@ pub(crate) fn pay(task: PayTask<'_>) -> Result<()> {
     Ok(cpu::pay_rows(task)?)
 }
 
-/// Adds gradients to the accumulated ones.
-pub(crate) fn accumulate(tasks: Vec<Task<'_, Accumulate<'_>>>) -> Result<()> {
-    let (host, device) = split(tasks, |task| task.kind.sum.place());
-    portable::accumulate(device)?;
-    cpu::run(host)?;
-    Ok(())
-}
-
-/// Moves averages towards their variables.
-pub(crate) fn average(tasks: Vec<Task<'_, Average<'_>>>) -> Result<()> {
-    let (host, device) = split(tasks, |task| task.kind.average.place());
-    portable::average(device)?;
-    cpu::run(host)?;
-    Ok(())
-}
-
-/// The norm of each gradient, in their order; the second of each pair is where the state of its variable lives.
-pub(crate) fn measure(grads: &[(Source<'_>, Place)], norm: NormType) -> Result<Vec<f64>> {
-    let on_host = grads.iter().filter(|(_, place)| *place == Place::Host);
-    let borrowed = on_host.map(|(source, _)| source.borrow()).collect::<candle_core::Result<Vec<_>>>()?;
-    let elements = borrowed.iter().map(Borrowed::elements).collect::<candle_core::Result<Vec<_>>>()?;
-    let mut measured = cpu::measure(&elements, norm).into_iter();
-    let of_each = grads.iter().map(|(source, place)| match place {
-        Place::Host => Ok(measured.next().unwrap_or_default()),
-        Place::Device => Ok(portable::measure(*source, norm)?),
-    });
-    of_each.collect()
-}
-
-fn split<T>(tasks: Vec<T>, place: impl Fn(&T) -> Place) -> (Vec<T>, Vec<T>) {
+/// Those of the host, of tensor operations and of the CUDA kernels.
+fn split<T>(tasks: Vec<T>, place: impl Fn(&T) -> Place) -> [Vec<T>; 3] {
     // Nearly always all are in one place, and there is nothing to move.
     if tasks.iter().all(|task| place(task) == Place::Host) {
-        return (tasks, Vec::new());
+        return [tasks, Vec::new(), Vec::new()];
     }
-    tasks.into_iter().partition(|task| place(task) == Place::Host)
+    let (host, others) = tasks.into_iter().partition(|task| place(task) == Place::Host);
+    let others: Vec<T> = others;
+    let (device, gpu) = others.into_iter().partition(|task| place(task) == Place::Device);
+    [host, device, gpu]
 }

@@ -38,7 +38,7 @@ struct UpdatedRows {
 
 impl UpdatedRows {
     fn compute(task: RowTask<'_>) -> Result<Self> {
-        let RowTask { var, grad, orders, state } = task;
+        let RowTask { var, grad, orders, state, .. } = task;
         let (n, len) = (grad.rows.len(), grad.row_len);
         let flat = |tensor: &Tensor| tensor.reshape((tensor.dim(0)?, len));
         let rows = Tensor::from_slice(&grad.rows, n, var.device())?;

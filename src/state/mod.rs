@@ -21,7 +21,7 @@ pub(crate) enum Buffer {
     F32(Pages<f32>),
     /// In host memory, for the CPU kernel.
     F64(Pages<f64>),
-    /// On the variable's device, in its shape, for the portable path.
+    /// On the variable's device, in its shape.
     Tensor(Tensor),
 }
 
@@ -31,7 +31,7 @@ impl Buffer {
         let n = var.elem_count();
         Ok(match (place, arithmetic(var.dtype())) {
             (Place::Host, dtype) => Self::zeros_host(dtype, n),
-            (Place::Device, dtype) => Self::Tensor(Tensor::zeros(var.shape(), dtype, var.device())?),
+            (Place::Device | Place::Cuda, dtype) => Self::Tensor(Tensor::zeros(var.shape(), dtype, var.device())?),
         })
     }
 
@@ -71,7 +71,7 @@ impl Buffer {
 
     /// The values of `tensor`, which has the shape of `var` and the dtype of its arithmetic.
     pub(crate) fn from_tensor(tensor: &Tensor, var: &Tensor, place: Place) -> Result<Self> {
-        if place == Place::Device {
+        if place != Place::Host {
             return Ok(Self::Tensor(tensor.to_device(var.device())?.copy()?));
         }
         let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?;
@@ -107,12 +107,9 @@ impl Buffer {
         }
     }
 
-    /// The place where it lives.
-    pub(crate) fn place(&self) -> Place {
-        match self {
-            Self::F32(_) | Self::F64(_) => Place::Host,
-            Self::Tensor(_) => Place::Device,
-        }
+    /// Whether it is in host memory.
+    pub(crate) fn is_on_host(&self) -> bool {
+        !matches!(self, Self::Tensor(_))
     }
 
     /// Sets the rows `rows`, of `row_len` elements each, to zero.
@@ -138,13 +135,7 @@ impl Buffer {
         Ok(match self {
             Self::F32(values) => Self::F32(Pages::extended(values, var.elem_count())),
             Self::F64(values) => Self::F64(Pages::extended(values, var.elem_count())),
-            Self::Tensor(tensor) => {
-                let grown = Tensor::zeros(var.shape(), tensor.dtype(), tensor.device())?;
-                if tensor.elem_count() > 0 {
-                    grown.slice_set(tensor, 0, 0)?;
-                }
-                Self::Tensor(grown)
-            }
+            Self::Tensor(tensor) => Self::Tensor(grown(tensor, var.shape())?),
         })
     }
 
@@ -159,12 +150,15 @@ impl Buffer {
     }
 }
 
-/// Where a variable's buffers live, which also decides the kernel: host memory for the CPU kernel, the variable's
-/// device for the portable path.
+/// Where a variable's buffers live, which also decides the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
+    /// Host memory, for the CPU kernel.
     Host,
+    /// The variable's device, for candle's tensor operations.
     Device,
+    /// The variable's GPU, for the CUDA kernels.
+    Cuda,
 }
 
 /// The type in which a variable of `dtype` is computed with.
@@ -187,8 +181,7 @@ pub(crate) struct ParamState {
 impl ParamState {
     /// The state before the first update.
     pub(crate) fn zeros(var: &Tensor, place: Place, layout: &Layout, rounding: Rounding) -> Result<Self> {
-        let moments = Moments::zeros(var, place, layout)?;
-        Ok(Self { moments, master: Master::zeros(var.dtype(), var.elem_count(), rounding), step: 0 })
+        Ok(Self { moments: Moments::zeros(var, place, layout)?, master: Master::zeros(var, place, rounding)?, step: 0 })
     }
 
     /// The state of no elements.
@@ -215,24 +208,37 @@ pub(crate) enum Master {
     Rest(Pages<i16>),
     /// The copy of an f16 parameter.
     Copy(Pages<f32>),
+    /// Either of them, on the parameter's GPU.
+    Device(Tensor),
 }
 
 impl Master {
-    /// The master of `n` elements of `dtype`, if they have one.
-    pub(crate) fn zeros(dtype: DType, n: usize, rounding: Rounding) -> Option<Self> {
-        match (rounding, dtype) {
-            (Rounding::Master, DType::BF16) => Some(Self::Rest(Pages::zeros(n))),
-            (Rounding::Master, DType::F16) => Some(Self::Copy(Pages::zeros(n))),
-            _ => None,
-        }
+    /// Whether parameters of `dtype` have one.
+    pub(crate) fn is_kept(dtype: DType, rounding: Rounding) -> bool {
+        rounding == Rounding::Master && matches!(dtype, DType::BF16 | DType::F16)
     }
 
-    /// A copy for `n` elements, of which those that are new are zero.
-    pub(crate) fn grown(&self, n: usize) -> Self {
-        match self {
+    /// The master of a parameter, if it has one.
+    pub(crate) fn zeros(var: &Tensor, place: Place, rounding: Rounding) -> Result<Option<Self>> {
+        if !Self::is_kept(var.dtype(), rounding) {
+            return Ok(None);
+        }
+        let (dtype, n) = (Self::dtype(var.dtype()), var.elem_count());
+        Ok(Some(match (place, dtype) {
+            (Place::Cuda, dtype) => Self::Device(Tensor::zeros(var.shape(), dtype, var.device())?),
+            (_, DType::I16) => Self::Rest(Pages::zeros(n)),
+            (_, _) => Self::Copy(Pages::zeros(n)),
+        }))
+    }
+
+    /// A copy for a parameter that may have more rows: those are zero.
+    pub(crate) fn grown(&self, var: &Tensor) -> Result<Self> {
+        let n = var.elem_count();
+        Ok(match self {
             Self::Rest(values) => Self::Rest(Pages::extended(values, n)),
             Self::Copy(values) => Self::Copy(Pages::extended(values, n)),
-        }
+            Self::Device(tensor) => Self::Device(grown(tensor, var.shape())?),
+        })
     }
 
     /// The values as they are stored.
@@ -240,11 +246,15 @@ impl Master {
         Ok(match self {
             Self::Rest(values) => Tensor::from_slice(values, shape, &Device::Cpu)?,
             Self::Copy(values) => Tensor::from_slice(values, shape, &Device::Cpu)?,
+            Self::Device(tensor) => tensor.to_device(&Device::Cpu)?.reshape(shape)?,
         })
     }
 
-    /// What [`to_tensor`](Self::to_tensor) made.
-    pub(crate) fn from_tensor(tensor: &Tensor) -> Result<Self> {
+    /// What [`to_tensor`](Self::to_tensor) made, for the parameter `var`.
+    pub(crate) fn from_tensor(tensor: &Tensor, var: &Tensor, place: Place) -> Result<Self> {
+        if place == Place::Cuda {
+            return Ok(Self::Device(tensor.to_device(var.device())?.copy()?));
+        }
         let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?;
         Ok(match flat.dtype() {
             DType::I16 => Self::Rest(Pages::of(&flat.to_vec1()?)),
@@ -257,6 +267,7 @@ impl Master {
         match self {
             Self::Rest(values) => size_of_val::<[i16]>(values),
             Self::Copy(values) => size_of_val::<[f32]>(values),
+            Self::Device(tensor) => tensor.elem_count() * tensor.dtype().size_in_bytes(),
         }
     }
 
@@ -264,6 +275,15 @@ impl Master {
     pub(crate) fn dtype(dtype: DType) -> DType {
         if dtype == DType::BF16 { DType::I16 } else { DType::F32 }
     }
+}
+
+/// A copy in a shape that has more rows: those are zero.
+fn grown(tensor: &Tensor, shape: &Shape) -> Result<Tensor> {
+    let grown = Tensor::zeros(shape, tensor.dtype(), tensor.device())?;
+    if tensor.elem_count() > 0 {
+        grown.slice_set(tensor, 0, 0)?;
+    }
+    Ok(grown)
 }
 
 fn clear<T: bytemuck::Pod>(values: &mut [T], rows: &[u32], row_len: usize) {

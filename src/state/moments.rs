@@ -1,9 +1,9 @@
 //! The moments of one parameter, in each encoding, and the ways from one into another.
 
 use bytemuck::Pod;
-use candle_core::{DType, Shape, Tensor};
+use candle_core::{DType, Device, Shape, Tensor};
 
-use super::{Buffer, Place, arithmetic, clear};
+use super::{Buffer, MomentTensors, Place, arithmetic, clear, grown};
 use crate::codec::{self, BLOCK, Bf16, Encoding, F16, Format, Q8, StateDType};
 use crate::error::Result;
 use crate::pages::Pages;
@@ -59,6 +59,8 @@ pub(crate) enum Stored {
     BF16(Coded<Bf16>),
     F16(Coded<F16>),
     Q8(Coded<Q8>),
+    /// Any of them as tensors on the variable's GPU, for the CUDA kernels.
+    Device(MomentTensors),
 }
 
 /// Encoded moments.
@@ -218,8 +220,9 @@ fn largest(u: &[f32]) -> f32 {
 
 /// Runs `$body` with the encoded arrays, whatever their format, or `$full` with the others.
 macro_rules! with_coded {
-    ($stored:expr, $coded:ident => $body:expr, ($m:ident, $u:ident) => $full:expr) => {
+    ($stored:expr, $coded:ident => $body:expr, ($m:ident, $u:ident) => $full:expr, $device:ident => $tensors:expr) => {
         match $stored {
+            Stored::Device($device) => $tensors,
             Stored::Full { exp_avg: $m, exp_inf: $u } => $full,
             Stored::BF16($coded) => $body,
             Stored::F16($coded) => $body,
@@ -232,6 +235,7 @@ impl Moments {
     pub(crate) fn zeros(var: &Tensor, place: Place, layout: &Layout) -> Result<Self> {
         let n = var.elem_count();
         let stored = match layout.dtype {
+            _ if place == Place::Cuda => Stored::Device(MomentTensors::zeros(var, layout)?),
             StateDType::BF16 => Stored::BF16(Coded::zeros(n, layout)),
             StateDType::F16 => Stored::F16(Coded::zeros(n, layout)),
             StateDType::Q8 => Stored::Q8(Coded::zeros(n, layout)),
@@ -248,12 +252,13 @@ impl Moments {
 
     /// How many elements the parameter has.
     pub(crate) fn len(&self) -> usize {
-        with_coded!(&self.stored, coded => coded.moments.len(), (m, _u) => m.len())
+        with_coded!(&self.stored, coded => coded.moments.len(), (m, _u) => m.len(), tensors => tensors.exp_avg.elem_count())
     }
 
     /// Where they live.
     pub(crate) fn place(&self) -> Place {
-        with_coded!(&self.stored, _coded => Place::Host, (m, _u) => m.place())
+        let of_full = |m: &Buffer| if m.is_on_host() { Place::Host } else { Place::Device };
+        with_coded!(&self.stored, _coded => Place::Host, (m, _u) => of_full(m), _tensors => Place::Cuda)
     }
 
     /// How many bytes they take, once all of them have been written.
@@ -265,11 +270,24 @@ impl Moments {
             };
             size_of_val::<[F::Code]>(&coded.moments) + norms
         }
-        with_coded!(&self.stored, c => coded(c), (m, u) => m.bytes() + u.bytes())
+        with_coded!(&self.stored, c => coded(c), (m, u) => m.bytes() + u.bytes(), tensors => tensors.bytes())
+    }
+
+    /// A copy of tensors on a GPU in host memory; `None` if they are not there.
+    fn on_host(&self) -> Result<Option<Self>> {
+        let Stored::Device(tensors) = &self.stored else { return Ok(None) };
+        let tensors = tensors.to_device(&Device::Cpu)?;
+        Ok(Some(Self::from_stored(&tensors, &tensors.exp_avg, Place::Host, &self.layout)?))
     }
 
     /// The same values in another layout; a copy. Encodings round to nearest.
     pub(crate) fn converted(&self, layout: &Layout) -> Result<Self> {
+        if let (Stored::Device(tensors), Some(host)) = (&self.stored, self.on_host()?) {
+            // By way of the host: this happens where settings change, not at every step.
+            let var = &tensors.exp_avg;
+            let converted = host.converted(layout)?.to_stored(var.shape())?;
+            return Self::from_stored(&converted, var, Place::Cuda, layout);
+        }
         if let Stored::Full { exp_avg, exp_inf } = &self.stored
             && layout.dtype == StateDType::F32
             && layout.rowwise == self.layout.rowwise
@@ -282,7 +300,7 @@ impl Moments {
                 Stored::BF16(coded) => Some(Stored::BF16(coded.rebuilt(&self.layout, layout))),
                 Stored::F16(coded) => Some(Stored::F16(coded.rebuilt(&self.layout, layout))),
                 Stored::Q8(coded) => Some(Stored::Q8(coded.rebuilt(&self.layout, layout))),
-                Stored::Full { .. } => None,
+                Stored::Full { .. } | Stored::Device(_) => None,
             };
             if let Some(stored) = stored {
                 return Ok(Self { layout: *layout, stored });
@@ -310,6 +328,9 @@ impl Moments {
             all.chunks_mut(unit).zip(u).for_each(|(row, u)| row.fill(*u));
             all
         }
+        if let Some(host) = self.on_host()? {
+            return host.decode();
+        }
         Ok(with_coded!(&self.stored, coded => decoded(coded, &self.layout), (m, u) => {
             let n = m.len();
             let u = match u {
@@ -318,7 +339,7 @@ impl Moments {
                 u => u.on_host()?,
             };
             (m.on_host()?, u)
-        }))
+        }, _tensors => return Err(candle_core::Error::msg("the moments are not in host memory").into())))
     }
 
     /// m and u in the shape of the variable, in host memory, in the type of the arithmetic.
@@ -338,7 +359,7 @@ impl Moments {
         with_coded!(&mut self.stored, coded => coded.clear_rows(rows, row_len), (m, u) => {
             m.clear_rows(rows, row_len)?;
             u.clear_rows(rows, if rowwise { 1 } else { row_len })?;
-        });
+        }, tensors => tensors.clear_rows(rows, rowwise)?);
         Ok(())
     }
 
@@ -357,6 +378,16 @@ impl Moments {
             Stored::BF16(coded) => Stored::BF16(coded.grown(n, layout)),
             Stored::F16(coded) => Stored::F16(coded.grown(n, layout)),
             Stored::Q8(coded) => Stored::Q8(coded.grown(n, layout)),
+            Stored::Device(tensors) => {
+                let units = tensors.units.as_ref().map(|units| grown(units, &Shape::from(n.div_ceil(layout.unit))));
+                let norms =
+                    if layout.rowwise { Shape::from(n.div_ceil(layout.unit)) } else { var.shape().clone() };
+                Stored::Device(MomentTensors {
+                    exp_avg: grown(&tensors.exp_avg, var.shape())?,
+                    exp_inf: grown(&tensors.exp_inf, &norms)?,
+                    units: units.transpose()?,
+                })
+            }
         };
         Ok(Self { layout: *layout, stored })
     }

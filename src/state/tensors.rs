@@ -9,7 +9,7 @@ use crate::codec::{Format, StateDType};
 use crate::error::Result;
 use crate::pages::Pages;
 
-/// The arrays of one parameter's moments, in host memory.
+/// The arrays of one parameter's moments, in host memory or on a GPU.
 #[derive(Clone, Debug)]
 pub(crate) struct MomentTensors {
     /// m, or its codes, in the variable's shape.
@@ -18,6 +18,48 @@ pub(crate) struct MomentTensors {
     pub(crate) exp_inf: Tensor,
     /// The logarithm of each unit, where there are units.
     pub(crate) units: Option<Tensor>,
+}
+
+impl MomentTensors {
+    /// The state before the first update, on the variable's device.
+    pub(super) fn zeros(var: &Tensor, layout: &Layout) -> Result<Self> {
+        let zeros = |(dtype, shape): (DType, Vec<usize>)| Tensor::zeros(shape, dtype, var.device());
+        let [exp_avg, exp_inf] = Moments::expected(var, layout);
+        let units = Moments::expected_units(var, layout).map(zeros).transpose()?;
+        Ok(Self { exp_avg: zeros(exp_avg)?, exp_inf: zeros(exp_inf)?, units })
+    }
+
+    fn each(&self, f: impl Fn(&Tensor) -> candle_core::Result<Tensor>) -> Result<Self> {
+        let units = self.units.as_ref().map(&f).transpose()?;
+        Ok(Self { exp_avg: f(&self.exp_avg)?, exp_inf: f(&self.exp_inf)?, units })
+    }
+
+    /// Copies on a device.
+    pub(super) fn to_device(&self, device: &Device) -> Result<Self> {
+        // A tensor that is there already is not copied by `to_device`.
+        self.each(|tensor| tensor.to_device(device)?.copy())
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        let bytes = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
+        bytes(&self.exp_avg) + bytes(&self.exp_inf) + self.units.as_ref().map_or(0, bytes)
+    }
+
+    /// Sets rows to zero; their units may be those of other rows, too, and of zeros it does not matter.
+    pub(super) fn clear_rows(&self, rows: &[u32], rowwise: bool) -> Result<()> {
+        for tensor in [&self.exp_avg, &self.exp_inf] {
+            let is_of_rows = rowwise && std::ptr::eq(tensor, &self.exp_inf);
+            let tensor = if is_of_rows { tensor.flatten_all()? } else { tensor.clone() };
+            if tensor.elem_count() == 0 {
+                continue;
+            }
+            let zero = tensor.narrow(0, 0, 1)?.zeros_like()?;
+            for &row in rows {
+                tensor.slice_set(&zero, 0, row as usize)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Codes of one type as a tensor's elements, and back.
@@ -92,6 +134,7 @@ impl Moments {
             Stored::BF16(coded) => self.coded(coded, shape),
             Stored::F16(coded) => self.coded(coded, shape),
             Stored::Q8(coded) => self.coded(coded, shape),
+            Stored::Device(tensors) => tensors.to_device(&Device::Cpu),
         }
     }
 
@@ -132,6 +175,7 @@ impl Moments {
             Ok(Coded { moments: Codes::pages(&flat(&tensors.exp_avg)?)?, norms })
         }
         let stored = match layout.dtype {
+            _ if place == Place::Cuda => Stored::Device(tensors.to_device(var.device())?),
             StateDType::F32 => Stored::Full {
                 exp_avg: Buffer::from_tensor(&tensors.exp_avg, var, place)?,
                 exp_inf: Buffer::from_tensor(&tensors.exp_inf, var, place)?,

@@ -20,9 +20,14 @@ pub(crate) use span::Orders;
 
 use super::lend::{Borrowed, Elements, ElementsMut, LENT_AT_ONCE, Source, lend, lend_all};
 use super::plan::Plan;
+use crate::state::Place;
 
 /// What one tensor takes part in a pass with: what is lent to be written, what is read, and what is done.
 pub(crate) struct Task<'a, K> {
+    /// Where its buffers live.
+    pub(crate) place: Place,
+    /// Which of the call's gradients it has, in the order in which their norms are joined.
+    pub(crate) nth: usize,
     /// The variable that is written.
     pub(crate) lent: Option<&'a Tensor>,
     /// The gradient.
@@ -138,7 +143,7 @@ mod tests {
     use crate::codec::{Encoding, StateDType};
     use crate::rounding::Rounding;
     use crate::rule::{Coefficients, Epsilon, Hyperparameters, WeightDecay};
-    use crate::state::{Layout, ParamState, Place};
+    use crate::state::{Layout, ParamState};
 
     /// Values of all magnitudes, with zeros and denormals, and a NaN and an infinity near the end of long ones.
     fn wild(n: usize, seed: u64) -> Vec<f64> {
@@ -196,6 +201,8 @@ mod tests {
             let coefficients = Coefficients { clamp: 1e30, ..Coefficients::of_update(&hyper, 0.01, t) };
             let orders = Orders { coefficients, encoding, shrink: 24_000 * t, rounding, key: t };
             let tasks = vars.iter_mut().zip(&grads).map(|((var, state), grad)| Task {
+                place: Place::Host,
+                nth: 0,
                 lent: Some(var.as_tensor()),
                 read: Some(Source::Tensor(grad)),
                 kind: Update { orders, state },

@@ -26,6 +26,8 @@ const AHEAD: usize = 2048;
 
 /// The update of the touched rows of one table.
 pub(crate) struct RowTask<'a> {
+    /// Which of the call's gradients it has, in the order in which their norms are joined.
+    pub(crate) nth: usize,
     pub(crate) var: &'a Tensor,
     pub(crate) grad: &'a RowGrad<'a>,
     pub(crate) orders: Orders,
@@ -39,7 +41,7 @@ pub(crate) fn update_rows(tasks: Vec<RowTask<'_>>) -> candle_core::Result<()> {
 }
 
 fn update_table(task: RowTask<'_>, isa: Isa, threads: usize) -> candle_core::Result<()> {
-    let RowTask { var, grad, orders, state } = task;
+    let RowTask { var, grad, orders, state, .. } = task;
     let borrowed: Vec<Borrowed<'_>> = grad.borrow()?;
     let view = grad.view(&borrowed)?;
     let (rows, row_len) = (view.rows.len(), view.row_len);

@@ -104,15 +104,17 @@ impl<'x> Span<'x> {
             Stored::Full { exp_avg: Buffer::F32(exp_avg), exp_inf: Buffer::F32(exp_inf) } => {
                 MomentsMut::F32(FullMut { exp_avg, exp_inf, rowwise: layout.rowwise })
             }
-            Stored::Full { .. } => bail!("no CPU kernel for moments on another device"),
+            Stored::Full { .. } | Stored::Device(_) => bail!("no CPU kernel for moments on another device"),
             Stored::BF16(coded) => MomentsMut::BF16(CodedMut::new(coded)),
             Stored::F16(coded) => MomentsMut::F16(CodedMut::new(coded)),
             Stored::Q8(coded) => MomentsMut::Q8(CodedMut::new(coded)),
         };
-        let master = state.master.as_mut().map(|master| match master {
-            Master::Rest(rest) => MasterMut::Rest(rest),
-            Master::Copy(copy) => MasterMut::Copy(copy),
-        });
+        let master = match state.master.as_mut() {
+            Some(Master::Rest(rest)) => Some(MasterMut::Rest(rest)),
+            Some(Master::Copy(copy)) => Some(MasterMut::Copy(copy)),
+            Some(Master::Device(_)) => bail!("no CPU kernel for masters on another device"),
+            None => None,
+        };
         Ok(Self { params, moments, master, unit: layout.unit, first: 0 })
     }
 

@@ -242,6 +242,8 @@ fn check(shapes: &[Vec<usize>], keep: Keep) -> Result<()> {
         let orders = orders(&keep, t, encoding);
         let mut devices = vars.iter().map(|(var, state)| arrays(var, state, keep.offset)).collect::<Result<Vec<_>>>()?;
         let tasks = vars.iter_mut().zip(&grads).map(|((var, state), grad)| Task {
+            place: Place::Host,
+            nth: 0,
             lent: Some(var.as_tensor()),
             read: Some(Source::Tensor(grad)),
             kind: Update { orders, state },
@@ -507,7 +509,7 @@ fn norms_and_factors_have_the_bits_of_the_cpu() -> Result<()> {
             for norm in [NormType::L1, NormType::L2, NormType::Inf] {
                 let place = Place::Host;
                 let sources: Vec<_> = grads.iter().map(|grad| (Source::Tensor(grad), place)).collect();
-                let expected = crate::kernel::measure(&sources, norm).map_err(candle_core::Error::from)?;
+                let expected = crate::kernel::Context::default().measure(&sources, norm).map_err(candle_core::Error::from)?;
                 let total = norm.join(&expected);
                 for clip in [Clip::None, Clip::Each(0.5), Clip::Global(2.0), Clip::Torch(1.0)] {
                     let reversed = clip == Clip::None;
@@ -540,11 +542,15 @@ fn sums_and_averages_have_the_bits_of_the_cpu() -> Result<()> {
                 let (mut buffer, var) = (own()?, Var::from_tensor(&other)?);
                 match kind {
                     "accumulate" => cpu::run(vec![Task {
+                        place: Place::Host,
+                        nth: 0,
                         lent: None,
                         read: Some(Source::Tensor(&other)),
                         kind: crate::kernel::Accumulate { unscale: factor, sum: &mut buffer },
                     }])?,
                     _ => cpu::run(vec![Task {
+                        place: Place::Host,
+                        nth: 0,
                         lent: Some(var.as_tensor()),
                         read: None,
                         kind: crate::kernel::Average { momentum: factor, overwrite: overwrites, average: &mut buffer },

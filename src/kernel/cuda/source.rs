@@ -37,6 +37,20 @@ impl Module {
         Self::Passes,
     ];
 
+    /// The module for parameters and gradients of these dtypes.
+    pub(crate) fn of_update(dtypes: (DType, DType)) -> candle_core::Result<Self> {
+        let name = match dtypes {
+            (DType::F64, DType::F64) => "f64_f64",
+            (DType::F32, DType::F32) => "f32_f32",
+            (DType::F16, DType::F16) => "f16_f16",
+            (DType::F16, DType::F32) => "f16_f32",
+            (DType::BF16, DType::BF16) => "bf16_bf16",
+            (DType::BF16, DType::F32) => "bf16_f32",
+            other => candle_core::bail!("no CUDA kernel for parameters and gradients of {other:?}"),
+        };
+        Ok(Self::Update(name))
+    }
+
     /// A name for candle's store of modules.
     pub(crate) fn name(self) -> String {
         match self {

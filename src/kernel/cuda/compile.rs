@@ -1,0 +1,84 @@
+//! The kernels' text, compiled by NVRTC for the GPU at hand, once in a process.
+
+use std::collections::HashMap;
+use std::sync::{LazyLock, Mutex, PoisonError};
+
+use candle_core::CudaDevice;
+use cudarc::driver::CudaFunction;
+use cudarc::nvrtc::{CompileError, CompileOptions, compile_ptx_with_opts};
+
+use super::source::Module;
+use crate::error::Result;
+
+/// The oldest compute capability that NVRTC 13 compiles for.
+const OLDEST: u32 = 75;
+
+/// What the compiler made, or what it said.
+type Compiled = std::result::Result<String, String>;
+
+/// The PTX of a module for a compute capability such as 90.
+pub(crate) fn compile(module: Module, capability: u32) -> Compiled {
+    let options = CompileOptions {
+        // As on the CPU: each operation rounds once, subnormal numbers are numbers, and division is IEEE's.
+        fmad: Some(false),
+        ftz: Some(false),
+        prec_div: Some(true),
+        prec_sqrt: Some(true),
+        options: vec![
+            format!("--gpu-architecture=compute_{capability}"),
+            "--std=c++17".to_owned(),
+            "--Werror=all-warnings".to_owned(),
+        ],
+        name: Some(format!("{}.cu", module.name())),
+        ..CompileOptions::default()
+    };
+    match compile_ptx_with_opts(module.source(), options) {
+        Ok(ptx) => Ok(ptx.to_src()),
+        Err(CompileError::CompileError { log, .. }) => Err(log.to_string_lossy().into_owned()),
+        Err(other) => Err(other.to_string()),
+    }
+}
+
+/// The same, remembered.
+fn compiled(module: Module, capability: u32) -> Compiled {
+    static COMPILED: LazyLock<Mutex<HashMap<(Module, u32), Compiled>>> = LazyLock::new(Mutex::default);
+    let mut compiled = COMPILED.lock().unwrap_or_else(PoisonError::into_inner);
+    compiled.entry((module, capability)).or_insert_with(|| compile(module, capability)).clone()
+}
+
+/// The compute capability of a device, as in `sm_90`.
+fn capability(device: &CudaDevice) -> Result<u32> {
+    let (major, minor) = device.cuda_stream().context().compute_capability().map_err(candle_core::Error::wrap)?;
+    Ok(10 * major as u32 + minor as u32)
+}
+
+/// A kernel, loaded on a device.
+///
+/// # Errors
+///
+/// The compiler's log; the driver's errors.
+pub(crate) fn load(device: &CudaDevice, module: Module, kernel: &str) -> Result<CudaFunction> {
+    let ptx = compiled(module, capability(device)?).map_err(candle_core::Error::msg)?;
+    Ok(device.get_or_load_custom_func(kernel, &module.name(), &ptx)?.into_cuda_function())
+}
+
+/// Whether the kernels run on this device. Where they do not, it says so, once for each cause.
+pub(crate) fn has_kernels(device: &CudaDevice) -> bool {
+    static ANSWERS: LazyLock<Mutex<HashMap<usize, bool>>> = LazyLock::new(Mutex::default);
+    let context = device.cuda_stream().context().clone();
+    let mut answers = ANSWERS.lock().unwrap_or_else(PoisonError::into_inner);
+    *answers.entry(context.ordinal()).or_insert_with(|| {
+        let answer = capability(device).map_err(|error| error.to_string()).and_then(|capability| {
+            if capability < OLDEST {
+                return Err(format!("its compute capability is {capability}, and the oldest one is {OLDEST}"));
+            }
+            // One module stands for all: the others are compiled when they are needed.
+            load(device, Module::Passes, "accumulate_f32").map_err(|error| error.to_string())
+        });
+        if let Err(cause) = &answer {
+            let gpu = context.name().unwrap_or_else(|_| "the GPU".to_owned());
+            eprintln!("candle-adamax: no CUDA kernels on {gpu}, so candle's tensor operations are used: {cause}");
+        }
+        answer.is_ok()
+    })
+}
