@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """How fast PyTorch's optimizers are on a GPU, on the shapes of `examples/throughput`.
 
     python3 benches/peers/torch_gpu.py
@@ -200,14 +199,14 @@ def update_case(name: str, shapes: Sequence[Shape], args: argparse.Namespace, de
     """A case of dense gradients."""
     total = sum(torch.Size(shape).numel() for shape in shapes)
     dtype = DTYPES[args.dtype]
-    notes = []
-    if dtype.itemsize < 4:
+    notes = [f"{ARRAYS_PER_UPDATE * dtype.itemsize} bytes an element."]
+    if dtype != torch.float32:
         with_f32_moments = 3 * dtype.itemsize + 4 * 4
-        notes.append(f"PyTorch's moments have the parameters' type; with moments of f32 it would be {with_f32_moments}.")
+        notes.append(f"PyTorch's moments are {args.dtype} too; with those of f32 it would be {with_f32_moments} bytes.")
     return Case(
         title=f"{name}: {len(shapes):,} tensors, {total:,} elements of {args.dtype} in all",
         contenders=update_contenders(shapes, dtype, device, not args.no_compile),
-        notes=[f"{ARRAYS_PER_UPDATE * dtype.itemsize} bytes an element.", *notes],
+        notes=notes,
     )
 
 

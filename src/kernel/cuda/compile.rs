@@ -82,3 +82,64 @@ pub(crate) fn has_kernels(device: &CudaDevice) -> bool {
         answer.is_ok()
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    /// Turing to Blackwell.
+    const CAPABILITIES: [u32; 7] = [75, 80, 86, 89, 90, 100, 120];
+
+    #[test]
+    fn every_kernel_compiles_for_every_gpu_without_a_warning() {
+        for module in Module::ALL {
+            for capability in CAPABILITIES {
+                // Warnings are errors.
+                if let Err(log) = compile(module, capability) {
+                    panic!("{module:?} for {capability}: {log}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_compile_is_an_error_with_the_compilers_log() {
+        let log = compile(Module::Update("no_such_types"), 90).map(|ptx| ptx.len());
+        // Without a pair of types of its own, the module has the kernels of all.
+        assert!(log.is_ok());
+        let log = compile(Module::Passes, 12).expect_err("no such GPU");
+        assert!(log.contains("compute_12"), "{log}");
+    }
+
+    #[test]
+    fn kernels_of_the_update_keep_their_values_in_registers() {
+        for module in Module::ALL.into_iter().filter(|module| matches!(module, Module::Update(_))) {
+            for capability in [80, 90] {
+                let ptx = compile(module, capability).expect("compiles");
+                let report = ptxas(&ptx, capability);
+                let spills: Vec<&str> = report.lines().filter(|line| line.contains("spill")).collect();
+                assert!(!spills.is_empty(), "{report}");
+                let clean = |line: &&&str| line.contains(" 0 bytes spill stores, 0 bytes spill loads");
+                assert_eq!(spills.iter().filter(clean).count(), spills.len(), "{module:?}: {report}");
+            }
+        }
+    }
+
+    /// What the assembler of the toolkit, which candle's own build needs, says of registers and memory.
+    fn ptxas(ptx: &str, capability: u32) -> String {
+        let mut child = Command::new("ptxas")
+            .args(["-v", &format!("-arch=sm_{capability}"), "-o", "/dev/null", "-"])
+            .stdin(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("ptxas of a CUDA toolkit in PATH");
+        child.stdin.take().expect("piped").write_all(ptx.as_bytes()).expect("ptxas reads");
+        let output = child.wait_with_output().expect("ptxas ends");
+        let report = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{report}");
+        report
+    }
+}
