@@ -25,7 +25,7 @@ struct Tensor {
     u64 units;   // u32: the logarithm of each unit
     u64 master;  // what masters keep beside the parameter, or null
     u64 rows;    // u32: which units, ascending; null for all of them
-    u64 count;   // u32: how many `rows` there are, known to the device alone
+    u64 count;   // u32: how many `rows` there are
     u64 len;     // elements of the parameter
     u64 unit;    // elements of a unit
     u32 orders;  // which orders are this one's

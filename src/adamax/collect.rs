@@ -12,7 +12,7 @@ use crate::gradient::sparse::{IdsOf, Part, coalesce, densify, read_ids, row_len,
 use crate::gradient::{SparseGrad, TouchedRows};
 use crate::kernel::lend::storage_address;
 use crate::kernel::{Occurrences, RowGrad};
-use crate::state::arithmetic;
+use crate::state::{Place, arithmetic};
 
 /// What a call has for one variable.
 #[derive(Default)]
@@ -106,7 +106,7 @@ impl Checker<'_> {
         let mut parts = Vec::with_capacity(lookups.len() + 1);
         for Part { grad, occurrences } in lookups {
             let values = self.tensor("gradient", grad)?;
-            parts.push(Part { grad: values, occurrences });
+            parts.push(Part { grad: self.where_summed(values)?, occurrences });
         }
         if let Some(sparse) = sparse {
             parts.push(self.sparse(sparse)?);
@@ -157,7 +157,7 @@ impl Checker<'_> {
         }
         let ids = read_ids(IdsOf { what: "indices", of: &self.param.name }, indices, rows)?;
         let grad = self.tensor("values", Cow::Borrowed(values))?;
-        Ok(Part { grad: on_host(grad)?, occurrences: Arc::new(Occurrences::new(ids, None, None)) })
+        Ok(Part { grad: self.where_summed(grad)?, occurrences: Arc::new(Occurrences::new(ids, None, None)) })
     }
 
     /// Some rows of a gradient in the shape of the variable, where they are.
@@ -175,7 +175,16 @@ impl Checker<'_> {
                 rows
             }
         };
-        Ok(Part { grad: on_host(grad)?, occurrences: Arc::new(Occurrences::new(rows.clone(), Some(rows), None)) })
+        let occurrences = Arc::new(Occurrences::new(rows.clone(), Some(rows), None));
+        Ok(Part { grad: self.where_summed(grad)?, occurrences })
+    }
+
+    /// Rows are summed where a kernel does it, and in host memory for tensor operations.
+    fn where_summed<'g>(&self, grad: Cow<'g, Tensor>) -> Result<Cow<'g, Tensor>> {
+        Ok(match self.param.place() {
+            Place::Device => Cow::Owned(grad.to_device(&Device::Cpu)?),
+            Place::Host | Place::Cuda => grad,
+        })
     }
 
     /// What holds for every tensor of gradients; contiguous.
@@ -198,9 +207,4 @@ impl Checker<'_> {
         // candle's own gradients are contiguous; those that a caller made need not be.
         Ok(if grad.is_contiguous() { grad } else { Cow::Owned(grad.contiguous()?) })
     }
-}
-
-/// Rows are brought into order in host memory.
-fn on_host(grad: Cow<'_, Tensor>) -> Result<Cow<'_, Tensor>> {
-    Ok(if grad.device().is_cpu() { grad } else { Cow::Owned(grad.to_device(&Device::Cpu)?) })
 }

@@ -236,7 +236,7 @@ impl Adamax {
             let expected = format!("none with `{}`, whose average would cost all of its rows", self.vars[index].name);
             return Err(Error::invalid("ema", expected, "a gradient of some rows"));
         }
-        if Summary::is_measured(&self.params) {
+        if Summary::is_measured(&self.params) && !self.measures_on_gpu(Gradients::OfThisCall(&collected)) {
             collected.sum_rows(&self.vars)?;
         }
         let averages = Averages::prepare(&self.vars, self.params.ema)?;
@@ -261,8 +261,7 @@ impl Adamax {
             Gradients::OfThisCall(_) => self.unscale(),
             Gradients::Accumulated { steps } => 1.0 / steps as f64,
         };
-        // Where all of it happens on one GPU, the host does not wait for norms; only what is skipped it has to know.
-        let (summary, measured) = if !self.params.skip_nonfinite && all_on_one_gpu(gradients.places(&self.vars)) {
+        let (summary, measured) = if self.measures_on_gpu(gradients) {
             Summary::of_update(&self.params, unscale)
         } else {
             let grads = || gradients.sources(&self.vars);
@@ -303,6 +302,12 @@ impl Adamax {
             Some(_) => Outcome::UpdatedOnGpu,
             None => Outcome::Updated { total_norm: summary.total_norm() },
         })
+    }
+
+    /// Whether all of an update happens on one GPU, so that the host does not wait for norms. Only what is skipped it has
+    /// to know.
+    fn measures_on_gpu(&self, gradients: Gradients<'_>) -> bool {
+        !self.params.skip_nonfinite && all_on_one_gpu(gradients.places(&self.vars))
     }
 
     /// Gets the states of tables ready for gradients of rows.

@@ -269,7 +269,7 @@ impl EmbeddingBag {
         Ok(rows.apply_op1(op)?)
     }
 
-    /// In candle's operations, for other devices.
+    /// In candle's operations on looked-up rows, for other devices than the CPU.
     fn pool_dense(&self, pooled: Pooled) -> Result<Tensor> {
         let Pooled { ids, starts, bags, mean, factors, .. } = pooled;
         let (weight, dim) = (self.table.raw(), self.table.row_len());
@@ -278,7 +278,7 @@ impl EmbeddingBag {
         if n == 0 {
             return Ok(zeros()?);
         }
-        let mut rows = weight.index_select(&Tensor::new(ids, device)?, 0)?;
+        let mut rows = self.table.lookup(&Tensor::from_vec(ids, n, &candle_core::Device::Cpu)?)?;
         if self.pooling == Pooling::Max {
             let bag = |range: &[u32]| match (range[1] - range[0]) as usize {
                 0 => Tensor::zeros(dim, weight.dtype(), device),

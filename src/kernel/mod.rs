@@ -46,6 +46,11 @@ impl Kernel {
     }
 }
 
+/// Whether lookups in this table have gradients of rows.
+pub(crate) fn has_lookups(table: &Tensor) -> bool {
+    table.device().is_cpu() || has_cuda_kernels(table)
+}
+
 /// Whether the CUDA kernels run on the device of `var`.
 fn has_cuda_kernels(var: &Tensor) -> bool {
     #[cfg(feature = "cuda")]
@@ -138,6 +143,11 @@ impl Context {
         Ok(None)
     }
 }
+
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::gather as gather_cuda;
+#[cfg(feature = "cuda")]
+pub(crate) use lend::gpu::copied as copy_cuda;
 
 #[cfg(feature = "cuda")]
 impl Context {

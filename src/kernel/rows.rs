@@ -6,7 +6,7 @@
 use std::borrow::Cow;
 use std::sync::OnceLock;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 
 use super::lend::{Borrowed, Elements, Source};
@@ -86,8 +86,9 @@ fn sort(ids: &[u32]) -> Vec<u64> {
     keys
 }
 
-/// `scale` times row `source` of gradient `part`.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// `scale` times row `source` of gradient `part`; kernels in `cuda/rows.cu` read it, too.
+#[derive(Clone, Copy, Debug, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
 pub(crate) struct Contribution {
     pub(crate) part: u32,
     pub(crate) source: u32,
@@ -147,8 +148,16 @@ impl RowGrad<'_> {
         self.rows = kept.iter().map(|&k| self.rows[k]).collect();
     }
 
-    /// The same with all sums made, in the type of the arithmetic on `dtype`.
+    /// The same with all sums made, in the type of the arithmetic on `dtype`, in host memory.
     pub(crate) fn summed(&self, dtype: DType) -> candle_core::Result<Buffer> {
+        if let RowValues::Lazy { starts, contributions, parts } = &self.values
+            && parts.iter().any(|part| !part.device().is_cpu())
+        {
+            let parts = parts.iter().map(|part| part.to_device(&Device::Cpu).map(Cow::Owned));
+            let (starts, contributions) = (starts.clone(), contributions.clone());
+            let values = RowValues::Lazy { starts, contributions, parts: parts.collect::<candle_core::Result<_>>()? };
+            return RowGrad { rows: self.rows.clone(), row_len: self.row_len, values }.summed(dtype);
+        }
         let borrowed = self.borrow()?;
         let view = self.view(&borrowed)?;
         Ok(match dtype {

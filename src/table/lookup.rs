@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Storage, Tensor, bail};
 
@@ -33,7 +35,7 @@ pub(crate) struct Pooled {
 
 /// Looks rows up; the result has this shape.
 pub(super) fn rows(table: &Table, ids: Ids, shape: Vec<usize>) -> crate::Result<Tensor> {
-    let anchor = anchor(table, &shape);
+    let anchor = anchor(table, &shape)?;
     let record = Record::new(table, &anchor, ids.trained);
     Ok(anchor.apply_op1(Gather { record, all: ids.all, shape: shape.into() })?)
 }
@@ -55,7 +57,7 @@ pub(super) fn pool(table: &Table, pooled: Pooled) -> crate::Result<Tensor> {
     if let Some(max_norm) = max_norm {
         kernel::renormalize(table.raw(), table.row_len(), &occurrences.unique(), max_norm)?;
     }
-    let anchor = anchor(table, &shape);
+    let anchor = anchor(table, &shape)?;
     let record = Record::new(table, &anchor, occurrences);
     let op = Pool { record, starts, mean, weighted: factors.is_some(), shape: shape.into() };
     Ok(match factors {
@@ -65,15 +67,22 @@ pub(super) fn pool(table: &Table, pooled: Pooled) -> crate::Result<Tensor> {
 }
 
 /// The leaf that takes the gradient of a lookup. It has a shape and no memory: nobody reads its values.
-fn anchor(table: &Table, shape: &[usize]) -> Tensor {
+fn anchor(table: &Table, shape: &[usize]) -> Result<Tensor> {
     let weight = table.raw();
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = weight.device() {
+        use candle_core::backend::BackendDevice;
+        // A GPU gives no memory of no bytes.
+        let one = Storage::Cuda(device.zeros_impl(&1.into(), weight.dtype())?);
+        return Ok(Tensor::from_storage(one, shape, BackpropOp::none(), weight.is_variable()));
+    }
     let nothing = match weight.dtype() {
         DType::F64 => CpuStorage::F64(Vec::new()),
         DType::F16 => CpuStorage::F16(Vec::new()),
         DType::BF16 => CpuStorage::BF16(Vec::new()),
         _ => CpuStorage::F32(Vec::new()),
     };
-    Tensor::from_storage(Storage::Cpu(nothing), shape, BackpropOp::none(), weight.is_variable())
+    Ok(Tensor::from_storage(Storage::Cpu(nothing), shape, BackpropOp::none(), weight.is_variable()))
 }
 
 /// What connects an anchor with rows of a table. It is owned by the operations of the graph and by gradients.
@@ -128,6 +137,13 @@ impl CustomOp1 for Gather {
         let Record { table, lookup: Lookup { occurrences, .. }, .. } = &*self.record;
         let ids = self.all.as_deref().unwrap_or(occurrences.ids());
         Ok((kernel::gather(table.raw(), table.row_len(), ids)?, self.shape.clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        let Record { table, lookup: Lookup { occurrences, .. }, .. } = &*self.record;
+        let ids = self.all.as_deref().unwrap_or(occurrences.ids());
+        Ok((kernel::gather_cuda(table.raw(), table.row_len(), ids)?, self.shape.clone()))
     }
 
     fn bwd(&self, anchor: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
@@ -212,6 +228,14 @@ impl CustomOp1 for Owned {
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
         match lock(&self.grad).take() {
             Some(grad) => Ok((kernel::copy(&grad)?, grad.shape().clone())),
+            None => bail!("the gradient of a lookup was taken twice"),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        match lock(&self.grad).take() {
+            Some(grad) => Ok((kernel::copy_cuda(&grad)?, grad.shape().clone())),
             None => bail!("the gradient of a lookup was taken twice"),
         }
     }

@@ -32,8 +32,9 @@ pub(crate) use records::snapshot;
 /// The result of [`lookup`](Self::lookup) is part of candle's graph, but its backward pass makes no gradient of the
 /// table's size: an [`Adamax`](crate::Adamax) that has the weight finds the rows' gradients in the `GradStore` by
 /// itself, sums those of equal rows in order of occurrence, and updates these rows only (TensorFlow's `IndexedSlices`).
-/// Clones, and tables made of the same variable, are the same table. A weight that is not a variable is frozen. A
-/// weight on another device than the CPU is looked up and differentiated densely, candle's way, in this version.
+/// Clones, and tables made of the same variable, are the same table. A weight that is not a variable is frozen. The
+/// weight is in host memory or, with the feature `cuda`, on a GPU; on any other device it is looked up and differentiated
+/// densely, candle's way. Ids are read by the host: those on a GPU are waited for, those in host memory are not.
 ///
 /// ```
 /// use candle_adamax::{Adamax, ParamsAdamax, Table};
@@ -146,7 +147,7 @@ impl Table {
         let rows = self.read(ids)?;
         let mut shape = ids.dims().to_vec();
         shape.extend(&self.0.weight.dims()[1..]);
-        if !self.on_host() {
+        if !kernel::has_lookups(&self.0.weight) {
             let ids = Tensor::new(rows, self.0.weight.device())?;
             return Ok(self.0.weight.index_select(&ids, 0)?.reshape(shape)?);
         }

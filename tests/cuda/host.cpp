@@ -3,6 +3,7 @@
 
 #include "../../cuda/adamax.cu"
 #include "../../cuda/passes.cu"
+#include "../../cuda/rows.cu"
 #include "../../cuda/summary.cu"
 
 // Sizes of the structures that both sides have, in the order of src/kernel/cuda/abi.rs.
@@ -10,6 +11,7 @@ extern "C" void host_sizes(uint64_t* sizes) {
     const uint64_t all[] = {sizeof(Tensor),   sizeof(Coefficients<double>), sizeof(Coefficients<float>), sizeof(Orders),
                             sizeof(Chunk),    sizeof(Control),              sizeof(Late),                sizeof(UpdateArgs),
                             sizeof(Gradient), sizeof(LeavesArgs),           sizeof(NormsArgs),           sizeof(JoinArgs),
-                            sizeof(Pair),     sizeof(PairArgs)};
+                            sizeof(Pair),     sizeof(PairArgs),             sizeof(GatherArgs),          sizeof(Contribution),
+                            sizeof(Part),     sizeof(SumArgs)};
     memcpy(sizes, all, sizeof(all));
 }

@@ -4,6 +4,7 @@
 //! test asks that compiler.
 
 use bytemuck::{Pod, Zeroable};
+use candle_core::DType;
 
 use crate::clip::Clip;
 use crate::codec::Limits;
@@ -16,8 +17,6 @@ use crate::rule::Coefficients;
 pub(crate) const WARP: u32 = 32;
 /// Threads of a block, in every kernel.
 pub(crate) const THREADS: u32 = 256;
-/// Warps of a block.
-pub(crate) const WARPS: u32 = THREADS / WARP;
 
 /// An address in the device's memory; 0 is none.
 pub(crate) type Address = u64;
@@ -38,7 +37,7 @@ pub(crate) struct Tensor {
     pub(crate) master: Address,
     /// Which units, ascending; none for all of them.
     pub(crate) rows: Address,
-    /// How many `rows` there are, where only the device knows.
+    /// How many `rows` there are.
     pub(crate) count: Address,
     /// Elements of the parameter.
     pub(crate) len: u64,
@@ -212,6 +211,52 @@ pub(crate) fn clip(clip: Clip) -> (u32, f64) {
         Clip::Global(limit) => (2, limit),
         Clip::Torch(limit) => (3, limit),
     }
+}
+
+/// Of `rows_gather_*`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct GatherArgs {
+    pub(crate) ids: Address,
+    pub(crate) table: Address,
+    pub(crate) out: Address,
+    pub(crate) n: u64,
+    /// In words.
+    pub(crate) row_len: u64,
+}
+
+/// A gradient whose rows are summed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct Part {
+    pub(crate) values: Address,
+    dtype: u32,
+    padding: u32,
+}
+
+impl Part {
+    pub(crate) fn new(values: Address, dtype: DType) -> Self {
+        let dtype = match dtype {
+            DType::F64 => 0,
+            DType::F16 => 2,
+            DType::BF16 => 3,
+            _ => 1,
+        };
+        Self { values, dtype, padding: 0 }
+    }
+}
+
+/// Of `rows_sum_*`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct SumArgs {
+    pub(crate) starts: Address,
+    /// Of `kernel::Contribution`.
+    pub(crate) contributions: Address,
+    pub(crate) parts: Address,
+    pub(crate) out: Address,
+    pub(crate) n: u64,
+    pub(crate) row_len: u64,
 }
 
 /// Of `accumulate_*` and `average_*`: elements of one tensor.

@@ -15,4 +15,4 @@ mod staging;
 #[cfg(feature = "cuda")]
 pub(crate) use compile::has_kernels;
 #[cfg(feature = "cuda")]
-pub(crate) use runtime::Runtimes;
+pub(crate) use runtime::{Runtimes, gather};

@@ -20,6 +20,15 @@ pub(crate) fn units_of_chunk(unit: u64) -> u32 {
     THREADS / lanes as u32 * ROUNDS
 }
 
+/// The most blocks of a launch whose threads go on to further rows.
+const BLOCKS: u64 = 4096;
+
+/// How many blocks gather or sum `rows` rows of `row_len` columns.
+pub(crate) fn blocks_of_rows(rows: u64, row_len: u64) -> u32 {
+    let lanes = row_len.next_power_of_two().clamp(1, u64::from(WARP));
+    (rows * lanes).div_ceil(u64::from(THREADS)).clamp(1, BLOCKS) as u32
+}
+
 /// The chunks of tensors, each of which has so many units, `of_chunk` of them in a chunk.
 ///
 /// # Errors
@@ -38,6 +47,7 @@ pub(crate) fn chunks(tensors: impl IntoIterator<Item = (u64, u32)>) -> Result<Ve
 }
 
 /// The chunks of tensors of so many elements, by leaves.
+#[cfg(test)]
 pub(crate) fn chunks_of_leaves(lens: impl IntoIterator<Item = u64>) -> Result<Vec<Chunk>> {
     chunks(lens.into_iter().map(|len| (len.div_ceil(LEAF as u64), LEAVES)))
 }
@@ -56,6 +66,14 @@ mod tests {
         assert_eq!(units_of_chunk(64), 64);
         assert_eq!(units_of_chunk(65), 32);
         assert_eq!(units_of_chunk(1), 512);
+    }
+
+    #[test]
+    fn rows_have_threads_up_to_a_limit() {
+        assert_eq!(blocks_of_rows(0, 64), 1);
+        assert_eq!(blocks_of_rows(8192, 64), 1024);
+        assert_eq!(blocks_of_rows(8192, 3), 128);
+        assert_eq!(blocks_of_rows(1 << 40, 1), 4096);
     }
 
     #[test]

@@ -6,21 +6,21 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use candle_core::{CudaDevice, DType, Device, Tensor};
-use cudarc::driver::{
-    CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, SyncOnDrop,
-};
+use candle_core::backend::BackendDevice;
+use candle_core::{CudaDevice, CudaStorage, DType, Device, Shape, Tensor};
+use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg};
 
 use super::abi::{
-    self, Address, Chunk, Control, Gradient, JoinArgs, Late, LeavesArgs, NormsArgs, Pair, PairArgs, THREADS, UpdateArgs,
+    self, Address, Chunk, Control, GatherArgs, Gradient, JoinArgs, Late, LeavesArgs, NormsArgs, Pair, PairArgs, SumArgs,
+    THREADS, UpdateArgs,
 };
 use super::compile::load;
-use super::plan::{LEAVES, chunks, units_of_chunk};
+use super::plan::{LEAVES, blocks_of_rows, chunks, units_of_chunk};
 use super::source::{Module, update_kernel};
-use super::staging::{Room, Staging, alloc};
+use super::staging::{Place, Room, Staging, alloc};
 use crate::error::{Error, Result};
-use crate::kernel::lend::gpu::{Held, address_to_write, written};
-use crate::kernel::{Accumulate, Average, Measured, RowTask, Source, Task, Update};
+use crate::kernel::lend::gpu::{Held, address_to_write, storage_address_to_write, written};
+use crate::kernel::{Accumulate, Average, Contribution, Measured, RowGrad, RowTask, RowValues, Source, Task, Update};
 use crate::reduce::{LEAF, NormType};
 use crate::state::{Buffer, Master, MomentTensors, ParamState, Stored, arithmetic};
 
@@ -38,6 +38,8 @@ struct Runtime {
     control: CudaSlice<u8>,
     /// Partial sums of norms.
     scratch: Option<CudaSlice<u8>>,
+    /// Sums of the gradients of rows.
+    sums: Option<CudaSlice<u8>>,
     /// Whether the last update has measured the norm.
     has_measured: bool,
 }
@@ -198,22 +200,43 @@ struct Prepared<'a> {
 /// Where a gradient is.
 enum Grad<'a> {
     Dense(&'a Tensor),
-    /// Rows and their values, in host memory.
-    Rows(&'a [u32], Buffer),
+    /// Rows and their sums, in host memory.
+    Rows(&'a [u32], &'a Buffer),
+    /// Rows, and of what on the GPU they are the sums.
+    Sums(RowSums<'a>),
 }
 
-impl Grad<'_> {
+/// Of a `RowGrad`.
+struct RowSums<'a> {
+    rows: &'a [u32],
+    row_len: usize,
+    starts: &'a [u32],
+    contributions: &'a [Contribution],
+    parts: Vec<&'a Tensor>,
+}
+
+impl<'a> Grad<'a> {
     fn elements(&self) -> u64 {
         match self {
             Self::Dense(grad) => grad.elem_count() as u64,
             Self::Rows(_, values) => values.len() as u64,
+            Self::Sums(sums) => (sums.rows.len() * sums.row_len) as u64,
+        }
+    }
+
+    /// The tensors that are read.
+    fn tensors(&self) -> Vec<&'a Tensor> {
+        match self {
+            Self::Dense(grad) => vec![*grad],
+            Self::Rows(..) => Vec::new(),
+            Self::Sums(sums) => sums.parts.clone(),
         }
     }
 
     fn dtype(&self, var: &Tensor) -> DType {
         match self {
             Self::Dense(grad) => grad.dtype(),
-            Self::Rows(..) => arithmetic(var.dtype()),
+            Self::Rows(..) | Self::Sums(_) => arithmetic(var.dtype()),
         }
     }
 }
@@ -236,9 +259,15 @@ impl<'a> Prepared<'a> {
                 None => return Err(candle_core::Error::msg("expected a gradient").into()),
             },
             // Moments as they are have no units: then any length will do.
-            Work::Rows(task) => {
-                let values = task.grad.summed(var.dtype())?;
-                (Grad::Rows(&task.grad.rows, values), task.grad.row_len.max(1) as u64)
+            Work::Rows(RowTask { grad: RowGrad { rows, row_len, values }, .. }) => {
+                let grad = match values {
+                    RowValues::Summed(sums) => Grad::Rows(rows, sums),
+                    RowValues::Lazy { starts, contributions, parts } => {
+                        let parts = parts.iter().map(|part| part.as_ref()).collect();
+                        Grad::Sums(RowSums { rows, row_len: *row_len, starts, contributions, parts })
+                    }
+                };
+                (grad, (*row_len).max(1) as u64)
             }
         };
         let dtypes = (var.dtype(), grad.dtype(var));
@@ -251,8 +280,38 @@ impl<'a> Prepared<'a> {
     fn units(&self) -> u64 {
         match &self.grad {
             Grad::Dense(_) => (self.var.elem_count() as u64).div_ceil(self.unit),
-            Grad::Rows(rows, _) => rows.len() as u64,
+            // Rows without elements have nothing to update.
+            Grad::Rows(..) | Grad::Sums(_) if self.grad.elements() == 0 => 0,
+            Grad::Rows(rows, _) | Grad::Sums(RowSums { rows, .. }) => rows.len() as u64,
         }
+    }
+}
+
+/// Where on the device what is known of the rows of one table will be.
+struct RowPlaces {
+    rows: Place,
+    count: Place,
+    /// The sums, or what they are made of.
+    values: ValuePlaces,
+}
+
+enum ValuePlaces {
+    Summed(Place),
+    Sums { starts: Place, contributions: Place, parts: Place },
+}
+
+impl RowPlaces {
+    fn of(grad: &Grad<'_>, room: &mut Room) -> Option<Self> {
+        let (rows, values) = match grad {
+            Grad::Dense(_) => return None,
+            Grad::Rows(rows, sums) => (rows, ValuePlaces::Summed(room.of::<u8>(sums.bytes()))),
+            Grad::Sums(RowSums { rows, starts, contributions, parts, .. }) => {
+                let starts = room.of::<u32>(starts.len());
+                let contributions = room.of::<Contribution>(contributions.len());
+                (rows, ValuePlaces::Sums { starts, contributions, parts: room.of::<abi::Part>(parts.len()) })
+            }
+        };
+        Some(Self { rows: room.of::<u32>(rows.len()), count: room.of::<u32>(1), values })
     }
 }
 
@@ -292,6 +351,7 @@ impl Runtime {
             chunks: HashMap::new(),
             control,
             scratch: None,
+            sums: None,
             has_measured: false,
         })
     }
@@ -315,6 +375,7 @@ impl Runtime {
             let units = tasks.iter().map(|&i| (prepared[i].units(), units_of_chunk(prepared[i].unit))).collect();
             self.plan(kernel, units)?;
         }
+        let sums_at = self.prepare_sums(&prepared)?;
         let lens: Vec<(DType, u64)> =
             prepared.iter().map(|task| (task.grad.dtype(task.var), task.grad.elements())).collect();
         let norms = match measured {
@@ -326,39 +387,57 @@ impl Runtime {
         let of_orders = room.of::<abi::Orders>(orders.len());
         let of_tensors: Vec<_> = kernels.iter().map(|(_, _, tasks)| room.of::<abi::Tensor>(tasks.len())).collect();
         let of_gradients = room.of::<Gradient>(prepared.len());
-        let of_rows: Vec<_> = prepared
-            .iter()
-            .map(|task| match &task.grad {
-                Grad::Dense(_) => None,
-                Grad::Rows(rows, values) => Some((room.of::<u32>(rows.len()), room.of::<u8>(values.bytes()))),
-            })
-            .collect();
+        let of_rows: Vec<_> = prepared.iter().map(|task| RowPlaces::of(&task.grad, &mut room)).collect();
         let mut filling = self.staging.prepare(&room)?;
 
         // From here on the gradients are locked against writing, until everything is launched.
         let held = prepared
             .iter()
-            .map(|task| match &task.grad {
-                Grad::Dense(grad) if grad.elem_count() > 0 => Held::new(grad).map(Some),
-                _ => Ok(None),
-            })
-            .collect::<candle_core::Result<Vec<_>>>()?;
-        let mut guards: Vec<SyncOnDrop<'_>> = Vec::new();
-        let mut tensors = Vec::with_capacity(prepared.len());
-        for (((task, held), rows), index) in prepared.iter().zip(&held).zip(&of_rows).zip(0u32..) {
-            let (mut grad, mut row_numbers) = (0, 0);
-            if let Some(held) = held {
+            .map(|task| task.grad.tensors().into_iter().map(Held::new).collect())
+            .collect::<candle_core::Result<Vec<Vec<Held<'_>>>>>()?;
+        let (mut guards, mut tensors, mut sums) = (Vec::new(), Vec::with_capacity(prepared.len()), Vec::new());
+        for ((((task, held), places), sums_at), index) in
+            prepared.iter().zip(&held).zip(&of_rows).zip(&sums_at).zip(0u32..)
+        {
+            let mut addresses = Vec::with_capacity(held.len());
+            for held in held {
                 let (address, guard) = held.address(&self.stream)?;
                 guards.push(guard);
-                grad = address;
+                addresses.push(address);
             }
-            if let (Grad::Rows(rows, values), Some((of_rows, of_values))) = (&task.grad, rows) {
-                row_numbers = filling.put(*of_rows, rows)?;
-                grad = match values {
-                    Buffer::F32(values) => filling.put::<f32>(*of_values, values)?,
-                    Buffer::F64(values) => filling.put::<f64>(*of_values, values)?,
-                    Buffer::Tensor(_) => 0,
+            let mut grad = addresses.first().copied().unwrap_or(0);
+            let (mut rows_at, mut count) = (0, 0);
+            if let Some(RowPlaces { rows, count: of_count, values }) = places {
+                let numbers: &[u32] = match &task.grad {
+                    Grad::Rows(rows, _) | Grad::Sums(RowSums { rows, .. }) => rows,
+                    Grad::Dense(_) => &[],
                 };
+                rows_at = filling.put(*rows, numbers)?;
+                count = filling.put(*of_count, &[numbers.len() as u32])?;
+                match (&task.grad, values) {
+                    (Grad::Rows(_, Buffer::F32(values)), ValuePlaces::Summed(place)) => {
+                        grad = filling.put::<f32>(*place, values)?;
+                    }
+                    (Grad::Rows(_, Buffer::F64(values)), ValuePlaces::Summed(place)) => {
+                        grad = filling.put::<f64>(*place, values)?;
+                    }
+                    (Grad::Sums(of), ValuePlaces::Sums { starts, contributions, parts }) => {
+                        let dtypes = of.parts.iter().map(|part| part.dtype());
+                        let all: Vec<_> =
+                            addresses.iter().zip(dtypes).map(|(&at, dtype)| abi::Part::new(at, dtype)).collect();
+                        grad = *sums_at;
+                        let args = SumArgs {
+                            starts: filling.put(*starts, of.starts)?,
+                            contributions: filling.put(*contributions, of.contributions)?,
+                            parts: filling.put(*parts, &all)?,
+                            out: grad,
+                            n: of.rows.len() as u64,
+                            row_len: of.row_len as u64,
+                        };
+                        sums.push((sum_kernel(task.var.dtype()), args));
+                    }
+                    _ => return Err(candle_core::Error::msg("rows in host memory have a type of arithmetic").into()),
+                }
             }
             let write = |tensor: &Tensor| address_to_write(tensor, &self.stream);
             tensors.push(abi::Tensor {
@@ -368,8 +447,8 @@ impl Runtime {
                 exp_inf: write(&task.moments.exp_inf)?,
                 units: task.moments.units.as_ref().map_or(Ok(0), write)?,
                 master: task.master.map_or(Ok(0), write)?,
-                rows: row_numbers,
-                count: 0,
+                rows: rows_at,
+                count,
                 len: task.var.elem_count() as u64,
                 unit: task.unit,
                 orders: index,
@@ -395,6 +474,9 @@ impl Runtime {
         let tensors_at: Vec<Address> = of_tensors.iter().map(|place| filling.address(*place)).collect();
         filling.copy()?;
 
+        for (kernel, args) in sums {
+            self.launch(kernel, blocks_of_rows(args.n, args.row_len), args)?;
+        }
         let mut late = Late::default();
         if let (Some(measured), Some(norms)) = (measured, &norms) {
             self.launch_norms(&lens, gradients_at, norms, measured.norm, measured.unscale)?;
@@ -537,6 +619,25 @@ impl Runtime {
         )
     }
 
+    /// Makes room for the sums of the rows of each table, and loads what makes them.
+    fn prepare_sums(&mut self, prepared: &[Prepared<'_>]) -> Result<Vec<Address>> {
+        let (mut bytes, mut offsets) = (0, Vec::with_capacity(prepared.len()));
+        for task in prepared {
+            offsets.push(bytes);
+            if let Grad::Sums(_) = &task.grad {
+                let dtype = arithmetic(task.var.dtype());
+                self.load(Module::Rows, sum_kernel(dtype))?;
+                let size = task.grad.elements() * dtype.size_in_bytes() as u64;
+                bytes += size.next_multiple_of(16);
+            }
+        }
+        if bytes > 0 && self.sums.as_ref().is_none_or(|sums| (sums.len() as u64) < bytes) {
+            self.sums = Some(alloc(&self.stream, bytes.next_power_of_two() as usize)?);
+        }
+        let base = self.sums.as_ref().map_or(0, |sums| sums.device_ptr(&self.stream).0);
+        Ok(offsets.into_iter().map(|offset| base + offset).collect())
+    }
+
     /// Makes sure that a kernel is there.
     fn load(&mut self, module: Module, kernel: &str) -> Result<()> {
         if !self.functions.contains_key(kernel) {
@@ -577,16 +678,7 @@ impl Runtime {
         let Some(function) = self.functions.get(kernel) else {
             return Err(candle_core::Error::msg(format!("the kernel {kernel} is not loaded")).into());
         };
-        let config = LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 };
-        let mut builder = self.stream.launch_builder(function);
-        builder.arg(&args);
-        #[expect(unsafe_code, reason = "launches a kernel")]
-        // SAFETY: the kernel takes this structure by value, as a test compares with the compiler of the other side; its
-        // addresses are those of tensors and of memory of this runtime, of the lengths that the plans say, and what the
-        // kernel reads and writes stays allocated until it has run, since memory is freed in the order of the stream.
-        let launched = unsafe { builder.launch(config) };
-        launched.map_err(candle_core::Error::wrap)?;
-        Ok(())
+        launch(&self.stream, function, blocks, args)
     }
 
     /// A step cannot be part of a CUDA graph: its coefficients change with every update, and a graph repeats them.
@@ -625,4 +717,57 @@ macro_rules! arguments {
         )+
     };
 }
-arguments!(UpdateArgs, LeavesArgs, NormsArgs, JoinArgs, PairArgs);
+arguments!(UpdateArgs, LeavesArgs, NormsArgs, JoinArgs, PairArgs, SumArgs, GatherArgs);
+
+/// What sums rows of a table of `dtype`.
+fn sum_kernel(dtype: DType) -> &'static str {
+    if dtype == DType::F64 { "rows_sum_f64" } else { "rows_sum_f32" }
+}
+
+/// The rows `ids` of a table on a GPU, one after another; each id is the number of a row.
+pub(crate) fn gather(table: &Tensor, row_len: usize, ids: &[u32]) -> candle_core::Result<CudaStorage> {
+    let Device::Cuda(device) = table.device() else { candle_core::bail!("expected a table on a GPU") };
+    let stream = device.cuda_stream();
+    let shape = Shape::from(ids.len() * row_len);
+    if ids.is_empty() || row_len == 0 {
+        return device.zeros_impl(&shape, table.dtype());
+    }
+    let held = Held::new(table)?;
+    let (table_at, _guard) = held.address(&stream)?;
+    let ids_at = stream.clone_htod(ids).map_err(candle_core::Error::wrap)?;
+    #[expect(unsafe_code, reason = "memory that is not set yet")]
+    // SAFETY: the kernel below writes all of it, in the order of the stream.
+    let mut gathered = unsafe { device.alloc_uninit(&shape, table.dtype())? };
+    let out = storage_address_to_write(&mut gathered, &stream)?;
+    // The widest word that a row is a multiple of, and that it begins at.
+    let bytes = row_len * table.dtype().size_in_bytes();
+    let fits = |word: usize| bytes.is_multiple_of(word) && (table_at | out).is_multiple_of(word as u64);
+    let (kernel, word) = [("rows_gather_16", 16), ("rows_gather_8", 8), ("rows_gather_4", 4)]
+        .into_iter()
+        .find(|&(_, word)| fits(word))
+        .unwrap_or(("rows_gather_2", 2));
+    let function = load(device, Module::Rows, kernel)?;
+    let args = GatherArgs {
+        ids: ids_at.device_ptr(&stream).0,
+        table: table_at,
+        out,
+        n: ids.len() as u64,
+        row_len: (bytes / word) as u64,
+    };
+    launch(&stream, &function, blocks_of_rows(args.n, args.row_len), args)?;
+    Ok(gathered)
+}
+
+/// Launches a kernel.
+fn launch<A: DeviceRepr>(stream: &CudaStream, function: &CudaFunction, blocks: u32, args: A) -> Result<()> {
+    let config = LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 };
+    let mut builder = stream.launch_builder(function);
+    builder.arg(&args);
+    #[expect(unsafe_code, reason = "launches a kernel")]
+    // SAFETY: the kernel takes this structure by value, as a test compares with the compiler of the other side; its
+    // addresses are those of tensors and of memory of this module, of the lengths that the plans say, and what the
+    // kernel reads and writes stays allocated until it has run, since memory is freed in the order of the stream.
+    let launched = unsafe { builder.launch(config) };
+    launched.map_err(candle_core::Error::wrap)?;
+    Ok(())
+}

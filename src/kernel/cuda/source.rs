@@ -5,6 +5,7 @@ use candle_core::DType;
 use crate::codec::StateDType;
 
 /// The headers, in the order in which each needs those before it; NVRTC is given one text and finds no files.
+#[cfg(feature = "cuda")]
 const HEADERS: [&str; 5] = [
     include_str!("../../../cuda/element.cuh"),
     include_str!("../../../cuda/rule.cuh"),
@@ -14,7 +15,8 @@ const HEADERS: [&str; 5] = [
 ];
 
 /// One file of kernels, compiled when the first of them is needed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg(feature = "cuda")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Module {
     /// The update, of parameters of one dtype with gradients of one dtype.
     Update(&'static str),
@@ -22,11 +24,15 @@ pub(crate) enum Module {
     Summary,
     /// Sums and averages.
     Passes,
+    /// Rows of tables.
+    Rows,
 }
 
+#[cfg(feature = "cuda")]
 impl Module {
     /// All of them.
-    pub(crate) const ALL: [Self; 8] = [
+    #[cfg(test)]
+    pub(crate) const ALL: [Self; 9] = [
         Self::Update("f64_f64"),
         Self::Update("f32_f32"),
         Self::Update("f16_f16"),
@@ -35,6 +41,7 @@ impl Module {
         Self::Update("bf16_f32"),
         Self::Summary,
         Self::Passes,
+        Self::Rows,
     ];
 
     /// The module for parameters and gradients of these dtypes.
@@ -57,6 +64,7 @@ impl Module {
             Self::Update(dtypes) => format!("candle-adamax-update-{dtypes}"),
             Self::Summary => "candle-adamax-summary".to_owned(),
             Self::Passes => "candle-adamax-passes".to_owned(),
+            Self::Rows => "candle-adamax-rows".to_owned(),
         }
     }
 
@@ -66,11 +74,12 @@ impl Module {
             Self::Update(_) => include_str!("../../../cuda/adamax.cu"),
             Self::Summary => include_str!("../../../cuda/summary.cu"),
             Self::Passes => include_str!("../../../cuda/passes.cu"),
+            Self::Rows => include_str!("../../../cuda/rows.cu"),
         };
         let text = HEADERS.iter().chain([&kernels]).flat_map(|file| file.lines());
         let mut source: String = match self {
             Self::Update(dtypes) => format!("#define ONLY_{dtypes}\n"),
-            Self::Summary | Self::Passes => String::new(),
+            Self::Summary | Self::Passes | Self::Rows => String::new(),
         };
         for line in text.filter(|line| !line.starts_with("#include") && !line.starts_with("#pragma once")) {
             source.push_str(line);

@@ -91,13 +91,26 @@ impl InplaceOp1 for Write<'_> {
     }
 
     fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
-        let start = contiguous(layout)?.start;
-        let address = with_slice!(&mut storage.slice, values => {
-            let size = size_of_element(values);
-            let (address, _written) = values.device_ptr_mut(self.stream);
-            address + (start * size) as Address
-        });
-        self.address.set(address);
+        let start = contiguous(layout)?.start * candle_core::backend::BackendStorage::dtype(storage).size_in_bytes();
+        self.address.set(storage_address_to_write(storage, self.stream)? + start as Address);
         Ok(())
     }
+}
+
+/// The address of a storage that nobody else has yet, or that is locked.
+pub(crate) fn storage_address_to_write(storage: &mut CudaStorage, stream: &CudaStream) -> Result<Address> {
+    Ok(with_slice!(&mut storage.slice, values => {
+        let (address, _written) = values.device_ptr_mut(stream);
+        address
+    }))
+}
+
+/// A copy of the elements of a contiguous tensor.
+pub(crate) fn copied(tensor: &Tensor) -> Result<CudaStorage> {
+    use candle_core::backend::{BackendDevice, BackendStorage};
+    let (storage, layout) = tensor.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else { bail!("expected memory of a GPU") };
+    let mut copy = storage.device().zeros_impl(tensor.shape(), tensor.dtype())?;
+    storage.copy_strided_src(&mut copy, 0, layout)?;
+    Ok(copy)
 }
