@@ -4,6 +4,9 @@
 // No header is included: NVRTC finds none. The names of integers are Rust's.
 #pragma once
 
+// A file of kernels uses some of what the headers have, and not the rest.
+#pragma nv_diag_suppress 177
+
 typedef signed char i8;
 typedef unsigned char u8;
 typedef short i16;

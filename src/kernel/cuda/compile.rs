@@ -1,11 +1,12 @@
 //! The kernels' text, compiled by NVRTC for the GPU at hand, once in a process.
 
 use std::collections::HashMap;
+use std::ffi::CString;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
 use candle_core::CudaDevice;
 use cudarc::driver::CudaFunction;
-use cudarc::nvrtc::{CompileError, CompileOptions, compile_ptx_with_opts};
+use cudarc::nvrtc::result as nvrtc;
 
 use super::source::Module;
 use crate::error::Result;
@@ -13,29 +14,46 @@ use crate::error::Result;
 /// The oldest compute capability that NVRTC 13 compiles for.
 const OLDEST: u32 = 75;
 
-/// What the compiler made, or what it said.
+/// The PTX that the compiler made, or what it said.
 type Compiled = std::result::Result<String, String>;
 
 /// The PTX of a module for a compute capability such as 90.
-pub(crate) fn compile(module: Module, capability: u32) -> Compiled {
-    let options = CompileOptions {
+fn compile(module: Module, capability: u32) -> Compiled {
+    compile_with_log(module, capability).map(|(ptx, _)| ptx)
+}
+
+/// The same with the compiler's warnings.
+fn compile_with_log(module: Module, capability: u32) -> std::result::Result<(String, String), String> {
+    let options = [
+        format!("--gpu-architecture=compute_{capability}"),
+        "--std=c++17".to_owned(),
         // As on the CPU: each operation rounds once, subnormal numbers are numbers, and division is IEEE's.
-        fmad: Some(false),
-        ftz: Some(false),
-        prec_div: Some(true),
-        prec_sqrt: Some(true),
-        options: vec![
-            format!("--gpu-architecture=compute_{capability}"),
-            "--std=c++17".to_owned(),
-            "--Werror=all-warnings".to_owned(),
-        ],
-        name: Some(format!("{}.cu", module.name())),
-        ..CompileOptions::default()
+        "--fmad=false".to_owned(),
+        "--ftz=false".to_owned(),
+        "--prec-div=true".to_owned(),
+        "--prec-sqrt=true".to_owned(),
+    ];
+    let (source, name) = (CString::new(module.source()), CString::new(format!("{}.cu", module.name())));
+    let (Ok(source), Ok(name)) = (source, name) else { return Err("a source with a zero in it".to_owned()) };
+    let said = |error: nvrtc::NvrtcError| error.to_string();
+    let program = nvrtc::create_program(&source, Some(&name)).map_err(said)?;
+    #[expect(unsafe_code, reason = "the compiler's own functions, of which cudarc's safe ones pass over the warnings")]
+    // SAFETY: the program was created above and is destroyed below; what is read of it is copied before.
+    let (compiled, log, ptx) = unsafe {
+        let compiled = nvrtc::compile_program(program, &options);
+        let (log, ptx) = (nvrtc::get_program_log(program), nvrtc::get_ptx(program));
+        // Nothing that it says could be of use here.
+        let _ = nvrtc::destroy_program(program);
+        (compiled, log, ptx)
     };
-    match compile_ptx_with_opts(module.source(), options) {
-        Ok(ptx) => Ok(ptx.to_src()),
-        Err(CompileError::CompileError { log, .. }) => Err(log.to_string_lossy().into_owned()),
-        Err(other) => Err(other.to_string()),
+    let text = |bytes: Vec<std::ffi::c_char>| {
+        let bytes: Vec<u8> = bytes.into_iter().map(|byte| byte as u8).take_while(|&byte| byte != 0).collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    };
+    let log = log.map(text).unwrap_or_default();
+    match compiled {
+        Ok(()) => Ok((text(ptx.map_err(said)?), log)),
+        Err(error) => Err(format!("{error}: {log}")),
     }
 }
 
@@ -97,9 +115,9 @@ mod tests {
     fn every_kernel_compiles_for_every_gpu_without_a_warning() {
         for module in Module::ALL {
             for capability in CAPABILITIES {
-                // Warnings are errors.
-                if let Err(log) = compile(module, capability) {
-                    panic!("{module:?} for {capability}: {log}");
+                match compile_with_log(module, capability) {
+                    Ok((ptx, log)) => assert!(log.trim().is_empty() && !ptx.is_empty(), "{module:?}: {log}"),
+                    Err(log) => panic!("{module:?} for {capability}: {log}"),
                 }
             }
         }
@@ -107,11 +125,8 @@ mod tests {
 
     #[test]
     fn what_does_not_compile_is_an_error_with_the_compilers_log() {
-        let log = compile(Module::Update("no_such_types"), 90).map(|ptx| ptx.len());
-        // Without a pair of types of its own, the module has the kernels of all.
-        assert!(log.is_ok());
         let log = compile(Module::Passes, 12).expect_err("no such GPU");
-        assert!(log.contains("compute_12"), "{log}");
+        assert!(log.contains("gpu-architecture"), "{log}");
     }
 
     #[test]
