@@ -4,6 +4,7 @@
 pub(crate) mod formulas;
 pub(crate) mod gradients;
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 
 use candle_adamax::{AccumulatedGrad, Adamax, Snapshot, SparseGrad};
@@ -12,10 +13,27 @@ use candle_core::{DType, Device, Tensor, Var};
 /// The dtypes that variables may have.
 pub(crate) const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::BF16];
 
+thread_local! {
+    static DEVICE: RefCell<Device> = const { RefCell::new(Device::Cpu) };
+}
+
+/// Where this thread's tensors are made.
+pub(crate) fn device() -> Device {
+    DEVICE.with_borrow(Device::clone)
+}
+
+/// Runs a test with its tensors made on a device.
+pub(crate) fn on<R>(device: &Device, test: impl FnOnce() -> R) -> R {
+    let before = DEVICE.replace(device.clone());
+    let result = test();
+    DEVICE.set(before);
+    result
+}
+
 /// A tensor of `values`, each rounded once to `dtype`.
 #[track_caller]
 pub(crate) fn tensor(values: &[f64], shape: &[usize], dtype: DType) -> Tensor {
-    let device = &Device::Cpu;
+    let device = &device();
     // Through f32 a half would be rounded twice.
     match dtype {
         DType::F16 => Tensor::from_vec(values.iter().map(|&x| half::f16::from_f64(x)).collect(), shape, device),

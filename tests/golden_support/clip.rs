@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use candle_adamax::{Adamax, ClipGradNorm, Kernel, NormType, ParamsAdamax, SparseGrad};
-use candle_core::{DType, Device, Var};
+use candle_core::{DType, Var};
 use serde_json::Value;
 
 use super::case::Array;
@@ -12,7 +12,7 @@ use super::compare::{epsilon, same};
 use super::{Case, Outcome, number};
 use crate::common::formulas::{clipped, largest, norm};
 use crate::common::gradients::{Grad, Whole};
-use crate::common::values;
+use crate::common::{device, values};
 
 pub(crate) fn run(case: &Case, kernel: Kernel) -> Result<Outcome> {
     let params = ParamsAdamax { beta1: 0.0, lr: 0.125.into(), ..ParamsAdamax::default() };
@@ -126,7 +126,7 @@ fn list(case: &Case, label: &str, what: &str) -> Result<Vec<Item>> {
 
 /// The clipped gradients and the total norm, by the optimizer.
 fn clip(params: &ParamsAdamax, items: &[Item], kernel: Kernel) -> Result<(Vec<Vec<f64>>, Option<f64>)> {
-    let var = |item: &Item| Var::zeros(item.shape.as_slice(), item.dtype, &Device::Cpu);
+    let var = |item: &Item| Var::zeros(item.shape.as_slice(), item.dtype, &device());
     let vars: Vec<(String, Var)> =
         items.iter().enumerate().map(|(i, item)| Ok((format!("{i:03}"), var(item)?))).collect::<Result<_>>()?;
     let mut optimizer = Adamax::from_named(vars.clone(), params.clone())?;

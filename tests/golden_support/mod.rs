@@ -22,6 +22,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use candle_adamax::Kernel;
 
 pub(crate) use case::Case;
+#[allow(unused_imports, reason = "one of the test files looks at it")]
 pub(crate) use rows::Untouched;
 
 /// What became of a case that did not fail.

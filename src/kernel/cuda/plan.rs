@@ -4,6 +4,7 @@
 
 use super::abi::{Chunk, THREADS, WARP};
 use crate::error::{Error, Result};
+#[cfg(test)]
 use crate::reduce::LEAF;
 
 /// Elements that a thread works on at a time, as in `cuda/abi.cuh`.

@@ -1,0 +1,341 @@
+//! What needs an NVIDIA GPU: `cargo test --release --features cuda --test gpu`. Every test fails where no device answers.
+//!
+//! The CPU's results are the reference, bit for bit: for every dtype and encoding, rounding and clipping, sizes and starts,
+//! whole variables and rows of tables.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod common;
+mod golden_support;
+
+use std::path::Path;
+use std::sync::LazyLock;
+
+use candle_adamax::{
+    Adamax, ClipGradNorm, Ema, Embedding, Epsilon, Kernel, NormType, ParamsAdamax, Rounding, SparseGrad, StateDType, Table,
+    WeightDecay,
+};
+use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::{Module, Optimizer};
+use common::{Fingerprint, bits, noise, on, tensor, var};
+
+/// The first GPU.
+fn gpu() -> &'static Device {
+    static GPU: LazyLock<Device> = LazyLock::new(|| Device::new_cuda(0).expect("a GPU, which these tests are for"));
+    &GPU
+}
+
+/// One on a stream of its own.
+fn gpu_with_stream() -> Device {
+    Device::new_cuda_with_stream(0).expect("a GPU, which these tests are for")
+}
+
+const STATES: [StateDType; 4] = [StateDType::F32, StateDType::BF16, StateDType::F16, StateDType::Q8];
+const SIZES: [usize; 9] = [0, 1, 7, 255, 1023, 1024, 1025, 4099, 100_003];
+
+fn names() -> Vec<String> {
+    SIZES.iter().map(|n| format!("w{n:06}")).collect()
+}
+
+/// Variables of all sizes on the current device.
+fn vars(dtype: DType) -> Vec<(String, Var)> {
+    let of_size = |(name, &n): (String, &usize)| (name, var(&noise(n as u64, n), &[n], dtype));
+    names().into_iter().zip(&SIZES).map(of_size).collect()
+}
+
+/// A gradient for update `t`, whose magnitudes fall and now and then jump, as one of a larger tensor if it is `offset`.
+fn gradient(n: usize, t: u64, dtype: DType, offset: usize) -> Tensor {
+    let scale = 10f64.powi(-((t % 40) as i32) / 8) * if t.is_multiple_of(17) { 1e4 } else { 1.0 };
+    let all: Vec<f64> = noise(1000 * t + n as u64, n + offset).into_iter().map(|x| x * scale).collect();
+    tensor(&all, &[n + offset], dtype).narrow(0, offset, n).unwrap()
+}
+
+/// The fingerprint after some steps on a device, with the total norms that were reported.
+fn train(device: &Device, dtypes: (DType, DType), params: &ParamsAdamax, steps: u64, offset: usize) -> (Fingerprint, Vec<u64>) {
+    on(device, || {
+        let vars = vars(dtypes.0);
+        let mut optimizer = Adamax::from_named(vars.clone(), params.clone()).unwrap();
+        let mut norms = Vec::new();
+        for t in 1..=steps {
+            let grads: Vec<Tensor> = SIZES.iter().map(|&n| gradient(n, t, dtypes.1, offset)).collect();
+            // One variable misses some of its gradients.
+            let pairs = vars.iter().map(|(_, var)| var).zip(&grads).enumerate();
+            let pairs = pairs.filter(|(i, _)| *i != 3 || !t.is_multiple_of(3)).map(|(_, pair)| pair);
+            optimizer.apply_gradients(pairs).unwrap();
+            norms.push(optimizer.report().total_norm().map_or(0, f64::to_bits));
+        }
+        (Fingerprint::of(&optimizer, &vars), norms)
+    })
+}
+
+#[track_caller]
+fn compare(dtypes: (DType, DType), params: &ParamsAdamax, steps: u64, offset: usize) {
+    let (expected, norms) = train(&Device::Cpu, dtypes, params, steps, offset);
+    let (got, got_norms) = train(gpu(), dtypes, params, steps, offset);
+    assert_eq!(got_norms, norms, "{dtypes:?} {params:?}");
+    assert!(got == expected, "{dtypes:?} {params:?}: the bits differ");
+}
+
+#[test]
+fn recorded_runs_of_other_frameworks() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    for kernel in [Kernel::Auto, Kernel::Portable] {
+        let summary = on(gpu(), || golden_support::run_folder(&folder, kernel)).unwrap();
+        assert!(summary.failures.is_empty(), "{kernel:?}:\n{summary}");
+    }
+}
+
+#[test]
+fn every_dtype_and_encoding_has_the_bits_of_the_cpu() {
+    use DType::{BF16, F16, F32, F64};
+    for dtypes in [(F64, F64), (F32, F32), (F16, F16), (F16, F32), (BF16, BF16), (BF16, F32)] {
+        for state_dtype in STATES {
+            for rounding in [Rounding::Nearest, Rounding::Stochastic, Rounding::Master] {
+                let params = ParamsAdamax { state_dtype, rounding, ..Default::default() };
+                compare(dtypes, &params, 6, 0);
+                compare(dtypes, &ParamsAdamax { rowwise_norm: true, ..params.clone() }, 4, 3);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_setting_has_the_bits_of_the_cpu() {
+    let base = || ParamsAdamax { state_dtype: StateDType::Q8, ..Default::default() };
+    let all = [
+        ParamsAdamax { epsilon: Epsilon::Inside, weight_decay: WeightDecay::L2(0.1), ..base() },
+        ParamsAdamax { weight_decay: WeightDecay::Decoupled(0.1), maximize: true, ..base() },
+        ParamsAdamax { clip_value: Some(1e-3), ..base() },
+        ParamsAdamax { clip_norm: Some(0.1), loss_scale_factor: Some(128.0), ..base() },
+        ParamsAdamax { clip_global_norm: Some(0.1), ..base() },
+        ParamsAdamax { clip_grad_norm: Some(ClipGradNorm { max_norm: 0.1, norm_type: NormType::L1 }), ..base() },
+        ParamsAdamax { clip_grad_norm: Some(ClipGradNorm { max_norm: 0.1, norm_type: NormType::Inf }), ..base() },
+        ParamsAdamax { measure_norm: true, skip_nonfinite: true, ..base() },
+        ParamsAdamax { gradient_accumulation_steps: 3, clip_norm: Some(0.5), ..base() },
+        ParamsAdamax { ema: Some(Ema { momentum: 0.9, overwrite_frequency: Some(4) }), ..base() },
+        ParamsAdamax { state_dtype: StateDType::F32, eps: 0.0, ..ParamsAdamax::pytorch() },
+    ];
+    for params in all {
+        for dtypes in [(DType::F32, DType::F32), (DType::BF16, DType::BF16)] {
+            compare(dtypes, &params, 10, 1);
+        }
+    }
+}
+
+#[test]
+fn a_thousand_clipped_steps_have_the_bits_of_the_cpu() {
+    for state_dtype in STATES {
+        let params = ParamsAdamax { state_dtype, clip_global_norm: Some(1.0), ..Default::default() };
+        compare((DType::F32, DType::F32), &params, 1000, 0);
+        compare((DType::BF16, DType::BF16), &ParamsAdamax { rounding: Rounding::Stochastic, ..params }, 1000, 0);
+    }
+}
+
+#[test]
+fn values_that_are_not_finite_go_where_the_cpu_takes_them() {
+    let run = |device: &Device, params: &ParamsAdamax| {
+        on(device, || {
+            let w = var(&noise(1, 3000), &[3000], DType::F32);
+            let mut optimizer = Adamax::from_named([("w", w.clone())], params.clone()).unwrap();
+            for t in 1..=6u64 {
+                let mut values = noise(t, 3000);
+                if t == 2 {
+                    (values[5], values[1500], values[2999]) = (f64::NAN, f64::INFINITY, -f64::INFINITY);
+                }
+                if t == 4 {
+                    (values[7], values[2000]) = (1e30, 1e-42);
+                }
+                optimizer.apply_gradients([(&w, &tensor(&values, &[3000], DType::F32))]).unwrap();
+            }
+            (Fingerprint::of(&optimizer, &[("w".to_owned(), w)]), optimizer.skipped())
+        })
+    };
+    for state_dtype in STATES {
+        for skip_nonfinite in [false, true] {
+            let params = ParamsAdamax { state_dtype, skip_nonfinite, ..Default::default() };
+            assert!(run(gpu(), &params) == run(&Device::Cpu, &params), "{params:?}");
+        }
+    }
+}
+
+/// Trains a table by lookups, several in a step, with ids that occur several times.
+fn train_table(device: &Device, dtype: DType, params: &ParamsAdamax, padding: bool) -> (Fingerprint, Vec<u64>) {
+    const ROWS: usize = 1000;
+    const DIM: usize = 24;
+    on(device, || {
+        let weight = var(&noise(3, ROWS * DIM), &[ROWS, DIM], dtype);
+        let mut layer = Embedding::new(weight.as_tensor().clone()).unwrap();
+        if padding {
+            layer = layer.padding_idx(7).unwrap();
+        }
+        let bias = var(&noise(4, DIM), &[DIM], dtype);
+        let all = [("bias".to_owned(), bias.clone()), ("table".to_owned(), weight.clone())];
+        let mut optimizer = Adamax::from_named(all.clone(), params.clone()).unwrap();
+        for t in 1..=12u64 {
+            // Products of two numbers, whose gradients every backend has alike.
+            let ids = |seed: u64, n: usize| -> Tensor {
+                let ids: Vec<u32> = noise(seed, n).iter().map(|x| ((x * x) * 999.0) as u32).collect();
+                Tensor::from_vec(ids, n, &Device::Cpu).unwrap()
+            };
+            let first = layer.forward(&ids(t, 300)).unwrap().broadcast_mul(&bias).unwrap();
+            let second = layer.forward(&ids(t + 100, 50)).unwrap().affine(0.5, 0.0).unwrap();
+            let loss = (first.sum_all().unwrap() + second.sum_all().unwrap()).unwrap();
+            let mut grads = loss.backward().unwrap();
+            // The sum over a batch is the device's own: what is compared is what the optimizer does.
+            grads.insert(&bias, tensor(&noise(t, DIM), &[DIM], dtype));
+            optimizer.step(&grads).unwrap();
+        }
+        let norm = optimizer.report().total_norm().map(f64::to_bits);
+        (Fingerprint::of(&optimizer, &all), norm.into_iter().collect())
+    })
+}
+
+#[test]
+fn rows_of_tables_have_the_bits_of_the_cpu() {
+    for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
+        for state_dtype in STATES {
+            for rowwise_norm in [false, true] {
+                let params = ParamsAdamax { state_dtype, rowwise_norm, ..Default::default() };
+                for params in [params.clone(), ParamsAdamax { clip_global_norm: Some(0.1), ..params }] {
+                    let expected = train_table(&Device::Cpu, dtype, &params, false);
+                    assert!(train_table(gpu(), dtype, &params, false) == expected, "{dtype:?} {params:?}");
+                }
+            }
+        }
+    }
+    let params = ParamsAdamax { gradient_accumulation_steps: 4, ..Default::default() };
+    assert!(train_table(gpu(), DType::F32, &params, true) == train_table(&Device::Cpu, DType::F32, &params, true));
+}
+
+#[test]
+fn rows_that_a_caller_gives() {
+    let run = |device: &Device| {
+        on(device, || {
+            let weight = var(&noise(1, 400), &[50, 8], DType::F32);
+            let mut optimizer = Adamax::from_named([("w", weight.clone())], ParamsAdamax::default()).unwrap();
+            for t in 1..=5u64 {
+                let indices = Tensor::new(&[4u32, 49, 4, 0], &common::device()).unwrap();
+                let grad = SparseGrad { indices, values: tensor(&noise(t, 32), &[4, 8], DType::F32) };
+                optimizer.apply_gradients([(&weight, &grad)]).unwrap();
+            }
+            optimizer.reset_rows("w", &Tensor::new(&[4u32], &Device::Cpu).unwrap()).unwrap();
+            Fingerprint::of(&optimizer, &[("w".to_owned(), weight)])
+        })
+    };
+    assert!(run(gpu()) == run(&Device::Cpu));
+}
+
+#[test]
+fn a_table_in_host_memory_serves_a_model_on_the_gpu() {
+    let weight = var(&noise(1, 4000), &[500, 8], DType::F32);
+    let table = Table::new(&weight).unwrap();
+    let scale = on(gpu(), || var(&noise(2, 8), &[8], DType::F32));
+    let vars = [("scale", scale.clone()), ("table", weight.clone())];
+    let mut optimizer = Adamax::from_named(vars, ParamsAdamax::default()).unwrap();
+    let before = weight.to_vec2::<f32>().unwrap();
+    let ids = Tensor::new(&[3u32, 8, 3], &Device::Cpu).unwrap();
+    let rows = table.lookup(&ids).unwrap().to_device(gpu()).unwrap();
+    let loss = rows.broadcast_mul(&scale).unwrap().sqr().unwrap().sum_all().unwrap();
+    optimizer.backward_step(&loss).unwrap();
+    let after = weight.to_vec2::<f32>().unwrap();
+    let moved: Vec<usize> = (0..500).filter(|&row| before[row] != after[row]).collect();
+    assert_eq!(moved, [3, 8]);
+    assert!(optimizer.report().missing().next().is_none());
+}
+
+#[test]
+fn a_bad_id_is_an_error_and_changes_nothing() {
+    on(gpu(), || {
+        let weight = var(&noise(1, 80), &[10, 8], DType::F32);
+        let table = Table::new(&weight).unwrap();
+        for ids in [Tensor::new(&[3u32, 12], &Device::Cpu).unwrap(), Tensor::new(&[3i64, -1], gpu()).unwrap()] {
+            let error = table.lookup(&ids).unwrap_err().to_string();
+            assert!(error.contains("out of range: the table has 10 rows, so ids are 0 to 9"), "{error}");
+        }
+        assert_eq!(bits(&weight), bits(&tensor(&noise(1, 80), &[10, 8], DType::F32)));
+    });
+}
+
+#[test]
+fn states_move_between_devices_and_kernels() {
+    let params = ParamsAdamax { state_dtype: StateDType::Q8, rounding: Rounding::Master, ..Default::default() };
+    let make = |device: &Device| {
+        on(device, || {
+            let vars = vars(DType::BF16);
+            (Adamax::from_named(vars.clone(), params.clone()).unwrap(), vars)
+        })
+    };
+    let step = |device: &Device, optimizer: &mut Adamax, vars: &[(String, Var)], t: u64| {
+        on(device, || {
+            let grads: Vec<Tensor> = SIZES.iter().map(|&n| gradient(n, t, DType::BF16, 0)).collect();
+            optimizer.apply_gradients(vars.iter().map(|(_, var)| var).zip(&grads)).unwrap();
+        });
+    };
+    let ((mut on_gpu, gpu_vars), (mut on_cpu, cpu_vars)) = (make(gpu()), make(&Device::Cpu));
+    for t in 1..=3 {
+        step(gpu(), &mut on_gpu, &gpu_vars, t);
+    }
+    on_cpu.restore(&on_gpu.snapshot().unwrap()).unwrap();
+    for ((_, to), (_, from)) in cpu_vars.iter().zip(&gpu_vars).filter(|((_, to), _)| to.elem_count() > 0) {
+        to.set(&from.to_device(&Device::Cpu).unwrap()).unwrap();
+    }
+    for t in 4..=6 {
+        step(gpu(), &mut on_gpu, &gpu_vars, t);
+        step(&Device::Cpu, &mut on_cpu, &cpu_vars, t);
+    }
+    assert!(Fingerprint::of(&on_gpu, &gpu_vars) == Fingerprint::of(&on_cpu, &cpu_vars));
+    // Other encodings, on the GPU and on the CPU.
+    for optimizer in [&mut on_gpu, &mut on_cpu] {
+        optimizer.set_params(ParamsAdamax { state_dtype: StateDType::F16, ..params.clone() }).unwrap();
+    }
+    step(gpu(), &mut on_gpu, &gpu_vars, 7);
+    step(&Device::Cpu, &mut on_cpu, &cpu_vars, 7);
+    assert!(Fingerprint::of(&on_gpu, &gpu_vars) == Fingerprint::of(&on_cpu, &cpu_vars));
+    // Tensor operations have moments in f32 only.
+    assert!(on_gpu.set_kernel(Kernel::Portable).is_err());
+    let plain = ParamsAdamax::default();
+    on_gpu.set_params(plain.clone()).unwrap();
+    on_gpu.set_kernel(Kernel::Portable).unwrap();
+    step(gpu(), &mut on_gpu, &gpu_vars, 8);
+    on_gpu.set_kernel(Kernel::Auto).unwrap();
+    step(gpu(), &mut on_gpu, &gpu_vars, 9);
+    assert_eq!(on_gpu.updates(), 9);
+}
+
+#[test]
+fn devices_with_streams_of_their_own() {
+    let params = ParamsAdamax { clip_global_norm: Some(0.1), ..Default::default() };
+    let expected = train(&Device::Cpu, (DType::F32, DType::F32), &params, 20, 0);
+    let (one, other) = (gpu_with_stream(), gpu_with_stream());
+    for device in [&one, &other, &one] {
+        assert!(train(device, (DType::F32, DType::F32), &params, 20, 0) == expected);
+    }
+    // And two at once, from two threads.
+    std::thread::scope(|scope| {
+        let runs: Vec<_> = [&one, &other]
+            .map(|device| scope.spawn(|| train(device, (DType::F32, DType::F32), &params, 20, 0)))
+            .into_iter()
+            .collect();
+        for run in runs {
+            assert!(run.join().unwrap() == expected);
+        }
+    });
+}
+
+#[test]
+fn variables_on_the_cpu_and_on_the_gpu_in_one_optimizer() {
+    let run = |device: &Device| {
+        let here = var(&noise(1, 3000), &[3000], DType::F32);
+        let there = on(device, || var(&noise(2, 5000), &[5000], DType::F32));
+        let params = ParamsAdamax { clip_global_norm: Some(0.5), ..Default::default() };
+        let mut optimizer =
+            Adamax::from_named([("here", here.clone()), ("there", there.clone())], params).unwrap();
+        for t in 1..=5u64 {
+            let grad = tensor(&noise(10 + t, 3000), &[3000], DType::F32);
+            let other = on(device, || tensor(&noise(20 + t, 5000), &[5000], DType::F32));
+            optimizer.apply_gradients([(&here, &grad), (&there, &other)]).unwrap();
+        }
+        Fingerprint::of(&optimizer, &[("here".to_owned(), here), ("there".to_owned(), there)])
+    };
+    assert!(run(gpu()) == run(&Device::Cpu));
+}
