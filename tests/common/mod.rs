@@ -33,13 +33,14 @@ pub(crate) fn on<R>(device: &Device, test: impl FnOnce() -> R) -> R {
 /// A tensor of `values`, each rounded once to `dtype`.
 #[track_caller]
 pub(crate) fn tensor(values: &[f64], shape: &[usize], dtype: DType) -> Tensor {
-    let device = &device();
+    let cpu = &Device::Cpu;
     // Through f32 a half would be rounded twice.
     match dtype {
-        DType::F16 => Tensor::from_vec(values.iter().map(|&x| half::f16::from_f64(x)).collect(), shape, device),
-        DType::BF16 => Tensor::from_vec(values.iter().map(|&x| half::bf16::from_f64(x)).collect(), shape, device),
-        _ => Tensor::from_slice(values, shape, device).and_then(|tensor| tensor.to_dtype(dtype)),
+        DType::F16 => Tensor::from_vec(values.iter().map(|&x| half::f16::from_f64(x)).collect(), shape, cpu),
+        DType::BF16 => Tensor::from_vec(values.iter().map(|&x| half::bf16::from_f64(x)).collect(), shape, cpu),
+        _ => Tensor::from_slice(values, shape, cpu).and_then(|tensor| tensor.to_dtype(dtype)),
     }
+    .and_then(|tensor| tensor.to_device(&device()))
     .unwrap()
 }
 
@@ -52,7 +53,7 @@ pub(crate) fn var(values: &[f64], shape: &[usize], dtype: DType) -> Var {
 /// The elements of a tensor, widened without rounding.
 #[track_caller]
 pub(crate) fn values(tensor: &Tensor) -> Vec<f64> {
-    tensor.flatten_all().unwrap().to_dtype(DType::F64).unwrap().to_vec1().unwrap()
+    tensor.to_device(&Device::Cpu).unwrap().flatten_all().unwrap().to_dtype(DType::F64).unwrap().to_vec1().unwrap()
 }
 
 /// The elements of a tensor as bits; every NaN is the same, since its payload is not promised.

@@ -7,7 +7,7 @@
 #include "../../cuda/summary.cu"
 
 // Sizes of the structures that both sides have, in the order of src/kernel/cuda/abi.rs.
-extern "C" void host_sizes(uint64_t* sizes) {
+extern "C" __attribute__((visibility("default"))) void host_sizes(uint64_t* sizes) {
     const uint64_t all[] = {sizeof(Tensor),   sizeof(Coefficients<double>), sizeof(Coefficients<float>), sizeof(Orders),
                             sizeof(Chunk),    sizeof(Control),              sizeof(Late),                sizeof(UpdateArgs),
                             sizeof(Gradient), sizeof(LeavesArgs),           sizeof(NormsArgs),           sizeof(JoinArgs),

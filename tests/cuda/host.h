@@ -214,11 +214,11 @@ static inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x))
 // A kernel is a function of the address of its arguments here.
 #define KERNEL(NAME, ARGS)                                                                                               \
     static void NAME##_body(const ARGS args);                                                                            \
-    extern "C" void NAME(const void* args) { NAME##_body(*static_cast<const ARGS*>(args)); }                              \
+    extern "C" __attribute__((visibility("default"))) void NAME(const void* args) { NAME##_body(*static_cast<const ARGS*>(args)); }                              \
     static void NAME##_body(const ARGS args)
 
 // Runs all blocks of a launch, one after another; 0, or 1 if threads wait for ever.
-extern "C" int host_launch(void (*kernel)(const void*), unsigned blocks, unsigned threads, const void* args, int reversed) {
+extern "C" __attribute__((visibility("default"))) int host_launch(void (*kernel)(const void*), unsigned blocks, unsigned threads, const void* args, int reversed) {
     host::kernel = kernel;
     host::arguments = args;
     blockDim.x = threads;
