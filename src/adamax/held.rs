@@ -12,6 +12,7 @@ use crate::gradient::sparse::row_len;
 use crate::group::GroupSettings;
 use crate::kernel::{Kernel, Orders};
 use crate::params::{Keeping, ParamsAdamax, SparseUpdate};
+use crate::rounding::derive;
 use crate::rule::{Hyperparameters, WeightDecay};
 use crate::state::{Layout, Master, Moments, ParamState, Place};
 use crate::table::debts::{Account, Debts};
@@ -147,7 +148,8 @@ impl GroupPlan {
         ];
         match got.into_iter().find(|(_, _, is_possible)| !is_possible) {
             Some((field, got, _)) => {
-                let by = if is_operations { "that candle's tensor operations update, on this device" } else { "on a GPU" };
+                let by =
+                    if is_operations { "that candle's tensor operations update, on this device" } else { "on a GPU" };
                 Err(Error::invalid(field, format!("the default for variables {by}"), format!("{got:?}")))
             }
             None => Ok(()),
@@ -209,7 +211,9 @@ impl Adamax {
         for (param, state) in self.vars.iter_mut().zip(states) {
             match (state, &param.state) {
                 (Some(state), _) => param.state = Held::Own(state),
-                (None, Held::Shared(debts)) => debts.renew(&plans[param.group].hyper(param.decays)),
+                (None, Held::Shared(debts)) => {
+                    debts.renew(&plans[param.group].hyper(param.decays), derive(self.params.seed, param.key));
+                }
                 (None, Held::Own(_)) => {}
             }
         }
