@@ -15,12 +15,12 @@
 //! r_j = m / (u + eps) * rho^k / (1 + y * x_k) = m / (u + eps) * rho^k * sum_i (-y * x_k)^i
 //! ```
 //!
-//! so the sum over j splits into numbers of the row's elements, m, u and y, and numbers that are the same for all rows that
-//! were last updated in s: `S_i(s) = sum_j c_j * rho^k * x_k^i / P(s, j)`. The ledger holds those, one entry for each
-//! update; an entry is final once its window has passed, since `rho^k` vanishes (after 394 updates with the default betas).
-//! Six terms leave less than 1e-9 of the movement for the default betas, whatever u is. Where they do not suffice, for
-//! other betas and a u near eps, or where PyTorch's u reaches its epsilon within the window, the missed updates are made
-//! one by one ([`Debt::missed`]).
+//! so the sum over j splits into numbers of the row's elements, m, u and y, and numbers that are the same for all rows
+//! that were last updated in s: `S_i(s) = sum_j c_j * rho^k * x_k^i / P(s, j)`. The ledger holds those, one entry for
+//! each update; an entry is final once its window has passed, since `rho^k` vanishes (after 394 updates with the
+//! default betas). Six terms leave less than 1e-9 of the movement for the default betas, whatever u is. Where they do
+//! not suffice, for other betas and a u near eps, or where PyTorch's u reaches its epsilon within the window, the
+//! missed updates are made one by one ([`Debt::missed`]).
 //!
 //! Invariant: a row that pays in several parts, or later, ends where it would have in one, but for rounding. What is
 //! all zero stays as it is, bit for bit.
@@ -205,8 +205,8 @@ pub(crate) struct Debt<'l, A> {
 }
 
 impl<A: Arithmetic> Debt<'_, A> {
-    /// The shrunken moments. A u of zero, where no gradient has ever been, stays so, though a dense optimizer would make
-    /// it its epsilon: the first gradient does, before anything is divided by it.
+    /// The shrunken moments. A u of zero, where no gradient has ever been, stays so, though a dense optimizer would
+    /// make it its epsilon: the first gradient does, before anything is divided by it.
     #[inline(always)]
     pub(crate) fn moments(&self, m: A, u: A) -> (A, A) {
         let shrunk = rule::maximum(u * self.beta2, self.eps_inside);
