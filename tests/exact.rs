@@ -386,7 +386,7 @@ fn resumes(dtype: DType, params: &ParamsAdamax, ends_dense: bool) -> Result<()> 
     let step = |optimizer: &mut Adamax, var: &Var, k: u64| -> Result<()> {
         // Rows from 12 on have their first gradients after the interruption.
         let mut rows = Random(k + 99).rows(12);
-        rows.extend((k >= 50 && k % 3 == 0).then_some(12 + (k as u32 / 3) % 8));
+        rows.extend((k >= 50 && k.is_multiple_of(3)).then_some(12 + (k / 3) as u32 % 8));
         let values = Tensor::from_vec(noise(k, rows.len() * 3), (rows.len(), 3), CPU)?.to_dtype(dtype)?;
         let grad = SparseGrad { indices: Tensor::new(rows, CPU)?, values };
         Ok(optimizer.apply_gradients([(var, &grad)])?)
