@@ -15,14 +15,15 @@
 //! r_j = m / (u + eps) * rho^k / (1 + y * x_k) = m / (u + eps) * rho^k * sum_i (-y * x_k)^i
 //! ```
 //!
-//! so the sum over j splits into numbers of the row's elements, m, u and y, and numbers that are the same for all rows that
-//! were last updated in s: `S_i(s) = sum_j c_j * rho^k * x_k^i / P(s, j)`. The ledger holds those, one entry for each
-//! update; an entry is final once its window has passed, since `rho^k` vanishes (after 394 updates with the default betas).
-//! Six terms leave less than 1e-9 of the movement for the default betas, whatever u is. Where they do not suffice, for
-//! other betas and a u near eps, or where PyTorch's u reaches its epsilon within the window, the missed updates are made
-//! one by one ([`Debt::missed`]).
+//! so the sum over j splits into numbers of the row's elements, m, u and y, and numbers that are the same for all rows
+//! that were last updated in s: `S_i(s) = sum_j c_j * rho^k * x_k^i / P(s, j)`. The ledger holds those, one entry for
+//! each update; an entry is final once its window has passed, since `rho^k` vanishes (after 394 updates with the
+//! default betas). Six terms leave less than 1e-9 of the movement for the default betas, whatever u is. Where they do
+//! not suffice, for other betas and a u near eps, or where PyTorch's u reaches its epsilon within the window, the
+//! missed updates are made one by one ([`Debt::missed`]).
 //!
-//! Invariant: a row that pays in several parts, or later, ends where it would have in one, but for rounding.
+//! Invariant: a row that pays in several parts, or later, ends where it would have in one, but for rounding. What is
+//! all zero stays as it is, bit for bit.
 
 use crate::element::Arithmetic;
 use crate::rule::{self, Coefficients, Epsilon, Hyperparameters};
@@ -204,10 +205,12 @@ pub(crate) struct Debt<'l, A> {
 }
 
 impl<A: Arithmetic> Debt<'_, A> {
-    /// The shrunken moments.
+    /// The shrunken moments. A u of zero, where no gradient has ever been, stays so, though a dense optimizer would
+    /// make it its epsilon: the first gradient does, before anything is divided by it.
     #[inline(always)]
     pub(crate) fn moments(&self, m: A, u: A) -> (A, A) {
-        (m * self.beta1, rule::maximum(u * self.beta2, self.eps_inside))
+        let shrunk = rule::maximum(u * self.beta2, self.eps_inside);
+        (m * self.beta1, if u == A::ZERO { A::ZERO } else { shrunk })
     }
 
     /// Whether the series suffices for an element.
@@ -226,7 +229,9 @@ impl<A: Arithmetic> Debt<'_, A> {
         for term in self.sums[..TERMS - 1].iter().rev() {
             sum = *term - y * sum;
         }
-        self.decay * w - ratio * sum
+        // Where there is no momentum the sums may be beyond f32, for betas that are close together.
+        let moved = if ratio == A::ZERO { A::ZERO } else { ratio * sum };
+        self.decay * w - moved
     }
 
     /// The weight, update by update: what a dense optimizer does.

@@ -39,10 +39,10 @@
 //! # Numerics
 //!
 //! Arithmetic is f32 for f32, f16 and bf16 variables and f64 for f64, and so are moments unless
-//! [`state_dtype`](ParamsAdamax::state_dtype) says otherwise. Coefficients such as
-//! `lr / (1 - beta1^t)` are computed in f64 and rounded once. No operation is fused and none is reordered, so the number
-//! of threads and the width of the CPU's vectors do not change a bit of the result. NaN propagates into the moments and
-//! the weights unless [`skip_nonfinite`](ParamsAdamax::skip_nonfinite) is set.
+//! [`state_dtype`](ParamsAdamax::state_dtype) says otherwise. Coefficients such as `lr / (1 - beta1^t)` are computed in
+//! f64 and rounded once. No operation is fused and none is reordered, so the number of threads and the width of the
+//! CPU's vectors do not change a bit of the result. NaN propagates into the moments and the weights unless
+//! [`skip_nonfinite`](ParamsAdamax::skip_nonfinite) is set.
 //!
 //! # How the source is laid out
 //!

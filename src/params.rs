@@ -56,13 +56,24 @@ pub enum SparseUpdate {
     /// Nothing: neither they nor their moments change. TensorFlow's, for `IndexedSlices`.
     #[default]
     Lazy,
-    /// What a dense step would do to them, paid when they are next looked up: their moments decay and they go on moving,
-    /// and the sum of the steps that they missed is the same, within the rounding of the arithmetic. A step costs what its
-    /// touched rows cost. Needs `beta1 < beta2`, and excludes [`WeightDecay::L2`], whose gradient no row is without.
+    /// What a dense step would do to them, paid when they are next looked up: their moments decay and they go on
+    /// moving, and the sum of the steps that they missed is the same, within the rounding of the arithmetic. A step
+    /// costs what its touched rows cost.
     ///
-    /// The weights of rows that have not been paid for are behind: [`Adamax::catch_up`](crate::Adamax::catch_up) brings all
-    /// of them up to date before the weight is read as a whole. Lookups, checkpoints and
-    /// [`Table::weight`](crate::Table::weight) do so by themselves.
+    /// - It needs `beta1 < beta2`, and excludes [`WeightDecay::L2`], whose gradient no row is without; also where
+    ///   [`no_decay`](ParamsAdamax::no_decay) spares the table: give such a table a group with another decay.
+    /// - A step in which [`WeightDecay::Decoupled`] would leave nothing of a weight, `lr * decay >= 1`, is an error,
+    ///   and so is, as without `Exact`, a step with gradients of rows where [`ema`](ParamsAdamax::ema) is set.
+    /// - The weights of rows that have not been paid for are behind: [`Adamax::catch_up`](crate::Adamax::catch_up)
+    ///   brings all of them up to date before the weight is read as a whole. Lookups, checkpoints and
+    ///   [`Table::weight`](crate::Table::weight) do so by themselves. Paying in two parts rounds differently from
+    ///   paying once, so all of these are part of the run.
+    /// - Within which share of the way that a row has gone, of a dense run: 4e-6 for f32, and with the same
+    ///   [`StateDType`] in both 6e-4 for F16, 4e-3 for BF16. Q8 is within 0.04 of a dense run in f64, where a dense run
+    ///   in Q8 is 0.15 away.
+    /// - With f16 or bf16 weights and [`Rounding::Nearest`] the sum of the steps that a row missed survives where a
+    ///   dense run loses each of them, so the two differ, and the dense one is further from exact arithmetic;
+    ///   [`Rounding::Master`] loses none.
     Exact,
 }
 
@@ -157,8 +168,8 @@ pub struct ParamsAdamax {
     pub clip_global_norm: Option<f64>,
     /// Clip as PyTorch's `clip_grad_norm_`, in one of three norms.
     pub clip_grad_norm: Option<ClipGradNorm>,
-    /// Measure the L2 norm of all gradients at each update, for [`StepReport`](crate::StepReport), where no clip does so
-    /// anyway; that reads all gradients once more. Default: false.
+    /// Measure the L2 norm of all gradients at each update, for [`StepReport`](crate::StepReport), where no clip does
+    /// so anyway; that reads all gradients once more. Default: false.
     pub measure_norm: bool,
     /// What the loss was multiplied by, which gradients are divided by before anything else; positive.
     pub loss_scale_factor: Option<f64>,

@@ -1,8 +1,8 @@
 //! Rounding of what is stored in fewer bits than it is computed in: stochastic, from a counter; and what a nearest
 //! rounding leaves over. Pure.
 //!
-//! Invariant: a random number is a function of the seed, the variable's name, the update and the element's place, and of
-//! nothing else: no thread, no order, no other variable changes it.
+//! Invariant: a random number is a function of the seed, the variable's name, the update and the element's place, and
+//! of nothing else: no thread, no order, no other variable changes it.
 
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
@@ -11,7 +11,7 @@ use crate::element::{self, Element};
 
 /// How f16 and bf16 parameters are rounded after an update; f32 and f64 ones need none.
 ///
-/// A step of Adamax is about `lr`, and bf16 has 8 bits: a weight of 1 moves by 0.004 or not at all.
+/// A step of Adamax is about `lr`, and bf16 has 8 bits: a weight between 1 and 2 moves by 0.008 or not at all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Rounding {
     /// To the nearest value. Updates under half a unit in the last place are lost, all of them.
@@ -22,7 +22,8 @@ pub enum Rounding {
     /// variable's name and the element's place.
     Stochastic,
     /// A master copy in f32 is what is updated; the parameter is its nearest value. For bf16 the copy takes 2 bytes an
-    /// element, since its other half is the parameter itself (ties are rounded up there, not to even); for f16, 4 bytes.
+    /// element, since its other half is the parameter itself (ties are rounded up there, not to even); for f16, 4
+    /// bytes.
     Master,
 }
 
@@ -73,15 +74,15 @@ pub(crate) trait Half: Element<Acc = f32> {
     /// The bits of the nearest value.
     fn nearest(x: f32) -> u32;
 
-    /// The bits of a neighbor, up or down, so that the mean over `random` is `x`. What is exact stays exact, and a NaN a
-    /// NaN.
+    /// The bits of a neighbor, up or down, so that the mean over `random` is `x`. What is exact stays exact, and a NaN
+    /// a NaN.
     fn stochastic(x: f32, random: u32) -> u32;
 
     /// The same of a number that is not NaN.
     fn stochastic_plain(x: f32, random: u32) -> u32;
 
-    /// The bits of a nearest value of a number in the range that is not negative; ties, and what would be a subnormal, are
-    /// rounded up.
+    /// The bits of a nearest value of a number in the range that is not negative; ties, and what would be a subnormal,
+    /// are rounded up.
     fn nearest_plain(x: f32) -> u32;
 
     /// The value of bits whose upper half is zero.
@@ -151,8 +152,8 @@ const F16_NORMAL: u32 = 0x3880_0000;
 const TWO_23: f32 = 8_388_608.0;
 const TWO_24: f32 = 16_777_216.0;
 
-/// The bits of a subnormal f16 beside `x`, which is not negative: in units of 2^-24, a random number less one half is added,
-/// and f32's own end rounds the sum to a whole number.
+/// The bits of a subnormal f16 beside `x`, which is not negative: in units of 2^-24, a random number less one half is
+/// added, and f32's own end rounds the sum to a whole number.
 #[inline(always)]
 fn subnormal(x: f32, random: u32) -> u32 {
     let noise = centered(random ^ (1 << 31)) * (1.0 / TWO_32);

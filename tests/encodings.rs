@@ -520,6 +520,28 @@ fn other_numbers_do_not_round_u_again() -> Result<()> {
     Ok(())
 }
 
+/// Q8 rounds u up, and what it has rounded is not rounded again after a detour through f32, however often.
+#[test]
+fn there_and_back_keeps_every_bit() -> Result<()> {
+    let var = Var::zeros((50, 60), DType::F32, &Device::Cpu)?;
+    let mut optimizer = Adamax::from_named([("w", var.clone())], params(StateDType::Q8))?;
+    let mut random = Random(29);
+    for updates in [1, 30, 300] {
+        for _ in 0..updates {
+            let grads: Vec<f32> = (0..3000).map(|_| random.gradient(-6.0, 0.0)).collect();
+            let grads = Tensor::from_vec(grads, (50, 60), &Device::Cpu)?;
+            optimizer.apply_gradients([(&var, &grads)])?;
+        }
+        let before = state_of(&optimizer);
+        for _ in 0..5 {
+            optimizer.set_params(params(StateDType::F32))?;
+            optimizer.set_params(params(StateDType::Q8))?;
+            assert_eq!(before, state_of(&optimizer), "after {updates} updates");
+        }
+    }
+    Ok(())
+}
+
 /// A file holds every code: the steps after it have the bits of an unbroken run.
 #[test]
 fn checkpoints_carry_every_encoding_bit_for_bit() -> Result<()> {
@@ -599,11 +621,21 @@ fn a_snapshot_of_another_encoding_is_refused_by_name() -> Result<()> {
         &|w| w.units = Some(Tensor::zeros(2, DType::U32, cpu).unwrap()),
         "Adamax: units shape mismatch for `w`: expected [1], got [2]",
     );
+    // What writing makes ends below.
+    for log in [253u32 << 24, u32::MAX] {
+        check(
+            &|w| w.units = Some(Tensor::new(&[log], cpu).unwrap()),
+            &format!("Adamax: checkpoint entry `w.units`: expected logarithms below 4244635648, got {log}"),
+        );
+    }
     check(
         &|w| w.master = Some(Tensor::zeros((2, 3), DType::I16, cpu).unwrap()),
         "Adamax: checkpoint entry `w.master`: expected no such tensor, got a surplus one",
     );
     assert_eq!(state_of(&optimizer), before);
+    let mut largest = good.clone();
+    largest.vars.get_mut("w").unwrap().units = Some(Tensor::new(&[(253u32 << 24) - 1], cpu)?);
+    optimizer.restore(&largest)?;
     Ok(())
 }
 

@@ -3,7 +3,8 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use candle_adamax::{
-    Adamax, Ema, Epsilon, ErrorKind, ExponentialDecay, GroupLr, ParamGroup, ParamsAdamax, StepCount, WeightDecay,
+    Adamax, Ema, Epsilon, ErrorKind, ExponentialDecay, GroupLr, ParamGroup, ParamsAdamax, Rounding, SparseUpdate,
+    StateDType, StepCount, WeightDecay,
 };
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -332,6 +333,16 @@ fn an_optimizer_says_what_it_is() -> Result<()> {
     let adamax = Adamax::from_named([("w", var(&[1.0; 1000]))], params)?;
     let text = "tables(lr: 0.001, beta1: 0.9, beta2: 0.999, eps: 1e-7 Outside, vars: 1, updates: 0)";
     assert_eq!(adamax.to_string(), text);
+    let settings = ParamsAdamax {
+        state_dtype: StateDType::Q8,
+        rowwise_norm: true,
+        rounding: Rounding::Stochastic,
+        sparse_update: SparseUpdate::Exact,
+        ..Default::default()
+    };
+    let text = "Adamax(lr: 0.001, beta1: 0.9, beta2: 0.999, eps: 1e-7 Outside, moments: Q8, one norm a row, \
+                rounding: Stochastic, rows: Exact, vars: 0, updates: 0)";
+    assert_eq!(Adamax::new(vec![], settings)?.to_string(), text);
     assert!(format!("{adamax:?}").len() < 2000, "the moments are not for printing");
     Ok(())
 }

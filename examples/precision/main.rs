@@ -19,6 +19,7 @@ mod chart;
 mod task;
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -26,7 +27,7 @@ use candle_adamax::StateDType;
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use task::{Run, Task};
+use task::{EVERY, Run, Task};
 
 /// candle allocates every intermediate result anew; see the README on allocators.
 #[global_allocator]
@@ -35,10 +36,10 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// Trains the same network with moments of 8, 4 and 2 bytes.
 #[derive(Parser)]
 struct Args {
-    /// How many times each encoding is trained, each time from other weights on other data.
+    /// How many times each encoding is trained, each time from other weights on other data; at least 2.
     #[arg(long, default_value_t = 5)]
     seeds: u64,
-    /// Steps of each training.
+    /// Steps of each training, at least 50.
     #[arg(long, default_value_t = 4000)]
     steps: u64,
     /// The learning rate at the start; it falls along half a cosine wave.
@@ -97,10 +98,19 @@ pub(crate) struct Line {
     pub(crate) spread: f64,
 }
 
-fn main() -> Result<()> {
-    let args = Args::parse();
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}"); // on one line, with all its causes
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
     ensure!(args.seeds > 1, "--seeds: expected at least 2, to know how much a seed matters, got {}", args.seeds);
-    ensure!(args.steps > 0, "--steps: expected at least 1, got 0");
+    ensure!(args.steps >= EVERY, "--steps: expected at least {EVERY}, for one point of the curve, got {}", args.steps);
     let start = Instant::now();
     let bar = ProgressBar::new(args.seeds * ALL.len() as u64);
     bar.set_style(ProgressStyle::with_template("{bar:40} {pos}/{len} trainings, {eta} left")?);

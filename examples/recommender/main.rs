@@ -191,6 +191,7 @@ mod tests {
     #[test]
     fn a_resumed_run_has_the_bits_of_an_unbroken_one() -> Result<()> {
         resume("rows", &["--schedule", "exponential", "--clip-norm", "1"])?;
+        resume("exact", &["--schedule", "exponential", "--sparse", "exact", "--state", "q8"])?;
         resume("dense", &["--schedule", "exponential", "--clip-norm", "1", "--dense", "--ema", "0.9"])
     }
 

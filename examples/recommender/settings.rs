@@ -86,8 +86,8 @@ pub(crate) struct Settings {
     #[arg(long, value_enum, default_value_t = State::F32)]
     pub(crate) state: State,
 
-    /// What becomes of the rows of tables that a batch does not touch.
-    #[arg(long, value_enum, default_value_t = Sparse::Lazy)]
+    /// What becomes of the rows of tables that a batch does not touch. Dense tables have no such rows.
+    #[arg(long, value_enum, default_value_t = Sparse::Lazy, conflicts_with = "dense")]
     pub(crate) sparse: Sparse,
 
     /// How many of the items that a user rated last are part of what is known of the user.

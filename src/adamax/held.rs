@@ -12,6 +12,7 @@ use crate::gradient::sparse::row_len;
 use crate::group::GroupSettings;
 use crate::kernel::{Kernel, Orders};
 use crate::params::{Keeping, ParamsAdamax, SparseUpdate};
+use crate::rounding::derive;
 use crate::rule::{Hyperparameters, WeightDecay};
 use crate::state::{Layout, Master, Moments, ParamState, Place};
 use crate::table::debts::{Account, Debts};
@@ -147,7 +148,8 @@ impl GroupPlan {
         ];
         match got.into_iter().find(|(_, _, is_possible)| !is_possible) {
             Some((field, got, _)) => {
-                let by = if is_operations { "that candle's tensor operations update, on this device" } else { "on a GPU" };
+                let by =
+                    if is_operations { "that candle's tensor operations update, on this device" } else { "on a GPU" };
                 Err(Error::invalid(field, format!("the default for variables {by}"), format!("{got:?}")))
             }
             None => Ok(()),
@@ -156,9 +158,10 @@ impl GroupPlan {
 }
 
 impl Adamax {
-    /// Brings every weight up to date: rows of tables with [`SparseUpdate::Exact`] pay what they owe for the updates that
-    /// they missed. Call it before weights are read as a whole other than by this crate: by an operation on the `Var`,
-    /// or by `VarMap::save`. A second call in a row costs nothing.
+    /// Brings every weight up to date: rows of tables with [`SparseUpdate::Exact`] pay what they owe for the updates
+    /// that they missed. Call it before weights are read as a whole other than by this crate: by an operation on the
+    /// `Var`, or by `VarMap::save`. A second call in a row costs nothing. Paying in two parts rounds differently from
+    /// paying once, so a call is part of the run.
     ///
     /// ```
     /// use candle_adamax::{Adamax, ParamsAdamax, SparseUpdate, Table};
@@ -209,7 +212,9 @@ impl Adamax {
         for (param, state) in self.vars.iter_mut().zip(states) {
             match (state, &param.state) {
                 (Some(state), _) => param.state = Held::Own(state),
-                (None, Held::Shared(debts)) => debts.renew(&plans[param.group].hyper(param.decays)),
+                (None, Held::Shared(debts)) => {
+                    debts.renew(&plans[param.group].hyper(param.decays), derive(self.params.seed, param.key));
+                }
                 (None, Held::Own(_)) => {}
             }
         }

@@ -9,12 +9,13 @@ use super::held::{GroupPlan, Held};
 use super::{Accumulated, Adamax, Param, Report, Sum};
 use crate::check;
 use crate::checkpoint::Counters;
+use crate::codec::StateDType;
 use crate::error::{Error, ErrorKind, Result};
 use crate::group::{DEFAULT_GROUP, GroupSettings, ParamGroup};
 use crate::kernel::lend::storage_address;
 use crate::kernel::{Context, Kernel, is_supported};
-use crate::params::ParamsAdamax;
-use crate::rounding::key_of;
+use crate::params::{ParamsAdamax, SparseUpdate};
+use crate::rounding::{Rounding, key_of};
 use crate::rule::WeightDecay;
 use crate::state::{Buffer, Master, Moments, ParamState};
 
@@ -91,7 +92,9 @@ impl Adamax {
         &self.params
     }
 
-    /// Replaces the settings, from the next call on.
+    /// Replaces the settings, from the next call on. Moments are converted into another encoding, to its nearest values
+    /// or, for u in [`StateDType::Q8`], up. What came from Q8 keeps its bits on its way back there, but for a table
+    /// that has had gradients of rows, whose rows come back in blocks of 1,024 elements: its u is rounded up once more.
     ///
     /// # Errors
     ///
@@ -183,9 +186,10 @@ impl Adamax {
             } else {
                 let (var, layout) = (param.var.as_tensor(), state.moments.layout);
                 let tensors = state.moments.to_stored(var.shape())?;
-                let master = state.master.as_ref().map(|master| {
-                    Master::from_tensor(&master.to_tensor(var.shape())?, var, place)
-                });
+                let master = state
+                    .master
+                    .as_ref()
+                    .map(|master| Master::from_tensor(&master.to_tensor(var.shape())?, var, place));
                 Some(ParamState {
                     moments: Moments::from_stored(&tensors, var, place, &layout)?,
                     master: master.transpose()?,
@@ -292,9 +296,22 @@ fn unknown<'a>(what: &'static str, name: &str, known: impl Iterator<Item = &'a s
 impl fmt::Display for Adamax {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ParamsAdamax { name, lr, beta1, beta2, eps, epsilon, weight_decay, .. } = &self.params;
+        let ParamsAdamax { state_dtype, rowwise_norm, rounding, sparse_update, .. } = &self.params;
         write!(f, "{name}(lr: {lr}, beta1: {beta1}, beta2: {beta2}, eps: {eps:e} {epsilon:?}")?;
         if *weight_decay != WeightDecay::None {
             write!(f, ", weight decay: {weight_decay:?}")?;
+        }
+        if *state_dtype != StateDType::default() {
+            write!(f, ", moments: {state_dtype:?}")?;
+        }
+        if *rowwise_norm {
+            write!(f, ", one norm a row")?;
+        }
+        if *rounding != Rounding::default() {
+            write!(f, ", rounding: {rounding:?}")?;
+        }
+        if *sparse_update != SparseUpdate::default() {
+            write!(f, ", rows: {sparse_update:?}")?;
         }
         if self.groups.len() > 1 {
             write!(f, ", groups: {}", self.groups.len())?;

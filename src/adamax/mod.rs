@@ -48,9 +48,10 @@ use crate::state::{Buffer, Place};
 /// w  = w - lr / (1 - beta1^t) * m / (u + eps)
 /// ```
 ///
-/// It updates f64, f32, f16 and bf16 variables of any shape. The moments m and u are f32 (f64 for f64) in buffers of the
-/// optimizer's own, and so is the arithmetic. Variables that are not floating point are left out; a variable without
-/// a gradient is skipped and [reported](Self::report). [`ParamsAdamax`] has the settings.
+/// It updates f64, f32, f16 and bf16 variables of any shape. The arithmetic is f32 (f64 for f64), and so are the
+/// moments m and u, in buffers of the optimizer's own, unless [`state_dtype`](ParamsAdamax::state_dtype) asks for fewer
+/// bytes. Variables that are not floating point are left out; a variable without a gradient is skipped and
+/// [reported](Self::report). [`ParamsAdamax`] has the settings.
 ///
 /// The order of each call of `step`: divide by `loss_scale_factor`; check that all is finite, if asked to; accumulate;
 /// and on the N-th call divide by N, measure norms, clip, negate if `maximize`, decay, update, count the update. On
@@ -188,14 +189,14 @@ impl Adamax {
         Ok(adamax)
     }
 
-    /// Updates from pairs of a variable and its gradient, dense (`&Tensor`) or of some rows (`&SparseGrad`), for those who
-    /// have no `GradStore`. It is a call of `step`. A variable may have one gradient of each kind, which are added; a
-    /// list of both kinds is made of [`Gradient`]s.
+    /// Updates from pairs of a variable and its gradient, dense (`&Tensor`) or of some rows (`&SparseGrad`), for those
+    /// who have no `GradStore`. It is a call of `step`. A variable may have one gradient of each kind, which are added;
+    /// a list of both kinds is made of [`Gradient`]s.
     ///
     /// # Errors
     ///
-    /// As [`step`](Optimizer::step); a variable that is not the optimizer's, or that is given twice; an index that is not
-    /// the number of a row, or values of the wrong shape.
+    /// As [`step`](Optimizer::step); a variable that is not the optimizer's, or that is given twice; an index that is
+    /// not the number of a row, or values of the wrong shape.
     pub fn apply_gradients<'a, G: Into<Gradient<'a>>>(
         &mut self,
         pairs: impl IntoIterator<Item = (&'a Var, G)>,

@@ -8,6 +8,7 @@ use candle_core::{DType, Tensor};
 use super::held::{GroupPlan, Held};
 use super::{Accumulated, Adamax, Param, Sum, collect};
 use crate::checkpoint::{self, AccumulatedGrad, Counters, Snapshot, VarSnapshot};
+use crate::codec::{LARGEST_LOG, POINT};
 use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::{SparseGrad, sparse};
 use crate::group::{GroupLr, GroupSettings};
@@ -33,7 +34,8 @@ pub struct State {
 }
 
 impl Adamax {
-    /// The state of the variable `name`.
+    /// The state of the variable `name`. With [`SparseUpdate::Exact`](crate::SparseUpdate::Exact) its rows pay what
+    /// they owe.
     ///
     /// # Errors
     ///
@@ -58,6 +60,10 @@ impl Adamax {
 
     /// All state as plain data: settings, counters, moments. Nothing is shared with the optimizer; the variables
     /// themselves are not in it.
+    ///
+    /// With [`SparseUpdate::Exact`](crate::SparseUpdate::Exact) all rows pay what they owe, as by
+    /// [`catch_up`](Self::catch_up), so this is part of the run: paying in two parts rounds differently from paying
+    /// once.
     ///
     /// # Errors
     ///
@@ -85,7 +91,8 @@ impl Adamax {
     }
 
     /// Writes all state to a safetensors file, keyed by the variables' names; the README describes the format. The
-    /// weights are not in it: `VarMap::save` writes them.
+    /// weights are not in it: `VarMap::save` writes them. With [`SparseUpdate::Exact`](crate::SparseUpdate::Exact) call
+    /// that afterwards, since saving lets all rows pay what they owe, as [`snapshot`](Self::snapshot) does.
     ///
     /// The file is complete or it is not there: it is written beside `path`, synced and renamed.
     ///
@@ -98,7 +105,7 @@ impl Adamax {
     }
 
     /// Takes all state from a file that [`save`](Self::save) wrote, as [`restore`](Self::restore) does. The next steps
-    /// then have the bits that they would have had without the interruption.
+    /// then have the bits that they would have had after saving, without the interruption.
     ///
     /// # Errors
     ///
@@ -256,6 +263,7 @@ impl Adamax {
             (Some(_), None) => Err(Error::checkpoint(format!("{name}.{what}"), "no such tensor", "a surplus one")),
         };
         optional("units", &snapshot.units, Moments::expected_units(&param.var, &layout))?;
+        check_units(name, snapshot.units.as_ref())?;
         let has_master = Master::is_kept(param.var.dtype(), plan.keeping.rounding);
         let of_master = has_master.then(|| (Master::dtype(param.var.dtype()), param.var.dims().to_vec()));
         optional("master", &snapshot.master, of_master)?;
@@ -302,6 +310,16 @@ impl Adamax {
         }
         let rows = collect::check_sparse(param, &self.storages, sum)?;
         sparse::accumulate(None, &rows, 1.0, param.var.dtype())
+    }
+}
+
+/// Logarithms that units can have.
+fn check_units(name: &str, units: Option<&Tensor>) -> Result<()> {
+    let Some(units) = units else { return Ok(()) };
+    let limit = (LARGEST_LOG + 1) << POINT;
+    match units.flatten_all()?.to_vec1::<u32>()?.into_iter().find(|log| *log >= limit) {
+        Some(log) => Err(Error::checkpoint(format!("{name}.units"), format!("logarithms below {limit}"), log)),
+        None => Ok(()),
     }
 }
 

@@ -1,5 +1,6 @@
 //! The crate's own format: a safetensors file. Its tensors are `NAME.exp_avg`, `NAME.exp_inf` and, where there is one,
-//! `NAME.units`, `NAME.master`, `NAME.ema` and `NAME.accumulated` (of some rows: `NAME.accumulated.indices` and `.values`); everything else is one JSON text in its metadata, under `candle_adamax`.
+//! `NAME.units`, `NAME.master`, `NAME.ema` and `NAME.accumulated` (of some rows: `NAME.accumulated.indices` and
+//! `.values`); everything else is one JSON text in its metadata, under `candle_adamax`.
 //!
 //! Invariant: reading accepts exactly what writing makes. Whatever is missing or surplus is an error that names it.
 
@@ -130,7 +131,7 @@ pub(crate) fn read(path: &Path) -> Result<Snapshot> {
             Err(error) => return Err(unreadable(path, error)),
         };
         let tensor = view.load(&Device::Cpu);
-        let tensor = tensor.map_err(|error| Error::checkpoint(&*key, "a tensor of floating-point numbers", error))?;
+        let tensor = tensor.map_err(|error| Error::checkpoint(&*key, "a tensor of a dtype that candle has", error))?;
         expected.push(key);
         Ok(tensor)
     };

@@ -131,8 +131,8 @@ fn moment_of(ratio: f32, denominator: f32) -> f32 {
     if denominator < f32::INFINITY { rule::clamp(m, f32::MAX) } else { m }
 }
 
-/// What is stored of m: the quotient. Where both are infinite that is NaN, and the sign is stored instead, times which u
-/// is m again.
+/// What is stored of m: the quotient. Where both are infinite that is NaN, and the sign is stored instead, times which
+/// u is m again.
 #[inline(always)]
 fn storable(m: f32, ratio: f32) -> f32 {
     if m.abs() == f32::INFINITY { if m > 0.0 { 1.0 } else { -1.0 } } else { ratio }
@@ -257,8 +257,8 @@ impl Q8 {
     pub(super) const LARGEST: f32 = 126.99;
     /// The code of a quotient that is NaN.
     const NAN: i32 = -128;
-    /// Codes of v: `2^(code >> 3) * (1 + (code & 7) / 8)` in units of `2^-LOWEST`, up to FINITE, then infinity and NaN. There is
-    /// no zero: where no gradient has been, m is zero, and then it does not matter what u is.
+    /// Codes of v: `2^(code >> 3) * (1 + (code & 7) / 8)` in units of `2^-LOWEST`, up to FINITE, then infinity and NaN.
+    /// There is no zero: where no gradient has been, m is zero, and then it does not matter what u is.
     const LOWEST: u32 = 31;
     const FINITE: u32 = 253;
     const INFINITE: u32 = 254;
@@ -323,8 +323,8 @@ impl Format for Q8 {
     const TOP: Option<i64> = Some(0);
     /// Above what the clock's dither can take away, so that u is never below the exact one.
     const UP: f32 = 1.0 + 1.0 / 8192.0;
-    /// A number whose logarithm is equally likely to be anywhere is rounded up to `1 / 0.9562` of it on average: the mean of
-    /// `x / up(x)` is `(1/9 + 1/10 + .. + 1/16) / ln 2`, less [`UP`](Self::UP).
+    /// A number whose logarithm is equally likely to be anywhere is rounded up to `1 / 0.9562` of it on average: the
+    /// mean of `x / up(x)` is `(1/9 + 1/10 + .. + 1/16) / ln 2`, less [`UP`](Self::UP).
     const GAIN: f32 = 1.0458;
     const SMALLEST: f32 = f32::from_bits(Self::LOWEST_BITS << 20);
 

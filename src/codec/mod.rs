@@ -3,15 +3,16 @@
 //! Two facts of Adamax make it possible.
 //!
 //! 1. `u = max_i |g_i| * beta2^(n - i)`: the norm is a maximum of values that only shrink, all by the same factor. What
-//!    is stored is the **un-decayed** `v = u / 2^L` in a unit `2^L` that shrinks instead, one for a block of elements. So v
-//!    is rounded when a new maximum comes, once, and never again: rounding `beta2 * u` at each step would leave it where it
-//!    is for ever (in bf16 for all beta2 above 0.998).
-//! 2. `|m| / (u + eps) <= C = (1 - beta1) / (1 - beta1 / beta2)`, always: what is stored for m is that quotient, whose range
-//!    is known, so it needs no scale. It is rounded stochastically, since its changes of a tenth a step would get lost.
+//!    is stored is the **un-decayed** `v = u / 2^L` in a unit `2^L` that shrinks instead, one for a block of elements.
+//!    So v is rounded when a new maximum comes, once, and never again: rounding `beta2 * u` at each step would leave it
+//!    where it is for ever (in bf16 for all beta2 above 0.998).
+//! 2. `|m| / (u + eps) <= C = (1 - beta1) / (1 - beta1 / beta2)`, always: what is stored for m is that quotient, whose
+//!    range is known, so it needs no scale. It is rounded stochastically, since its changes of a tenth a step would get
+//!    lost.
 //!
-//! `L` is a [fixed-point number](scale_of) of 8 bits before and 24 behind the point: a table has one for each row, which is
-//! the row's own clock, and other tensors have one for each 1,024 elements, so that it costs nothing to look for the largest
-//! value of a block before anything is written: a spike moves its block's unit, and nothing saturates.
+//! `L` is a [fixed-point number](scale_of) of 8 bits before and 24 behind the point: a table has one for each row,
+//! which is the row's own clock, and other tensors have one for each 1,024 elements, so that it costs nothing to look
+//! for the largest value of a block before anything is written: a spike moves its block's unit, and nothing saturates.
 //!
 //! | | ratio | v | range of v in a block | u in terms of the exact one |
 //! | --- | --- | --- | --- | --- |
@@ -20,11 +21,12 @@
 //! | [`Q8`] | 8 bits, linear in `[-C, C]` | 5 bits of exponent, 3 of mantissa, rounded up | 2^31 | 1 to 1.13 |
 //!
 //! Since [`Q8`] rounds u up, its steps are multiplied by what that takes away from them on average, within their bound.
-//! (Measured on MovieLens: without it decoupled decay wins over steps that are 4 % too small, and the error of the ratings
-//! grows by 0.002. An 8-bit quotient with an exact u costs nothing there, and one that is finer near zero gains nothing.)
+//! (Measured on MovieLens: without it decoupled decay wins over steps that are 4 % too small, and the error of the
+//! ratings grows by 0.002. An 8-bit quotient with an exact u costs nothing there, and one that is finer near zero gains
+//! nothing.)
 //!
-//! What lies below its block's range becomes the smallest code, so its u is too large and its steps too small, never the
-//! reverse. Infinity and NaN have codes.
+//! What lies below its block's range becomes the smallest code, so its u is too large and its steps too small, never
+//! the reverse up to 1e38, where the largest unit ends. Infinity and NaN have codes.
 
 mod convert;
 mod format;
@@ -42,14 +44,14 @@ use crate::rule::{Epsilon, Hyperparameters};
 pub(crate) use convert::{decode_block, encode_block, encode_moment, in_unit};
 pub(crate) use format::{Bf16, F16, Format, Moment, Plain, Q8};
 pub(crate) use pay::{pay_block, pay_row};
-pub(crate) use unit::{scale_of, shrinkage};
+pub(crate) use unit::{LARGEST as LARGEST_LOG, POINT, scale_of, shrinkage};
 pub(crate) use update::{Codes, update_block, update_row};
 
 /// How the moments of f32, f16 and bf16 variables are stored; those of f64 variables are f64.
 ///
-/// Two things are stored for each element: the quotient `m / (u + eps)`, rounded stochastically, and the un-decayed norm,
-/// in a unit that shrinks by `beta2` each update, so that u decays in any number of bits. The unit is 4 bytes for each row
-/// of a table and for each 1,024 elements of any other variable.
+/// Two things are stored for each element: the quotient `m / (u + eps)`, rounded stochastically, and the un-decayed
+/// norm, in a unit that shrinks by `beta2` each update, so that u decays in any number of bits. The unit is 4 bytes for
+/// each row of a table and for each 1,024 elements of any other variable.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum StateDType {
@@ -58,13 +60,20 @@ pub enum StateDType {
     F32,
     /// 4 bytes an element: 8 bits of precision, the range of f32. u is within 2^-8 of the exact one.
     BF16,
-    /// 4 bytes an element: 11 bits of precision. u is within 2^-11 of the exact one; elements whose u is less than 2^-29
-    /// of the largest one in their block have less, and below 2^-39 their u is too large and their steps too small.
+    /// 4 bytes an element: 11 bits of precision. u is within 2^-11 of the exact one; elements whose u is less than
+    /// 2^-29 of the largest one in their block have less, and below 2^-39 their u is too large and their steps too
+    /// small. So one gradient of 1e30 slows down its whole block until the unit has shrunk again, for some 50,000
+    /// updates where gradients are about 1: clip such gradients, or use [`BF16`](Self::BF16), whose blocks have f32's
+    /// range.
     F16,
-    /// 2 bytes an element: the quotient in 8 bits, the norm in 8 bits rounded up. u is 1 to 1.13 times the exact one while
-    /// it is above 2^-30 of the largest one in its block, and no weight moves by more than
-    /// `(1 - beta1) / (1 - beta1 / beta2)` times `lr / (1 - beta1^t)` in a step; within that, steps are multiplied by 1.046,
-    /// which is what rounding u up takes away from them on average.
+    /// 2 bytes an element: the quotient in 8 bits, the norm in 8 bits rounded up. u is 1 to 1.13 times the exact one
+    /// while it is above 2^-30 of the largest one in its block; below, it is too large, and never too small up to 1e38.
+    /// A gradient of 1e30 slows down its block as with [`F16`](Self::F16). No weight moves by more than
+    /// `(1 - beta1) / (1 - beta1 / beta2)` times `lr / (1 - beta1^t)` in a step; within that, steps are multiplied by
+    /// 1.046, which is what rounding u up takes away from them on average.
+    ///
+    /// Moments that are converted into Q8 have their u rounded up, but those that have come from it keep their bits;
+    /// [`set_params`](crate::Adamax::set_params) names the exception.
     Q8,
 }
 

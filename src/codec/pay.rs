@@ -15,6 +15,10 @@ pub(crate) fn pay_block<F: Format>(
     params: &mut [f32],
     (moments, norms, log): (&mut [F::Code], &mut [F::Norm], &mut u32),
 ) {
+    // Where no gradient has been there is no unit yet, and none begins.
+    let is_blank = *log == 0
+        && moments.iter().all(|moment| F::load_plain(*moment) == 0.0)
+        && norms.iter().all(|norm| F::widen_norm(*norm) == 0);
     let before = scale_of(*log);
     let (moved, rebase) = move_unit::<F>(*log, debt.shrunk, 0.0);
     let after = scale_of(moved);
@@ -37,7 +41,9 @@ pub(crate) fn pay_block<F: Format>(
         let ratio = if denominator == 0.0 { 0.0 } else { m / denominator };
         *moment = F::narrow(F::encode(m, F::bound(ratio, limits), limits, random(key, i)));
     }
-    *log = moved;
+    if !is_blank {
+        *log = moved;
+    }
 }
 
 /// Pays what a row owes whose elements share one u.

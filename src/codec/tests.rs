@@ -121,3 +121,53 @@ fn the_largest_quotient() {
     assert_eq!(largest_ratio(0.0, 0.9), 1.0);
     assert_eq!(largest_ratio(0.9, 0.9), f64::INFINITY);
 }
+
+#[test]
+fn what_comes_from_codes_goes_back_into_them() {
+    let encoding = Encoding { eps_outside: 1e-7, limit: largest_ratio(0.9, 0.999) };
+    let random = |i: u32| crate::rounding::mix(u64::from(i)) as u32;
+    for case in 0..4000u32 {
+        // Units of any fraction; the largest and the smallest codes in some, and elements that have had no gradient.
+        let log = (60 + random(case) % 160) << 24 | random(case + 90_000) >> 8;
+        let (lowest, n) = (random(case + 7) % 240, 1 + random(case + 3) as usize % 40);
+        let code = |i: u32| (lowest + random(case * 64 + i) % (254 - lowest)) as u8;
+        let mut norms: Vec<u8> = (0..n as u32).map(code).collect();
+        if case % 3 == 0 {
+            norms[n / 2] = 0;
+        }
+        if case % 5 == 0 {
+            norms[0] = Q8::narrow_norm(Q8::encode_norm([f32::INFINITY, f32::NAN][case as usize / 5 % 2]));
+        }
+        let moments: Vec<i8> = (0..n as u32).map(|i| (random(case * 64 + i + 40) % 255) as i32 as i8).collect();
+        let decoded = |moments: &[i8], norms: &[u8], log| {
+            let (mut m, mut u) = (Vec::new(), Vec::new());
+            decode_block::<Q8>(&encoding, (moments, norms, log), |a, b| {
+                m.push(a);
+                u.push(b);
+            });
+            (m, u)
+        };
+        let bits = |x: &[f32]| x.iter().map(|x| if x.is_nan() { 1 } else { x.to_bits() }).collect::<Vec<_>>();
+        let (m, u) = decoded(&moments, &norms, log);
+        let (mut again, mut norms_again) = (vec![0; n], vec![0; n]);
+        let log_again = encode_block::<Q8>(&encoding, (&m, &u), (&mut again, &mut norms_again));
+        let (m_again, u_again) = decoded(&again, &norms_again, log_again);
+        assert_eq!(bits(&u_again), bits(&u), "case {case}: {norms:?} in the unit {log:#x}");
+        assert_eq!(bits(&m_again), bits(&m), "case {case}");
+    }
+    // What does not is rounded up, once.
+    let u = [0.3f32, 0.011, 0.7];
+    let (mut moments, mut norms) = ([0; 3], [0; 3]);
+    let log = encode_block::<Q8>(&encoding, (&[0.0; 3], &u), (&mut moments, &mut norms));
+    assert_eq!(log, 126 << 24);
+    assert!(norms.iter().zip(u).all(|(code, u)| (1.0..1.126).contains(&(Q8::norm_plain(*code) / u))));
+}
+
+#[test]
+fn every_unit_has_its_logarithm() {
+    for log in (0..253u32 << 24).step_by(777_767) {
+        let found = unit::log_of(scale_of(log)).unwrap_or(u32::MAX);
+        assert!(scale_of(found) == scale_of(log) && found.abs_diff(log) <= 3, "{log:#x}: {found:#x}");
+    }
+    assert_eq!([unit::log_of(0.0), unit::log_of(f32::INFINITY)], [None; 2]);
+}

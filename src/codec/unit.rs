@@ -4,14 +4,18 @@ use super::Format;
 use crate::rounding::derive;
 
 /// The bits behind the point of a unit's logarithm.
-pub(super) const POINT: u32 = 24;
+pub(crate) const POINT: u32 = 24;
 /// The whole part of a unit's logarithm is stored with this added.
 const BIAS: i64 = 126;
-/// By how much a unit's logarithm falls in update `t`: `octaves = -log2(beta2)`, rounded so that the error does not grow.
+/// The largest whole part that is stored.
+pub(crate) const LARGEST: u32 = 2 * BIAS as u32;
+
+/// By how much a unit's logarithm falls in update `t`: `octaves = -log2(beta2)`, rounded so that the error does not
+/// grow.
 ///
-/// Units that take part in every update get the whole numbers between its multiples, which are never more than one apart
-/// from the sum. Rows of tables take part in some: rounded up or down at random, by `key`, their error is a random walk,
-/// 3e-6 of u after 20,000 updates.
+/// Units that take part in every update get the whole numbers between its multiples, which are never more than one
+/// apart from the sum. Rows of tables take part in some: rounded up or down at random, by `key`, their error is a
+/// random walk, 3e-6 of u after 20,000 updates.
 pub(crate) fn shrinkage(octaves: f64, t: u64, key: Option<u64>) -> u64 {
     /// More than any unit can hold; -log2(0) is infinite.
     const ALL: f64 = (1u64 << 40) as f64;
@@ -44,13 +48,22 @@ pub(crate) fn scale_of(log: u32) -> f32 {
     (std::f64::consts::SQRT_2 * sum) as f32 * power_of_two(i64::from(log >> POINT) - BIAS)
 }
 
+/// The stored logarithm of a unit of exactly this size; `None` outside the range.
+pub(super) fn log_of(scale: f32) -> Option<u32> {
+    let log = (f64::from(scale).log2() + BIAS as f64) * f64::from(1u32 << POINT);
+    // Logarithms lie closer than sizes do.
+    let near = (log.round() as i64 - 2).max(0)..=(log.round() as i64 + 2);
+    near.filter_map(|log| u32::try_from(log).ok()).find(|log| log >> POINT <= LARGEST && scale_of(*log) == scale)
+}
+
 /// `2^exponent`; 0 below f32's smallest normal number.
 #[inline(always)]
 pub(super) fn power_of_two(exponent: i64) -> f32 {
     if exponent < -126 { 0.0 } else { f32::from_bits(((exponent.min(127) + 127) as u32) << 23) }
 }
 
-/// A unit's logarithm after `shrink`, raised so far that `largest` fits; and what stored values are multiplied with then.
+/// A unit's logarithm after `shrink`, raised so far that `largest` fits; and what stored values are multiplied with
+/// then.
 #[inline(always)]
 pub(super) fn move_unit<F: Format>(log: u32, shrink: u64, largest: f32) -> (u32, f32) {
     let shrunk = i64::from(log) - shrink as i64;
@@ -59,7 +72,7 @@ pub(super) fn move_unit<F: Format>(log: u32, shrink: u64, largest: f32) -> (u32,
         // `largest < 2^(e + 1)` has to be at most `2^TOP` units.
         Some(top) => {
             let e = i64::from(largest.to_bits() >> 23) - 127;
-            (e + 1 - top + BIAS).clamp(0, BIAS + 126)
+            (e + 1 - top + BIAS).clamp(0, i64::from(LARGEST))
         }
         None => BIAS,
     };

@@ -115,8 +115,8 @@ impl Block<'_> {
         }
     }
 
-    /// The same where nothing of that is, which is nearly everywhere: constants are multiplied beforehand, and nothing looks
-    /// for what is not there. A rounding apart from [`update`](Self::update).
+    /// The same where nothing of that is, which is nearly everywhere: constants are multiplied beforehand, and nothing
+    /// looks for what is not there. A rounding apart from [`update`](Self::update).
     #[inline(always)]
     fn update_plain<F: Format, const DECAYS: bool>(
         &self,

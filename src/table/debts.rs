@@ -1,8 +1,9 @@
-//! Tables whose untouched rows owe what a dense optimizer would have done to them: their state, shared by the optimizer,
-//! which books what it did, and by lookups, before which rows pay.
+//! Tables whose untouched rows owe what a dense optimizer would have done to them: their state, shared by the
+//! optimizer, which books what it did, and by lookups, before which rows pay.
 //!
 //! Invariant: whoever reads or writes a weight or a moment of such a table holds its lock, and the rows have paid. What
-//! is owed is paid when the last owner leaves.
+//! is owed is paid when the last owner leaves. Whenever all rows are up to date the ledger begins anew, so that what
+//! comes after depends on weights and moments only, and not on whether this process or another one made them.
 
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
@@ -20,7 +21,8 @@ use crate::state::ParamState;
 /// All of them, by their variables.
 static DEBTS: LazyLock<Mutex<HashMap<TensorId, Weak<Debts>>>> = LazyLock::new(Mutex::default);
 
-/// The moments of the row are zero: it owes decay at most.
+/// The moments of the row are zero: it owes decay at most. Paying leaves such moments as they are, so that it makes no
+/// difference to any bit whether this is known of a row or not.
 const EMPTY: u32 = 1 << 31;
 
 /// One table with a ledger.
@@ -36,8 +38,6 @@ pub(crate) struct Account {
     ledger: Ledger,
     /// After which update each row was up to date.
     since: Vec<u32>,
-    /// No row is further behind than this.
-    floor: u32,
     rounding: Rounding,
     key: u64,
 }
@@ -64,7 +64,7 @@ impl Debts {
         let rows = var.dims().first().copied().unwrap_or(1);
         let since = vec![if state.step == 0 { EMPTY } else { 0 }; rows];
         let ledger = Ledger::new(hyper);
-        let account = Account { state, ledger, since, floor: 0, rounding, key };
+        let account = Account { state, ledger, since, rounding, key };
         let debts = Arc::new(Self { var: var.clone(), row_len, account: Mutex::new(account) });
         lock(&DEBTS).insert(var.id(), Arc::downgrade(&debts));
         debts
@@ -78,7 +78,7 @@ impl Debts {
     /// Lets rows pay, which are ascending.
     pub(crate) fn pay(&self, account: &mut Account, rows: &[u32]) -> Result<()> {
         let now = account.ledger.now() as u32;
-        if account.floor == now {
+        if now == 0 {
             return Ok(());
         }
         let owing: Vec<(u32, u32)> = rows.iter().filter_map(|&row| account.owing(row)).collect();
@@ -90,15 +90,14 @@ impl Debts {
         Ok(())
     }
 
-    /// Lets all rows pay.
+    /// Lets all rows pay; the ledger begins anew.
     pub(crate) fn pay_all(&self, account: &mut Account) -> Result<()> {
-        let now = account.ledger.now() as u32;
-        if account.floor == now {
+        if account.ledger.now() == 0 {
             return Ok(());
         }
         let owing: Vec<(u32, u32)> = (0..account.since.len() as u32).filter_map(|row| account.owing(row)).collect();
         self.settle(account, &owing)?;
-        account.floor = now;
+        self.restart(account);
         Ok(())
     }
 
@@ -114,33 +113,28 @@ impl Debts {
 
     /// Books an update of some rows, or of all.
     pub(crate) fn book(&self, account: &mut Account, orders: &Orders, rows: Option<&[u32]>) -> Result<()> {
-        account.ledger.book(&orders.coefficients, orders.shrink);
         account.rounding = orders.rounding;
-        let now = account.ledger.now() as u32;
-        match rows {
-            Some(rows) => rows.iter().for_each(|&row| account.since[row as usize] = now),
-            None => {
-                account.since.iter_mut().for_each(|mark| *mark &= !EMPTY);
-                account.floor = now;
-            }
-        }
-        if account.ledger.now() >= FULL {
-            self.pay_all(account)?;
-            self.restart(account);
-        }
-        Ok(())
+        let Some(rows) = rows else {
+            account.ledger.clear();
+            account.since.fill(0);
+            return Ok(());
+        };
+        account.ledger.book(&orders.coefficients, orders.shrink);
+        let now = account.ledger.now();
+        rows.iter().for_each(|&row| account.since[row as usize] = now as u32);
+        if now >= FULL { self.pay_all(account) } else { Ok(()) }
     }
 
     /// All rows are up to date.
     fn restart(&self, account: &mut Account) {
         account.ledger.clear();
-        account.floor = 0;
         account.since.iter_mut().for_each(|mark| *mark &= EMPTY);
     }
 
     /// From now on updates are made with other numbers; all rows have paid.
-    pub(crate) fn renew(&self, hyper: &Hyperparameters) {
+    pub(crate) fn renew(&self, hyper: &Hyperparameters, key: u64) {
         let account = &mut *self.lock();
+        account.key = key;
         if !account.ledger.is_for(hyper) {
             account.ledger = Ledger::new(hyper);
             self.restart(account);
@@ -157,7 +151,7 @@ impl Account {
     /// The row and after which update it was up to date, if it owes anything.
     fn owing(&self, row: u32) -> Option<(u32, u32)> {
         let mark = self.since[row as usize];
-        let since = (mark & !EMPTY).max(self.floor);
+        let since = mark & !EMPTY;
         let owes = since < self.ledger.now() as u32 && (mark & EMPTY == 0 || self.ledger.decays_since(since as usize));
         owes.then_some((row, since))
     }

@@ -74,8 +74,8 @@ impl Drop for Shared {
 }
 
 impl Table {
-    /// The table of `weight`, `[rows, ..]` of f64, f32, f16 or bf16. On Linux a large variable is moved to pages of 2 MB,
-    /// unless it is on such already, which takes some tenths of a second a gigabyte, once.
+    /// The table of `weight`, `[rows, ..]` of f64, f32, f16 or bf16. On Linux a large variable is moved to pages of 2
+    /// MB, unless it is on such already, which takes some tenths of a second a gigabyte, once.
     ///
     /// # Errors
     ///
@@ -110,8 +110,9 @@ impl Table {
         Ok(Self(make(weight.contiguous()?)))
     }
 
-    /// The weight, `[rows, ..]`. Rows that owe updates ([`SparseUpdate::Exact`](crate::SparseUpdate::Exact)) pay now, and
-    /// not again before the next lookup: ask for the weight whenever it is read as a whole.
+    /// The weight, `[rows, ..]`. Rows that owe updates ([`SparseUpdate::Exact`](crate::SparseUpdate::Exact)) pay now,
+    /// and not again before the next lookup: ask for the weight whenever it is read as a whole. Paying in two parts
+    /// rounds differently from paying once, so asking is part of the run.
     pub fn weight(&self) -> &Tensor {
         // Memory has been there for every payment before, and a lookup would report an error.
         let _ = debts::pay_all(self.0.weight.id());

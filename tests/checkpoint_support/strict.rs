@@ -235,6 +235,12 @@ fn another_dtype() -> Result<()> {
             })?;
         }
     }
+    let mut parts = fixture.parts()?;
+    parts.tensors.insert("head.ema".into(), (Dtype::BOOL, vec![2, 3], vec![0; 6]));
+    parts.write(&fixture.folder.file("edited"))?;
+    let message = fixture.refuse("edited")?.to_string();
+    let expected = "checkpoint entry `head.ema`: expected a tensor of a dtype that candle has, got ";
+    assert!(message.contains(expected), "{message}");
     // The file is of an f64 variable, the variable is f32, and the other way around.
     let folder = Folder::new()?;
     for (from, to) in [(DType::F64, DType::F32), (DType::F32, DType::F64)] {
