@@ -12,10 +12,11 @@ use std::path::Path;
 use std::sync::LazyLock;
 
 use candle_adamax::{
-    Adamax, ClipGradNorm, Ema, Embedding, Epsilon, Kernel, NormType, ParamsAdamax, Rounding, SparseGrad, StateDType, Table,
-    WeightDecay,
+    Adamax, ClipGradNorm, Ema, Embedding, Epsilon, Kernel, NormType, ParamsAdamax, Rounding, SparseGrad, StateDType,
+    Table, WeightDecay,
 };
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor, Var};
 use candle_nn::{Module, Optimizer};
 use common::{Fingerprint, bits, noise, on, tensor, var};
 
@@ -51,7 +52,13 @@ fn gradient(n: usize, t: u64, dtype: DType, offset: usize) -> Tensor {
 }
 
 /// The fingerprint after some steps on a device, with the total norms that were reported.
-fn train(device: &Device, dtypes: (DType, DType), params: &ParamsAdamax, steps: u64, offset: usize) -> (Fingerprint, Vec<u64>) {
+fn train(
+    device: &Device,
+    dtypes: (DType, DType),
+    params: &ParamsAdamax,
+    steps: u64,
+    offset: usize,
+) -> (Fingerprint, Vec<u64>) {
     on(device, || {
         let vars = vars(dtypes.0);
         let mut optimizer = Adamax::from_named(vars.clone(), params.clone()).unwrap();
@@ -158,6 +165,33 @@ fn values_that_are_not_finite_go_where_the_cpu_takes_them() {
     }
 }
 
+/// A loss of which the gradient is given, so that only the optimizer computes.
+struct Given(Tensor);
+
+impl CustomOp1 for Given {
+    fn name(&self) -> &'static str {
+        "given-gradient"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let zeros = Tensor::zeros((), self.0.dtype(), &Device::Cpu)?;
+        let (storage, _) = zeros.storage_and_layout();
+        match &*storage {
+            Storage::Cpu(storage) => Ok((storage.clone(), Shape::from(()))),
+            _ => candle_core::bail!("made on the CPU"),
+        }
+    }
+
+    fn cuda_fwd(&self, storage: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let shape = Shape::from(());
+        Ok((storage.device().zeros_impl(&shape, self.0.dtype())?, shape))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
+    }
+}
+
 /// Trains a table by lookups, several in a step, with ids that occur several times.
 fn train_table(device: &Device, dtype: DType, params: &ParamsAdamax, padding: bool) -> (Fingerprint, Vec<u64>) {
     const ROWS: usize = 1000;
@@ -172,16 +206,16 @@ fn train_table(device: &Device, dtype: DType, params: &ParamsAdamax, padding: bo
         let all = [("bias".to_owned(), bias.clone()), ("table".to_owned(), weight.clone())];
         let mut optimizer = Adamax::from_named(all.clone(), params.clone()).unwrap();
         for t in 1..=12u64 {
-            // Products of two numbers, whose gradients every backend has alike.
             let ids = |seed: u64, n: usize| -> Tensor {
                 let ids: Vec<u32> = noise(seed, n).iter().map(|x| ((x * x) * 999.0) as u32).collect();
                 Tensor::from_vec(ids, n, &Device::Cpu).unwrap()
             };
-            let first = layer.forward(&ids(t, 300)).unwrap().broadcast_mul(&bias).unwrap();
-            let second = layer.forward(&ids(t + 100, 50)).unwrap().affine(0.5, 0.0).unwrap();
-            let loss = (first.sum_all().unwrap() + second.sum_all().unwrap()).unwrap();
-            let mut grads = loss.backward().unwrap();
-            // The sum over a batch is the device's own: what is compared is what the optimizer does.
+            let grads_of = |seed: u64, n: usize| {
+                let rows = layer.forward(&ids(seed, n)).unwrap();
+                rows.apply_op1(Given(tensor(&noise(seed + 1, n * DIM), &[n, DIM], dtype))).unwrap().backward().unwrap()
+            };
+            let mut grads = grads_of(t, 300);
+            grads.extend(grads_of(t + 100, 50)).unwrap();
             grads.insert(&bias, tensor(&noise(t, DIM), &[DIM], dtype));
             optimizer.step(&grads).unwrap();
         }
@@ -293,13 +327,22 @@ fn states_move_between_devices_and_kernels() {
     assert!(Fingerprint::of(&on_gpu, &gpu_vars) == Fingerprint::of(&on_cpu, &cpu_vars));
     // Tensor operations have moments in f32 only.
     assert!(on_gpu.set_kernel(Kernel::Portable).is_err());
-    let plain = ParamsAdamax::default();
-    on_gpu.set_params(plain.clone()).unwrap();
-    on_gpu.set_kernel(Kernel::Portable).unwrap();
-    step(gpu(), &mut on_gpu, &gpu_vars, 8);
-    on_gpu.set_kernel(Kernel::Auto).unwrap();
-    step(gpu(), &mut on_gpu, &gpu_vars, 9);
-    assert_eq!(on_gpu.updates(), 9);
+}
+
+#[test]
+fn tensor_operations_and_kernels_take_turns() {
+    on(gpu(), || {
+        let vars = vars(DType::F32);
+        let mut optimizer = Adamax::from_named(vars.clone(), ParamsAdamax::default()).unwrap();
+        for (t, kernel) in (1..).zip([Kernel::Auto, Kernel::Portable, Kernel::Auto]) {
+            optimizer.set_kernel(kernel).unwrap();
+            let grads: Vec<Tensor> = SIZES.iter().map(|&n| gradient(n, t, DType::F32, 0)).collect();
+            optimizer.apply_gradients(vars.iter().map(|(_, var)| var).zip(&grads)).unwrap();
+        }
+        let (expected, _) = train(&Device::Cpu, (DType::F32, DType::F32), &ParamsAdamax::default(), 2, 0);
+        assert_eq!(optimizer.updates(), 3);
+        assert_ne!(Fingerprint::of(&optimizer, &vars).bits(), expected.bits());
+    });
 }
 
 #[test]
@@ -328,8 +371,7 @@ fn variables_on_the_cpu_and_on_the_gpu_in_one_optimizer() {
         let here = var(&noise(1, 3000), &[3000], DType::F32);
         let there = on(device, || var(&noise(2, 5000), &[5000], DType::F32));
         let params = ParamsAdamax { clip_global_norm: Some(0.5), ..Default::default() };
-        let mut optimizer =
-            Adamax::from_named([("here", here.clone()), ("there", there.clone())], params).unwrap();
+        let mut optimizer = Adamax::from_named([("here", here.clone()), ("there", there.clone())], params).unwrap();
         for t in 1..=5u64 {
             let grad = tensor(&noise(10 + t, 3000), &[3000], DType::F32);
             let other = on(device, || tensor(&noise(20 + t, 5000), &[5000], DType::F32));

@@ -31,9 +31,7 @@ use crate::codec::shrinkage;
 use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::{Gradient, SparseGrad, Summary};
 use crate::group::{DEFAULT_GROUP, GroupSettings, ParamGroup};
-use crate::kernel::{
-    Context, Kernel, Orders, RowGrad, RowTask, RowValues, Source, Task, Update, all_on_one_gpu,
-};
+use crate::kernel::{Context, Kernel, Orders, RowGrad, RowTask, RowValues, Source, Task, Update, all_on_one_gpu};
 use crate::params::{ParamsAdamax, StepCount};
 use crate::rounding::derive;
 use crate::rule::Coefficients;

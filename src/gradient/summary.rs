@@ -56,8 +56,7 @@ impl Summary {
 
     /// The summary of gradients that the update measures by itself, where that is on the device of all of them, and how.
     pub(crate) fn of_update(params: &ParamsAdamax, unscale: f64) -> (Self, Option<Measured>) {
-        let summary =
-            Self { norms: Vec::new(), total_norm: None, reported: false, clip: Clip::None, unscale };
+        let summary = Self { norms: Vec::new(), total_norm: None, reported: false, clip: Clip::None, unscale };
         let measured = params.norm_type().map(|norm| Measured { norm, clip: clip_of(params), unscale: unscale.abs() });
         (summary, measured)
     }

@@ -380,8 +380,7 @@ impl Moments {
             Stored::Q8(coded) => Stored::Q8(coded.grown(n, layout)),
             Stored::Device(tensors) => {
                 let units = tensors.units.as_ref().map(|units| grown(units, &Shape::from(n.div_ceil(layout.unit))));
-                let norms =
-                    if layout.rowwise { Shape::from(n.div_ceil(layout.unit)) } else { var.shape().clone() };
+                let norms = if layout.rowwise { Shape::from(n.div_ceil(layout.unit)) } else { var.shape().clone() };
                 Stored::Device(MomentTensors {
                     exp_avg: grown(&tensors.exp_avg, var.shape())?,
                     exp_inf: grown(&tensors.exp_inf, &norms)?,

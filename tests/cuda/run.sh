@@ -10,7 +10,7 @@ cd "$(dirname "$0")/../.."
 
 # What needs nothing but copies and this crate's kernels.
 filter=("$@")
-[ ${#filter[@]} -gt 0 ] || filter=(bits_of_the_cpu rows_that_a_caller_gives not_finite move_between streams in_one_optimizer)
+[ ${#filter[@]} -gt 0 ] || filter=(bits_of_the_cpu rows_that_a_caller_gives not_finite move_between streams in_one_optimizer bad_id)
 
 program=$(cargo test --release --features cuda --test gpu --no-run 2>&1 |
   sed -n 's/.*Executable tests\/gpu.rs (\(.*\))$/\1/p')

@@ -221,7 +221,13 @@ fn hyper(keep: &Keep) -> Hyperparameters {
 
 fn orders(keep: &Keep, t: u64, encoding: Encoding) -> Orders {
     let coefficients = Coefficients { clamp: keep.clamp, ..Coefficients::of_update(&hyper(keep), 0.01, t) };
-    Orders { coefficients, encoding, shrink: 24_000 * t, rounding: keep.rounding, key: t.wrapping_mul(0x9e37_79b9_7f4a) }
+    Orders {
+        coefficients,
+        encoding,
+        shrink: 24_000 * t,
+        rounding: keep.rounding,
+        key: t.wrapping_mul(0x9e37_79b9_7f4a),
+    }
 }
 
 /// Several updates of tensors of these shapes by both, compared after each.
@@ -235,12 +241,11 @@ fn check(shapes: &[Vec<usize>], keep: Keep) -> Result<()> {
         vars.push((var, state));
     }
     for t in 1..=4u64 {
-        let grads = shapes
-            .iter()
-            .map(|shape| tensor(shape, 99 + t, keep.span, keep.dtypes.1))
-            .collect::<Result<Vec<_>>>()?;
+        let grads =
+            shapes.iter().map(|shape| tensor(shape, 99 + t, keep.span, keep.dtypes.1)).collect::<Result<Vec<_>>>()?;
         let orders = orders(&keep, t, encoding);
-        let mut devices = vars.iter().map(|(var, state)| arrays(var, state, keep.offset)).collect::<Result<Vec<_>>>()?;
+        let mut devices =
+            vars.iter().map(|(var, state)| arrays(var, state, keep.offset)).collect::<Result<Vec<_>>>()?;
         let tasks = vars.iter_mut().zip(&grads).map(|((var, state), grad)| Task {
             place: Place::Host,
             nth: 0,
@@ -424,8 +429,7 @@ fn late_orders_and_skipped_calls() -> Result<()> {
         let mut chunks = Memory::of(&chunks([(1, 16)]).expect("little work"), 0);
         let mut control = Memory::of(&[control], 0);
         let late = Late { control: control.address(), heard, orders: 1, padding: 0 };
-        let args =
-            UpdateArgs { tensors: tensors.address(), orders: orders.address(), chunks: chunks.address(), late };
+        let args = UpdateArgs { tensors: tensors.address(), orders: orders.address(), chunks: chunks.address(), late };
         launch("update_f32_f32_full", 1, &args, false);
         w.read::<f32>()
     };
@@ -513,7 +517,8 @@ fn norms_and_factors_have_the_bits_of_the_cpu() -> Result<()> {
             for norm in [NormType::L1, NormType::L2, NormType::Inf] {
                 let place = Place::Host;
                 let sources: Vec<_> = grads.iter().map(|grad| (Source::Tensor(grad), place)).collect();
-                let expected = crate::kernel::Context::default().measure(&sources, norm).map_err(candle_core::Error::from)?;
+                let expected =
+                    crate::kernel::Context::default().measure(&sources, norm).map_err(candle_core::Error::from)?;
                 let total = norm.join(&expected);
                 for clip in [Clip::None, Clip::Each(0.5), Clip::Global(2.0), Clip::Torch(1.0)] {
                     let reversed = clip == Clip::None;
@@ -576,7 +581,11 @@ fn sums_and_averages_have_the_bits_of_the_cpu() -> Result<()> {
                 };
                 launch(&format!("{kind}_{}", name(dtype)), blocks, &args, false);
                 let expected = buffer.to_tensor(to.shape()).map_err(candle_core::Error::from)?;
-                assert_eq!(numbers(&device, to.dtype()), numbers(&memory(&expected, 0)?, to.dtype()), "{kind} {dtype:?}");
+                assert_eq!(
+                    numbers(&device, to.dtype()),
+                    numbers(&memory(&expected, 0)?, to.dtype()),
+                    "{kind} {dtype:?}"
+                );
                 assert_eq!(numbers(&param, dtype), numbers(&memory(var.as_tensor(), 0)?, dtype), "{kind} {dtype:?}");
             }
         }
@@ -615,7 +624,8 @@ fn touched_rows_have_the_bits_of_the_cpu() -> Result<()> {
         let encoding = Encoding::of(&hyper(&keep));
         let var = Var::from_tensor(&tensor(&[100, row_len], 5, 2, dtype)?)?;
         let layout = Layout::of(&var, state, true, false, encoding);
-        let mut own = ParamState::zeros(&var, Place::Host, &layout, Rounding::Nearest).map_err(candle_core::Error::from)?;
+        let mut own =
+            ParamState::zeros(&var, Place::Host, &layout, Rounding::Nearest).map_err(candle_core::Error::from)?;
         for t in 1..=3u64 {
             let mut parts = vec![tensor(&[9, row_len], t, 3, dtype)?, tensor(&[4, row_len], t + 50, 3, dtype)?];
             if dtype != DType::F64 {
@@ -628,8 +638,11 @@ fn touched_rows_have_the_bits_of_the_cpu() -> Result<()> {
 
             let RowValues::Lazy { starts, contributions, .. } = &grad.values else { panic!("not lazy") };
             let mut values = parts.iter().map(|part| memory(part, 0)).collect::<Result<Vec<_>>>()?;
-            let of_parts: Vec<abi::Part> =
-                values.iter_mut().zip(&parts).map(|(memory, part)| abi::Part::new(memory.address(), part.dtype())).collect();
+            let of_parts: Vec<abi::Part> = values
+                .iter_mut()
+                .zip(&parts)
+                .map(|(memory, part)| abi::Part::new(memory.address(), part.dtype()))
+                .collect();
             let (mut starts, mut contributions) = (Memory::of(starts, 0), Memory::of(contributions, 0));
             let mut of_parts = Memory::of(&of_parts, 0);
             let arithmetic = crate::state::arithmetic(dtype);
@@ -681,7 +694,8 @@ fn rows_are_gathered() -> Result<()> {
     let ids = [3u32, 0, 3, 19, 7];
     for row_len in [1u64, 2, 5, 33, 100] {
         let table: Vec<u16> = (0..20 * row_len as u16 * 8).collect();
-        for (word, kernel) in [(2, "rows_gather_2"), (4, "rows_gather_4"), (8, "rows_gather_8"), (16, "rows_gather_16")] {
+        for (word, kernel) in [(2, "rows_gather_2"), (4, "rows_gather_4"), (8, "rows_gather_8"), (16, "rows_gather_16")]
+        {
             let units = row_len as usize * word / 2;
             let (mut from, mut to) = (Memory::of(&table, 0), Memory::zeros::<u16>(ids.len() * units));
             let mut of_ids = Memory::of(&ids, 0);

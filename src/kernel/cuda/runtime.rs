@@ -11,8 +11,8 @@ use candle_core::{CudaDevice, CudaStorage, DType, Device, Shape, Tensor};
 use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg};
 
 use super::abi::{
-    self, Address, Chunk, Control, GatherArgs, Gradient, JoinArgs, Late, LeavesArgs, NormsArgs, Pair, PairArgs, SumArgs,
-    THREADS, UpdateArgs,
+    self, Address, Chunk, Control, GatherArgs, Gradient, JoinArgs, Late, LeavesArgs, NormsArgs, Pair, PairArgs,
+    SumArgs, THREADS, UpdateArgs,
 };
 use super::compile::load;
 use super::plan::{LEAVES, blocks_of_rows, chunks, units_of_chunk};
