@@ -75,6 +75,7 @@ pub(crate) struct Context {
 
 /// Norms that an update measures by itself, on the GPU, and what it makes of them.
 #[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "read by the CUDA kernels"))]
 pub(crate) struct Measured {
     pub(crate) norm: NormType,
     pub(crate) clip: Clip,

@@ -27,6 +27,7 @@ pub(crate) struct Task<'a, K> {
     /// Where its buffers live.
     pub(crate) place: Place,
     /// Which of the call's gradients it has, in the order in which their norms are joined.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "read by the CUDA kernels"))]
     pub(crate) nth: usize,
     /// The variable that is written.
     pub(crate) lent: Option<&'a Tensor>,

@@ -27,6 +27,7 @@ const AHEAD: usize = 2048;
 /// The update of the touched rows of one table.
 pub(crate) struct RowTask<'a> {
     /// Which of the call's gradients it has, in the order in which their norms are joined.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "read by the CUDA kernels"))]
     pub(crate) nth: usize,
     pub(crate) var: &'a Tensor,
     pub(crate) grad: &'a RowGrad<'a>,

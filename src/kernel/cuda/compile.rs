@@ -23,6 +23,7 @@ fn compile(module: Module, capability: u32) -> Compiled {
 }
 
 /// The same with the compiler's warnings.
+#[expect(unsafe_code, reason = "the compiler's own functions, of which cudarc's safe ones pass over the warnings")]
 fn compile_with_log(module: Module, capability: u32) -> std::result::Result<(String, String), String> {
     let options = [
         format!("--gpu-architecture=compute_{capability}"),
@@ -37,15 +38,14 @@ fn compile_with_log(module: Module, capability: u32) -> std::result::Result<(Str
     let (Ok(source), Ok(name)) = (source, name) else { return Err("a source with a zero in it".to_owned()) };
     let said = |error: nvrtc::NvrtcError| error.to_string();
     let program = nvrtc::create_program(&source, Some(&name)).map_err(said)?;
-    #[expect(unsafe_code, reason = "the compiler's own functions, of which cudarc's safe ones pass over the warnings")]
-    // SAFETY: the program was created above and is destroyed below; what is read of it is copied before.
-    let (compiled, log, ptx) = unsafe {
-        let compiled = nvrtc::compile_program(program, &options);
-        let (log, ptx) = (nvrtc::get_program_log(program), nvrtc::get_ptx(program));
-        // Nothing that it says could be of use here.
-        let _ = nvrtc::destroy_program(program);
-        (compiled, log, ptx)
-    };
+    // SAFETY: the program was created above and is destroyed below.
+    let compiled = unsafe { nvrtc::compile_program(program, &options) };
+    // SAFETY: as above; the text is a copy.
+    let log = unsafe { nvrtc::get_program_log(program) };
+    // SAFETY: as above; the text is a copy, or an error where nothing was compiled.
+    let ptx = unsafe { nvrtc::get_ptx(program) };
+    // SAFETY: nobody else has the program. What destroying it could say would be of no use here.
+    let _ = unsafe { nvrtc::destroy_program(program) };
     let text = |bytes: Vec<std::ffi::c_char>| {
         let bytes: Vec<u8> = bytes.into_iter().map(|byte| byte as u8).take_while(|&byte| byte != 0).collect();
         String::from_utf8_lossy(&bytes).into_owned()

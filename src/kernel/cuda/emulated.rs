@@ -57,12 +57,11 @@ pub(super) fn launch<A: Pod>(kernel: &str, blocks: usize, args: &A, reversed: bo
     // The fibers of a run are static.
     static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
     let _one = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    // SAFETY: `host.cpp` has these functions, with these types.
-    let (kernel_symbol, launch) = unsafe {
-        let kernel: std::result::Result<Symbol<'_, Kernel>, _> = library().get(kernel.as_bytes());
-        (kernel, library().get::<Launch>(b"host_launch").expect("host_launch"))
-    };
+    // SAFETY: `host.cpp` has a function of this type for every kernel.
+    let kernel_symbol: std::result::Result<Symbol<'_, Kernel>, _> = unsafe { library().get(kernel.as_bytes()) };
     let kernel_symbol = kernel_symbol.unwrap_or_else(|_| panic!("no kernel {kernel}"));
+    // SAFETY: `host.h` has this function, of this type.
+    let launch: Symbol<'_, Launch> = unsafe { library().get(b"host_launch") }.expect("host_launch");
     let args = bytemuck::bytes_of(args).as_ptr();
     // SAFETY: the arguments are the kernel's structure, whose size the test `structures_are_laid_out_alike` compares; the
     // addresses in it are those of memory that the caller holds, as the plans that it made say.
@@ -325,6 +324,7 @@ const DTYPES: [(DType, DType); 6] = [
 const STATES: [StateDType; 4] = [StateDType::F32, StateDType::BF16, StateDType::F16, StateDType::Q8];
 
 #[test]
+#[expect(unsafe_code, reason = "calls into the library of kernels")]
 fn structures_are_laid_out_alike() {
     let sizes = [
         size_of::<abi::Tensor>(),
@@ -347,12 +347,11 @@ fn structures_are_laid_out_alike() {
         size_of::<abi::SumArgs>(),
     ];
     let mut got = [0u64; 18];
-    #[expect(unsafe_code, reason = "calls into the library of kernels")]
-    // SAFETY: `host.cpp` has this function, which writes as many numbers as the array has.
-    unsafe {
-        let sizes: Symbol<'_, unsafe extern "C" fn(*mut u64)> = library().get(b"host_sizes").expect("host_sizes");
-        sizes(got.as_mut_ptr());
-    }
+    type Sizes = unsafe extern "C" fn(*mut u64);
+    // SAFETY: `host.cpp` has this function, of this type.
+    let host_sizes: Symbol<'_, Sizes> = unsafe { library().get(b"host_sizes") }.expect("host_sizes");
+    // SAFETY: it writes as many numbers as the array has.
+    unsafe { host_sizes(got.as_mut_ptr()) };
     assert_eq!(got.map(|size| size as usize), sizes);
 }
 

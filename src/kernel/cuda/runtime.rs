@@ -33,8 +33,8 @@ struct Runtime {
     stream: Arc<CudaStream>,
     functions: HashMap<String, CudaFunction>,
     staging: Staging,
-    /// Chunks as they are on the device, by kernel, with the units of what they are chunks of.
-    chunks: HashMap<String, (Vec<(u64, u32)>, CudaSlice<u8>, u32)>,
+    /// The chunks of each kernel's last launch.
+    chunks: HashMap<String, Planned>,
     control: CudaSlice<u8>,
     /// Partial sums of norms.
     scratch: Option<CudaSlice<u8>>,
@@ -42,6 +42,14 @@ struct Runtime {
     sums: Option<CudaSlice<u8>>,
     /// Whether the last update has measured the norm.
     has_measured: bool,
+}
+
+/// Chunks as they are on the device.
+struct Planned {
+    /// Of what they are chunks: how many units, and how many of them are in a chunk.
+    units: Vec<(u64, u32)>,
+    memory: CudaSlice<u8>,
+    blocks: u32,
 }
 
 impl Runtimes {
@@ -110,21 +118,21 @@ impl Runtimes {
         let device = |task: &Task<'_, Average<'_>>| task.lent.map(|var| var.device().clone());
         for (device, tasks) in Self::by_device(tasks, device) {
             // Variables that came later begin with a copy, so not all have the same momentum.
-            let mut by_momentum: Vec<(f64, bool, Vec<(Tensor, Tensor)>)> = Vec::new();
+            let mut passes: Vec<(Pass, Vec<(Tensor, Tensor)>)> = Vec::new();
             for task in tasks {
                 let (Some(var), Average { momentum, overwrite, average: Buffer::Tensor(average) }) =
                     (task.lent, task.kind)
                 else {
                     continue;
                 };
-                let pair = (average.clone(), var.clone());
-                match by_momentum.iter_mut().find(|(known, also, _)| *known == momentum && *also == overwrite) {
-                    Some((_, _, pairs)) => pairs.push(pair),
-                    None => by_momentum.push((momentum, overwrite, vec![pair])),
+                let (pair, other_factor) = ((average.clone(), var.clone()), 1.0 - momentum);
+                let pass = Pass { kernel: "average", factor: momentum, other_factor, overwrites: overwrite };
+                match passes.iter_mut().find(|(known, _)| *known == pass) {
+                    Some((_, pairs)) => pairs.push(pair),
+                    None => passes.push((pass, vec![pair])),
                 }
             }
-            for (momentum, overwrites, pairs) in by_momentum {
-                let pass = Pass { kernel: "average", factor: momentum, other_factor: 1.0 - momentum, overwrites };
+            for (pass, pairs) in passes {
                 self.of(&device)?.pass(&pass, &pairs)?;
             }
         }
@@ -324,6 +332,7 @@ fn tensor_of(source: Source<'_>) -> Result<&Tensor> {
 }
 
 /// What is done to pairs of tensors.
+#[derive(PartialEq)]
 struct Pass {
     kernel: &'static str,
     factor: f64,
@@ -649,14 +658,15 @@ impl Runtime {
 
     /// Makes sure that the chunks of a kernel are on the device.
     fn plan(&mut self, kernel: &str, units: Vec<(u64, u32)>) -> Result<()> {
-        if self.chunks.get(kernel).is_some_and(|(planned, ..)| *planned == units) {
+        if self.chunks.get(kernel).is_some_and(|planned| planned.units == units) {
             return Ok(());
         }
         let chunks: Vec<Chunk> = chunks(units.iter().copied())?;
         let bytes: &[u8] = bytemuck::cast_slice(&chunks);
         let mut memory = alloc(&self.stream, bytes.len())?;
         self.stream.memcpy_htod(bytes, &mut memory).map_err(candle_core::Error::wrap)?;
-        self.chunks.insert(kernel.to_owned(), (units, memory, chunks.len() as u32));
+        let blocks = chunks.len() as u32;
+        self.chunks.insert(kernel.to_owned(), Planned { units, memory, blocks });
         Ok(())
     }
 
@@ -667,7 +677,8 @@ impl Runtime {
 
     /// The chunks of a kernel, and how many there are.
     fn planned(&self, kernel: &str) -> (Address, u32) {
-        self.chunks.get(kernel).map_or((0, 0), |(_, memory, n)| (memory.device_ptr(&self.stream).0, *n))
+        let of = |planned: &Planned| (planned.memory.device_ptr(&self.stream).0, planned.blocks);
+        self.chunks.get(kernel).map_or((0, 0), of)
     }
 
     /// Launches a kernel that was loaded.
