@@ -53,7 +53,7 @@ impl Machine {
     /// What computes, in words.
     pub(crate) fn name(&self) -> Result<String> {
         match &self.gpu {
-            None => Ok(format!("{} threads", rayon::current_num_threads())),
+            None => Ok(format!("CPU with {} threads", rayon::current_num_threads())),
             Some(gpu) => gpu.name(),
         }
     }

@@ -300,7 +300,8 @@ pub(crate) fn run(machine: &Machine, work: &Work, rounds: Option<usize>, json: b
 
 fn print_head(out: &mut impl Write, machine: &Machine, work: &Work) -> Result<()> {
     let Work { shapes, dtype, state, rounding, .. } = work;
-    write!(out, "{} tensors, {} elements of {}", shapes.len(), work.total(), dtype.as_str())?;
+    let tensors = if shapes.len() == 1 { "tensor" } else { "tensors" };
+    write!(out, "{} {tensors}, {} elements of {} in all", shapes.len(), work.total(), dtype.as_str())?;
     write!(out, ", {state:?} moments, {}", machine.name()?)?;
     match rounding {
         Rounding::Nearest => writeln!(out)?,
@@ -351,7 +352,11 @@ fn print_ratios(out: &mut impl Write, machine: &Machine, work: &Work, measured: 
     }
     match machine.is_gpu() {
         false if work.shapes.len() > 1 => {
-            writeln!(out, "The memory's line is the bytes of all tensors in one row: four large arrays.")?;
+            writeln!(
+                out,
+                "The memory's line is the bytes of all {} tensors in one row: four large arrays.",
+                work.shapes.len()
+            )?;
         }
         false => {}
         true => writeln!(out, "host us: how long the call takes to return, the GPU being idle at first.")?,
