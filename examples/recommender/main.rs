@@ -226,4 +226,12 @@ mod tests {
         fs::remove_dir_all(&folder)?;
         Ok(())
     }
+
+    #[cfg(not(feature = "cuda"))]
+    #[test]
+    fn without_the_feature_a_gpu_is_refused() -> Result<()> {
+        let error = run(&Args::try_parse_from(["recommender", "--device", "cuda"])?).expect_err("no feature");
+        ensure!(format!("{error:#}").contains("built without the feature `cuda`"), "{error:#}");
+        Ok(())
+    }
 }
