@@ -78,14 +78,14 @@ impl Recommender {
         })
     }
 
-    /// Ids to look up. Tables of rows have them read by the host, wherever the rows are; those on a GPU would have to be
-    /// waited for. candle's own want them beside the table.
+    /// Ids to look up. Tables of rows have them read by the host, wherever the rows are; those on a GPU would have to
+    /// be waited for. candle's own want them beside the table.
     pub(crate) fn ids(&self, ids: Vec<u32>) -> candle_core::Result<Tensor> {
         Tensor::new(ids, &self.ids)
     }
 
-    /// The predictions for pairs of `users` and `items`, both [`ids`](Self::ids) of dimension `N`. `histories` has the items
-    /// that the first users rated before; if it is shorter, it goes for those after them from the beginning again.
+    /// The predictions for pairs of `users` and `items`, both [`ids`](Self::ids) of dimension `N`. `histories` has the
+    /// items that the first users rated before; if it is shorter, it goes for those after them from the beginning again.
     pub(crate) fn forward(&self, users: &Tensor, items: &Tensor, histories: &[&[u32]]) -> Result<Prediction> {
         let (mut p, q) = (self.users.forward(users)?, self.items.forward(items)?);
         if let Some(history) = &self.history {

@@ -11,8 +11,8 @@ use crate::gpu::Gpu;
 use crate::memory::{available_memory, peak_memory};
 use crate::support::case::Step;
 
-/// After an operation the threads of candle's own pool spin for a millisecond or so before they sleep, on the cores that
-/// the next step wants (`CANDLE_BARRIER_POOL_SPIN_LIMIT` sets how long). What comes after AdamW waits until they sleep.
+/// After an operation the threads of candle's own pool spin for a millisecond or so before they sleep, on the cores
+/// that the next step wants (`CANDLE_BARRIER_POOL_SPIN_LIMIT` sets how long). What comes after AdamW waits until they sleep.
 const AFTER_ADAMW: Duration = Duration::from_millis(5);
 
 /// One buffer of the copy within a GPU's memory: far more than its caches hold.
@@ -86,8 +86,8 @@ impl Machine {
         }
     }
 
-    /// A copy within the device's memory, which reads and writes every byte once. The numbers are random: a GPU's clocks
-    /// depend on the bits that change.
+    /// A copy within the device's memory, which reads and writes every byte once. The numbers are random: a GPU's
+    /// clocks depend on the bits that change.
     pub(crate) fn copy(&self) -> Result<Step> {
         let elements = COPY_BUFFER / size_of::<f32>();
         let source = Tensor::rand(-1f32, 1.0, elements, &self.device)?;

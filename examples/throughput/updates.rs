@@ -238,8 +238,8 @@ struct Line {
 }
 
 impl Measured {
-    /// The time in terms of the memory's. Noise that lasts longer than a round is in both, and cancels, where there are as
-    /// many rounds of both.
+    /// The time in terms of the memory's. Noise that lasts longer than a round is in both, and cancels, where there
+    /// are as many rounds of both.
     fn per_memory(&self, machine: &Machine, contender: &Contender) -> f64 {
         let (times, memory) = (&contender.times.ms, &self.memory.times.ms);
         let ratio = match times.len() == memory.len() {
