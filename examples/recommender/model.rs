@@ -85,7 +85,8 @@ impl Recommender {
     }
 
     /// The predictions for pairs of `users` and `items`, both [`ids`](Self::ids) of dimension `N`. `histories` has the
-    /// items that the first users rated before; if it is shorter, it goes for those after them from the beginning again.
+    /// items that the first users rated before; if it is shorter, it goes for those after them from the beginning
+    /// again.
     pub(crate) fn forward(&self, users: &Tensor, items: &Tensor, histories: &[&[u32]]) -> Result<Prediction> {
         let (mut p, q) = (self.users.forward(users)?, self.items.forward(items)?);
         if let Some(history) = &self.history {

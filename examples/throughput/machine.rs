@@ -12,7 +12,8 @@ use crate::memory::{available_memory, peak_memory};
 use crate::support::case::Step;
 
 /// After an operation the threads of candle's own pool spin for a millisecond or so before they sleep, on the cores
-/// that the next step wants (`CANDLE_BARRIER_POOL_SPIN_LIMIT` sets how long). What comes after AdamW waits until they sleep.
+/// that the next step wants (`CANDLE_BARRIER_POOL_SPIN_LIMIT` sets how long). What comes after AdamW waits until they
+/// sleep.
 const AFTER_ADAMW: Duration = Duration::from_millis(5);
 
 /// One buffer of the copy within a GPU's memory: far more than its caches hold.
