@@ -7,6 +7,7 @@
 use std::time::Instant;
 
 use anyhow::Result;
+use candle_core::Device;
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use rand::seq::SliceRandom;
 
@@ -38,15 +39,20 @@ pub(crate) struct Comparison {
 }
 
 /// Times all three; none if the tables are too large for the dense ones.
-pub(crate) fn compare(settings: &Settings, ratings: &Ratings, split: &Split) -> Result<Option<Comparison>> {
+pub(crate) fn compare(
+    settings: &Settings,
+    device: &Device,
+    ratings: &Ratings,
+    split: &Split,
+) -> Result<Option<Comparison>> {
     let of_rows = Settings { dense: false, ema: None, ..settings.clone() };
     let of_all = Settings { dense: true, ..of_rows.clone() };
-    let mut rows = Trainer::new(&of_rows, ratings, split)?;
+    let mut rows = Trainer::new(&of_rows, device, ratings, split)?;
     let numbers: usize = rows.varmap.all_vars().iter().map(|var| var.elem_count()).sum();
     if numbers * size_of::<f32>() > LIMIT {
         return Ok(None);
     }
-    let mut dense = Trainer::new(&of_all, ratings, split)?;
+    let mut dense = Trainer::new(&of_all, device, ratings, split)?;
     let mut adamw = AdamW::new(dense.varmap.all_vars(), ParamsAdamW::default())?;
 
     let rng = &mut random(settings.seed, Stream::Epoch(0));
@@ -73,6 +79,7 @@ pub(crate) fn compare(settings: &Settings, ratings: &Ratings, split: &Split) -> 
         let start = Instant::now();
         let drawn = dense.batch(last, rng)?;
         adamw.step(&dense.loss(&drawn)?.0.backward()?)?;
+        device.synchronize()?;
         of_candle.push(start.elapsed().as_secs_f64());
     }
     // The first round of each makes its moments.

@@ -3,7 +3,7 @@
 use std::cmp::Ordering;
 
 use anyhow::Result;
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::data::{Rating, Ratings};
@@ -78,8 +78,7 @@ fn predict(
         let (users, items): (Vec<u32>, Vec<u32>) = chunk.iter().map(|question| (question.user, question.item)).unzip();
         let histories: Vec<&[u32]> =
             chunk.iter().map(|question| split.histories.before(question.user, question.time, history)).collect();
-        let (users, items) = (Tensor::new(users, &Device::Cpu)?, Tensor::new(items, &Device::Cpu)?);
-        let prediction = model.forward(&users, &items, &histories)?;
+        let prediction = model.forward(&model.ids(users)?, &model.ids(items)?, &histories)?;
         all.extend(head(prediction).to_vec1::<f32>()?);
     }
     Ok(all)

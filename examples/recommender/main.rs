@@ -7,6 +7,7 @@
 //! cargo run --release --example recommender -- --dense                  with candle's own embeddings
 //! cargo run --release --example recommender -- --state q8               moments of 2 bytes a weight
 //! cargo run --release --example recommender -- --sparse exact           rows move as in dense tables
+//! cargo run --release --features cuda --example recommender -- --device cuda
 //! cargo run --release --example recommender -- --help                   all options
 //! ```
 //!
@@ -36,6 +37,7 @@
 //!
 //! | file | what it does |
 //! | --- | --- |
+//! | `../throughput/device.rs` | the CPU or a GPU |
 //! | `settings.rs` | the options, and the optimizer's settings that follow from them |
 //! | `data.rs`, `synthetic.rs` | ratings, read from a file or made up |
 //! | `split.rs` | what is trained on and what is kept for the evaluation |
@@ -50,6 +52,8 @@ mod chart;
 mod checkpoint;
 mod compare;
 mod data;
+#[path = "../throughput/device.rs"]
+mod device;
 mod evaluate;
 mod model;
 mod report;
@@ -95,6 +99,7 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<()> {
     let settings = &args.settings;
+    let device = settings.device.open()?;
     let ratings = match &args.data {
         Some(path) => Ratings::read(path)?,
         None => synthetic::ratings(args.items.unwrap_or(synthetic::ITEMS)),
@@ -103,7 +108,7 @@ fn run(args: &Args) -> Result<()> {
     let baselines = Baselines::new(&ratings, &split);
     report::data(args.data.as_deref(), &ratings, &split);
 
-    let mut trainer = Trainer::new(settings, &ratings, &split)?;
+    let mut trainer = Trainer::new(settings, &device, &ratings, &split)?;
     let checkpoints = Checkpoints::new(&args.out);
     let mut progress = Progress::new(settings, &ratings);
     if args.resume {
@@ -136,7 +141,7 @@ fn run(args: &Args) -> Result<()> {
     }
     report::quality(&baselines, quality, settings.ema);
     report::time(&trainer.laps);
-    report::comparison(compare::compare(settings, &ratings, &split)?);
+    report::comparison(compare::compare(settings, &device, &ratings, &split)?);
     report::memory(&trainer.optimizer, &trainer.varmap)?;
     let curves = args.out.join("learning-curves.svg");
     chart::draw(&curves, &progress.history, &baselines)?;
@@ -220,6 +225,14 @@ mod tests {
         let error = train(&folder, "nowhere", &epochs("3", &["--resume"])).expect_err("no checkpoint");
         ensure!(format!("{error:#}").contains("there is no checkpoint"), "{error:#}");
         fs::remove_dir_all(&folder)?;
+        Ok(())
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[test]
+    fn without_the_feature_a_gpu_is_refused() -> Result<()> {
+        let error = run(&Args::try_parse_from(["recommender", "--device", "cuda"])?).expect_err("no feature");
+        ensure!(format!("{error:#}").contains("built without the feature `cuda`"), "{error:#}");
         Ok(())
     }
 }

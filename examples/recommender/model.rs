@@ -27,6 +27,8 @@ const EMBEDDING_DEVIATION: f64 = 0.1;
 /// The model. Its weights are variables of the `VarMap` that it was made with.
 pub(crate) struct Recommender {
     mean: f64,
+    /// Where the tables want their ids.
+    ids: Device,
     users: Table,
     items: Table,
     /// None if no item of the past is looked at.
@@ -46,9 +48,10 @@ pub(crate) struct Prediction {
 }
 
 impl Recommender {
-    /// A model for so many users and items, and `mean`, the mean of all ratings.
+    /// A model on `device` for so many users and items, and `mean`, the mean of all ratings.
     pub(crate) fn new(
         settings: &Settings,
+        device: &Device,
         (users, items): (usize, usize),
         mean: f64,
         varmap: &VarMap,
@@ -56,7 +59,7 @@ impl Recommender {
     ) -> Result<Self> {
         let &Settings { dim, hidden, history, dense, .. } = settings;
         let half = hidden.div_ceil(2);
-        let mut weights = Weights { varmap: varmap.clone(), rng, dense };
+        let mut weights = Weights { varmap: varmap.clone(), rng, device, dense };
         let mlp = seq()
             .add(weights.linear("mlp.0", 3 * dim, hidden, 2.0)?)
             .add(Activation::Relu)
@@ -65,6 +68,7 @@ impl Recommender {
             .add(weights.linear("mlp.2", half, 2, 0.25)?);
         Ok(Self {
             mean,
+            ids: if dense { device.clone() } else { Device::Cpu },
             users: weights.table("users.embedding", users, dim, EMBEDDING_DEVIATION)?,
             items: weights.table("items.embedding", items, dim, EMBEDDING_DEVIATION)?,
             user_biases: weights.table("users.bias", users, 2, 0.0)?,
@@ -74,8 +78,15 @@ impl Recommender {
         })
     }
 
-    /// The predictions for pairs of `users` and `items`, both of dimension `N` and dtype u32. `histories` has the items
-    /// that the first users rated before; if it is shorter, it goes for those after them from the beginning again.
+    /// Ids to look up. Tables of rows have them read by the host, wherever the rows are; those on a GPU would have to
+    /// be waited for. candle's own want them beside the table.
+    pub(crate) fn ids(&self, ids: Vec<u32>) -> candle_core::Result<Tensor> {
+        Tensor::new(ids, &self.ids)
+    }
+
+    /// The predictions for pairs of `users` and `items`, both [`ids`](Self::ids) of dimension `N`. `histories` has the
+    /// items that the first users rated before; if it is shorter, it goes for those after them from the beginning
+    /// again.
     pub(crate) fn forward(&self, users: &Tensor, items: &Tensor, histories: &[&[u32]]) -> Result<Prediction> {
         let (mut p, q) = (self.users.forward(users)?, self.items.forward(items)?);
         if let Some(history) = &self.history {
@@ -102,24 +113,28 @@ enum History {
 impl History {
     /// The mean of the rows of each list; zeros for an empty one.
     fn forward(&self, histories: &[&[u32]]) -> Result<Tensor> {
-        let device = &Device::Cpu;
-        let ids = Tensor::new(histories.concat(), device)?;
+        let ids = histories.concat();
         let offsets = histories.iter().scan(0, |end, items| {
             let begin = *end;
             *end += items.len() as u32;
             Some(begin)
         });
         match self {
-            Self::Rows(bag) => Ok(bag.pool(&Bags::offsets(&ids, &Tensor::from_iter(offsets, device)?)?)?),
+            Self::Rows(bag) => {
+                let (ids, offsets) = (Tensor::new(ids, &Device::Cpu)?, Tensor::from_iter(offsets, &Device::Cpu)?);
+                Ok(bag.pool(&Bags::offsets(&ids, &offsets)?)?)
+            }
             Self::Dense(embedding) => {
+                let device = embedding.embeddings().device();
                 let bags = histories.len();
                 let zeros = Tensor::zeros((bags, embedding.hidden_size()), DType::F32, device)?;
-                if ids.elem_count() == 0 {
+                if ids.is_empty() {
                     return Ok(zeros);
                 }
+                let rows = embedding.forward(&Tensor::new(ids, device)?)?;
                 let bag_of = (0..).zip(histories).flat_map(|(bag, items)| items.iter().map(move |_| bag));
                 let counts = histories.iter().map(|items| items.len().max(1) as f32);
-                let sums = zeros.index_add(&Tensor::from_iter::<u32>(bag_of, device)?, &embedding.forward(&ids)?, 0)?;
+                let sums = zeros.index_add(&Tensor::from_iter::<u32>(bag_of, device)?, &rows, 0)?;
                 Ok(sums.broadcast_div(&Tensor::from_iter(counts, device)?.unsqueeze(1)?)?)
             }
         }
@@ -130,6 +145,7 @@ impl History {
 struct Weights<'r> {
     varmap: VarMap,
     rng: &'r mut StdRng,
+    device: &'r Device,
     dense: bool,
 }
 
@@ -164,8 +180,8 @@ impl Weights<'_> {
         let bound = 3f64.sqrt() * deviation;
         let mut number = || (bound * self.rng.random_range(-1.0..1.0)) as f32;
         let numbers = (0..shape.iter().product()).map(|_| number()).collect();
-        let var = self.varmap.get(shape, name, Init::Const(0.0), DType::F32, &Device::Cpu)?;
-        self.varmap.set_one(name, Tensor::from_vec(numbers, shape, &Device::Cpu)?)?;
+        let var = self.varmap.get(shape, name, Init::Const(0.0), DType::F32, self.device)?;
+        self.varmap.set_one(name, Tensor::from_vec(numbers, shape, self.device)?)?;
         Ok(var)
     }
 }

@@ -9,6 +9,7 @@ use candle_adamax::{
 use clap::{Parser, ValueEnum};
 use serde::{Deserialize, Serialize};
 
+use crate::device::Place;
 use crate::synthetic;
 
 /// Trains a neural recommender with Adamax: embeddings of users and items, an MLP, and two heads, one for ratings and
@@ -47,6 +48,11 @@ pub(crate) struct Settings {
     /// Decides the split, the first weights, the order of the ratings and the unrated items that are sampled.
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
+
+    /// Where to train and to evaluate.
+    #[arg(long, value_enum, default_value_t)]
+    #[serde(default)]
+    pub(crate) device: Place,
 
     /// How often each rating is trained on.
     #[arg(long, default_value_t = 10, value_parser = at_least_one)]

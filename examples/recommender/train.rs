@@ -21,6 +21,7 @@ const DIVERGED: &str = "try a lower --lr, or --clip-norm 1";
 /// A model in training.
 pub(crate) struct Trainer<'a> {
     settings: &'a Settings,
+    device: &'a Device,
     split: &'a Split,
     pub(crate) steps_per_epoch: usize,
     model: Recommender,
@@ -29,7 +30,7 @@ pub(crate) struct Trainer<'a> {
     pub(crate) laps: Laps,
 }
 
-/// How long each part of each step took.
+/// How long each part of each step took. A GPU is waited for at the end of each, so that every part has its own time.
 #[derive(Default)]
 pub(crate) struct Laps {
     pub(crate) batch: Vec<Duration>,
@@ -49,14 +50,14 @@ pub(crate) struct Batch<'a> {
 
 impl<'a> Trainer<'a> {
     /// A model that knows nothing yet.
-    pub(crate) fn new(settings: &'a Settings, ratings: &Ratings, split: &'a Split) -> Result<Self> {
+    pub(crate) fn new(settings: &'a Settings, device: &'a Device, ratings: &Ratings, split: &'a Split) -> Result<Self> {
         let mean = evaluate::mean(&split.train);
         let varmap = VarMap::new();
         let rng = &mut random(settings.seed, Stream::Weights);
-        let model = Recommender::new(settings, (ratings.users, ratings.items), mean, &varmap, rng)?;
+        let model = Recommender::new(settings, device, (ratings.users, ratings.items), mean, &varmap, rng)?;
         let steps_per_epoch = split.train.len().div_ceil(settings.batch);
         let optimizer = Adamax::from_varmap(&varmap, settings.adamax(steps_per_epoch))?;
-        Ok(Self { settings, split, steps_per_epoch, model, varmap, optimizer, laps: Laps::default() })
+        Ok(Self { settings, device, split, steps_per_epoch, model, varmap, optimizer, laps: Laps::default() })
     }
 
     /// The learning rate of the last step.
@@ -96,8 +97,10 @@ impl<'a> Trainer<'a> {
         let mse = mse.to_scalar::<f32>()?;
         let forwarded = Instant::now();
         let grads = loss.backward()?;
+        self.device.synchronize()?;
         let differentiated = Instant::now();
         self.optimizer.step(&grads)?;
+        self.device.synchronize()?;
 
         self.laps.batch.push(batched - start);
         self.laps.forward.push(forwarded - batched);
@@ -130,9 +133,9 @@ impl<'a> Trainer<'a> {
         let Self { split, settings, .. } = self;
         let history = |rating: &&Rating| split.histories.before(rating.user, rating.time, settings.history);
         Ok(Batch {
-            users: Tensor::new(users, &Device::Cpu)?,
-            items: Tensor::new(items, &Device::Cpu)?,
-            ratings: Tensor::new(values, &Device::Cpu)?,
+            users: self.model.ids(users)?,
+            items: self.model.ids(items)?,
+            ratings: Tensor::new(values, self.device)?,
             histories: ratings.iter().map(history).collect(),
         })
     }

@@ -5,31 +5,38 @@
 //! cargo run --release --example throughput -- dense --elements 10000000 --dtype bf16
 //! cargo run --release --example throughput -- dense --elements 100000000 --state q8
 //! cargo run --release --example throughput -- small --tensors 1000 --elements 64
+//! cargo run --release --example throughput -- bert
 //! cargo run --release --example throughput -- sparse --rows 10000000 --dim 64 --batch 8192
+//! cargo run --release --features cuda --example throughput -- dense --elements 256000000 --device cuda
 //! ```
 //!
 //! Gradients are recorded beforehand; there is no autograd in what is timed. `memory` reads and writes the bytes of an
 //! update and computes nothing: no update can be faster, so the ratio to it is what this program is about. The machine
 //! may be shared and noisy: rounds alternate between the implementations, times are medians, and the ratio to the
 //! memory is the median of the ratios of neighbors. `--json` prints one object a line, for other programs.
+//!
+//! On a GPU, times are those of its events, from before the first kernel of a step to after its last; where the host is
+//! slower than the GPU, the GPU's waiting is in them. The memory's own speed is that of a copy within its memory, which
+//! takes its turn in every round. The host's time is how long the call takes to return.
 
-use std::io::Write;
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 use candle_adamax::{Rounding, StateDType};
 use candle_core::DType;
-use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use serde::Serialize;
 
+mod device;
+mod gpu;
+mod machine;
 mod memory;
 mod sparse;
+#[allow(dead_code, reason = "the benches make steps with all of it")]
 #[path = "../../benches/support/mod.rs"]
 mod support;
+mod table;
+mod updates;
 
-use memory::peak_memory;
-use support::case::{Case, Step};
+use machine::Machine;
+use updates::Work;
 
 /// candle allocates every intermediate result anew, and AdamW is made of a dozen of them. With the system's allocator
 /// each large one is mapped, page by page, and unmapped again, which costs more than the arithmetic; this one keeps
@@ -41,20 +48,17 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const OURS: &str = "candle-adamax";
 const ADAMW: &str = "candle-nn AdamW";
 const MEMORY: &str = "memory";
-
-/// From here on AdamW takes seconds, and is timed a few times only.
-const LARGE: usize = 4_000_000;
-const ADAMW_ROUNDS_IF_LARGE: usize = 7;
-
-/// After an operation the threads of candle's own pool spin for a millisecond or so before they sleep, on the cores that
-/// the next step wants (`CANDLE_BARRIER_POOL_SPIN_LIMIT` sets how long). What comes after AdamW waits until they sleep.
-const AFTER_ADAMW: Duration = Duration::from_millis(5);
+/// The memory's own speed on a GPU.
+const COPY: &str = "copy";
 
 /// Times a step of candle-adamax beside candle-nn's AdamW and the memory's own speed.
 #[derive(Parser)]
 struct Cli {
     #[command(subcommand)]
     case: CaseArgs,
+    /// Where to compute.
+    #[arg(long, global = true, value_enum, default_value_t)]
+    device: device::Place,
     /// Print one JSON object a line and nothing else.
     #[arg(long, global = true)]
     json: bool,
@@ -73,11 +77,16 @@ enum CaseArgs {
     /// Many small tensors. The memory's line is as many bytes in one row.
     Small {
         /// How many tensors.
-        #[arg(long)]
-        tensors: usize,
+        #[arg(long, value_parser = clap::value_parser!(u32).range(1..=100_000_000))]
+        tensors: u32,
         /// How many elements each of them has.
         #[arg(long)]
         elements: usize,
+        #[command(flatten)]
+        common: Common,
+    },
+    /// The 197 parameters of BERT-base without the pooler.
+    Bert {
         #[command(flatten)]
         common: Common,
     },
@@ -96,7 +105,8 @@ struct Common {
     /// How f16 and bf16 parameters are rounded.
     #[arg(long, value_enum, default_value = "nearest")]
     rounding: Round,
-    /// How often each is timed, after one step to warm up [default: 15, or 200 for less than a million elements].
+    /// How often each is timed, after some steps to warm up [default: 15, on a GPU 50; for less than a million elements
+    /// 200].
     #[arg(long)]
     rounds: Option<usize>,
 }
@@ -156,164 +166,16 @@ impl From<Round> for Rounding {
     }
 }
 
-/// One line of the result.
-#[derive(Serialize)]
-struct Line {
-    case: &'static str,
-    implementation: &'static str,
-    median_ms: f64,
-    /// What an update of Adamax in these types cannot avoid; the same for all, so that GB/s compare as times do.
-    bytes: u64,
-    gb_per_s: f64,
-    /// The time in terms of the memory's.
-    per_memory: f64,
-    tensors: usize,
-    elements: usize,
-    dtype: &'static str,
-    state: String,
-    rounds: usize,
-    threads: usize,
-}
-
 fn main() -> Result<()> {
-    let Cli { case, json } = Cli::parse();
-    let (name, tensors, elements, common) = match case {
-        CaseArgs::Dense { elements, common } => ("dense", 1, elements, common),
-        CaseArgs::Small { tensors, elements, common } => ("small", tensors, elements, common),
-        CaseArgs::Sparse(args) => return sparse::run(&args, json),
+    let Cli { case, device, json } = Cli::parse();
+    let machine = Machine::new(device)?;
+    let (name, shapes, common) = match case {
+        CaseArgs::Dense { elements, common } => ("dense", vec![vec![elements]], common),
+        CaseArgs::Small { tensors, elements, common } => ("small", vec![vec![elements]; tensors as usize], common),
+        CaseArgs::Bert { common } => ("bert", updates::bert(), common),
+        CaseArgs::Sparse(args) => return sparse::run(&machine, &args, json),
     };
-    ensure!(tensors > 0, "--tensors: expected at least 1, got 0");
-    ensure!(elements > 0, "--elements: expected at least 1, got 0");
-    let total = tensors.checked_mul(elements).filter(|&total| total <= isize::MAX as usize / 64);
-    let total =
-        total.with_context(|| format!("{tensors} tensors of {elements} elements do not fit into any memory"))?;
-    let rounds = common.rounds.unwrap_or(if total < 1_000_000 { 200 } else { 15 });
-    ensure!(rounds > 0, "--rounds: expected at least 1, got 0");
-    let (dtype, state, rounding) = (common.dtype.into(), common.state.into(), common.rounding.into());
-    let case = Case { tensors, elements, dtype, state, rounding };
-
-    let times = measure(&case, rounds)?;
-    let lines = times.lines(name, &case);
-    let mut out = std::io::stdout().lock();
-    if json {
-        for line in &lines {
-            writeln!(out, "{}", serde_json::to_string(line)?)?;
-        }
-        return Ok(());
-    }
-    print_table(&mut out, &case, &lines)?;
-    writeln!(out)?;
-    writeln!(out, "{OURS} / {MEMORY}: {:.2} (median of the rounds' ratios)", times.ours_per_memory())?;
-    if !times.full.is_empty() {
-        let ratio = of_neighbors(&times.ours, &times.full);
-        writeln!(out, "{:?} moments / f32 moments: {ratio:.2} (median of the rounds' ratios)", case.state)?;
-        writeln!(out, "peak memory with {:?} moments: {}", case.state, times.peak())?;
-    }
-    writeln!(out, "{ADAMW} / {OURS}: {:.1}", median(&times.adamw) / median(&times.ours))?;
-    if tensors > 1 {
-        writeln!(out, "The memory's line is the bytes of all {tensors} tensors in one row: four large arrays.")?;
-    }
-    Ok(())
-}
-
-/// Seconds of each round.
-#[derive(Default)]
-struct Times {
-    ours: Vec<f64>,
-    /// With moments as they are, if those of `ours` are encoded.
-    full: Vec<f64>,
-    memory: Vec<f64>,
-    adamw: Vec<f64>,
-    /// The most memory that the process had with `ours` alone, in bytes, where the system tells.
-    peak: Option<u64>,
-}
-
-/// Times one step of each in turn. AdamW gives its memory back after its last round.
-fn measure(case: &Case, rounds: usize) -> Result<Times> {
-    let mut ours = case.adamax()?;
-    seconds(&mut ours)?;
-    seconds(&mut ours)?;
-    // Before the others' arrays are there.
-    let peak = peak_memory();
-    let (mut memory, mut adamw) = (case.memory()?, adamw(case)?);
-    let mut full = if case.state == StateDType::F32 { None } else { Some(with_full_moments(case).adamax()?) };
-    for step in [&mut memory, &mut adamw].into_iter().chain(&mut full) {
-        seconds(step)?;
-    }
-    let adamw_rounds = if case.total() < LARGE { rounds } else { rounds.min(ADAMW_ROUNDS_IF_LARGE) };
-    let mut adamw = Some(adamw);
-    let mut times = Times { peak, ..Times::default() };
-    for round in 0..rounds {
-        times.ours.push(seconds(&mut ours)?);
-        times.memory.push(seconds(&mut memory)?);
-        if let Some(full) = &mut full {
-            times.full.push(seconds(full)?);
-        }
-        if let Some(step) = &mut adamw {
-            times.adamw.push(seconds(step)?);
-            std::thread::sleep(AFTER_ADAMW);
-        }
-        if round + 1 == adamw_rounds {
-            adamw = None;
-        }
-    }
-    Ok(times)
-}
-
-/// The same case with moments as they are.
-fn with_full_moments(case: &Case) -> Case {
-    Case { state: StateDType::F32, ..*case }
-}
-
-/// A step of candle-nn's optimizer, on variables of its own.
-fn adamw(case: &Case) -> Result<Step> {
-    let (vars, grads) = case.vars_and_grads()?;
-    let mut optimizer = AdamW::new(vars, ParamsAdamW::default())?;
-    Ok(Box::new(move || optimizer.step(&grads)))
-}
-
-fn seconds(step: &mut Step) -> Result<f64> {
-    let start = Instant::now();
-    step()?;
-    Ok(start.elapsed().as_secs_f64())
-}
-
-impl Times {
-    /// Noise that lasts longer than a round is in both, and cancels.
-    fn ours_per_memory(&self) -> f64 {
-        of_neighbors(&self.ours, &self.memory)
-    }
-
-    fn peak(&self) -> String {
-        self.peak.map_or("unknown".to_owned(), |bytes| format!("{:.0} MB", bytes as f64 / 1e6))
-    }
-
-    fn lines(&self, name: &'static str, case: &Case) -> Vec<Line> {
-        let memory = median(&self.memory);
-        let line = |implementation, times: &[f64], per_memory| Line {
-            case: name,
-            implementation,
-            median_ms: median(times) * 1e3,
-            bytes: case.bytes(),
-            gb_per_s: case.bytes() as f64 / median(times) / 1e9,
-            per_memory,
-            tensors: case.tensors,
-            elements: case.elements,
-            dtype: case.dtype.as_str(),
-            state: format!("{:?}", case.state),
-            rounds: times.len(),
-            threads: rayon::current_num_threads(),
-        };
-        let mut lines = vec![line(OURS, &self.ours, self.ours_per_memory())];
-        if !self.full.is_empty() {
-            let full = line("  f32 moments", &self.full, of_neighbors(&self.full, &self.memory));
-            let (bytes, state) = (with_full_moments(case).bytes(), "F32".to_owned());
-            lines.push(Line { bytes, gb_per_s: bytes as f64 / median(&self.full) / 1e9, state, ..full });
-        }
-        lines.push(line(ADAMW, &self.adamw, median(&self.adamw) / memory));
-        lines.push(line(MEMORY, &self.memory, 1.0));
-        lines
-    }
+    updates::run(&machine, &Work::new(name, shapes, &common)?, common.rounds, json)
 }
 
 /// The median of the ratios of neighbors.
@@ -330,28 +192,4 @@ fn median(values: &[f64]) -> f64 {
         0 => sorted[middle.saturating_sub(1)..=middle].iter().sum::<f64>() / 2.0,
         _ => sorted[middle],
     }
-}
-
-fn print_table(out: &mut impl Write, case: &Case, lines: &[Line]) -> Result<()> {
-    let Case { tensors, elements, dtype, state, rounding } = case;
-    let (dtype, threads) = (dtype.as_str(), rayon::current_num_threads());
-    write!(out, "{tensors} x {elements} elements of {dtype}, {state:?} moments, {threads} threads")?;
-    writeln!(
-        out,
-        "{}",
-        if *rounding == Rounding::Nearest { String::new() } else { format!(", {rounding:?} rounding") }
-    )?;
-    writeln!(out)?;
-    writeln!(
-        out,
-        "{:<6} {:<16} {:>12} {:>15} {:>8} {:>10} {:>7}",
-        "case", "implementation", "median ms", "bytes per step", "GB/s", "per memory", "rounds"
-    )?;
-    for Line { case, implementation, median_ms, bytes, gb_per_s, per_memory, rounds, .. } in lines {
-        writeln!(
-            out,
-            "{case:<6} {implementation:<16} {median_ms:>12.3} {bytes:>15} {gb_per_s:>8.2} {per_memory:>10.2} {rounds:>7}"
-        )?;
-    }
-    Ok(())
 }
