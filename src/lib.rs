@@ -44,6 +44,12 @@
 //! CPU's vectors do not change a bit of the result. NaN propagates into the moments and the weights unless
 //! [`skip_nonfinite`](ParamsAdamax::skip_nonfinite) is set.
 //!
+//! # Crate features
+//!
+//! | feature | default | what it does |
+//! | --- | --- | --- |
+//! | `cuda` | off | updates variables on NVIDIA GPUs by kernels of this crate, compiled at run time; needs what candle's own feature `cuda` needs, and adds no public items |
+//!
 //! # How the source is laid out
 //!
 //! A module uses only modules further down:
