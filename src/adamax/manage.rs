@@ -6,6 +6,7 @@ use std::fmt;
 use candle_core::Var;
 
 use super::held::{GroupPlan, Held};
+use super::late::Unsettled;
 use super::{Accumulated, Adamax, Param, Report, Sum};
 use crate::check;
 use crate::checkpoint::Counters;
@@ -30,6 +31,7 @@ impl Adamax {
             counters: Counters::default(),
             kernel: Kernel::Auto,
             context: Context::default(),
+            unsettled: Unsettled::default(),
             report: Report::default(),
         })
     }
@@ -74,6 +76,7 @@ impl Adamax {
     /// No variable has this name.
     pub fn remove_var(&mut self, name: &str) -> Result<Var> {
         let index = self.index_of(name)?;
+        self.settle(true).map_err(|error| self.own(error))?;
         self.vars[index].state.pay_all().map_err(|error| self.own(error))?;
         let param = self.vars.remove(index);
         self.storages.remove(&storage_address(&param.var));
@@ -102,6 +105,7 @@ impl Adamax {
     /// something else then; another number of accumulation steps while gradients wait. Nothing has changed then.
     pub fn set_params(&mut self, params: ParamsAdamax) -> Result<()> {
         params.validate()?;
+        self.settle(true).map_err(|error| self.own(error))?;
         if params.epsilon != self.params.epsilon && self.counters.updates > 0 {
             let expected = format!("{:?} as before, since u is made for it", self.params.epsilon);
             return Err(self.own(Error::invalid("epsilon", expected, format!("{:?}", params.epsilon))));
@@ -137,6 +141,7 @@ impl Adamax {
     /// No group has this name, or a setting is not allowed. Nothing has changed then.
     pub fn set_group(&mut self, settings: GroupSettings) -> Result<()> {
         settings.validate().map_err(|error| self.own(error))?;
+        self.settle(true).map_err(|error| self.own(error))?;
         let mut groups = self.groups.clone();
         let Some(group) = groups.iter_mut().find(|group| group.name == settings.name) else {
             let names = self.groups.iter().map(|group| group.name.as_str());
@@ -152,17 +157,17 @@ impl Adamax {
 
     /// How many calls of `step` counted, that is, were neither skipped nor failed. Schedules count them.
     pub fn calls(&self) -> u64 {
-        self.counters.calls
+        self.settled_counters().calls
     }
 
     /// How many updates there were: the calls, divided by the accumulation steps.
     pub fn updates(&self) -> u64 {
-        self.counters.updates
+        self.settled_counters().updates
     }
 
     /// How many calls were skipped because something was not finite.
     pub fn skipped(&self) -> u64 {
-        self.counters.skipped
+        self.settled_counters().skipped
     }
 
     /// Chooses another kernel and moves the state to where it needs it.
@@ -171,6 +176,7 @@ impl Adamax {
     ///
     /// The device has no memory for the state; nothing has changed then.
     pub fn set_kernel(&mut self, kernel: Kernel) -> Result<()> {
+        self.settle(true).map_err(|error| self.own(error))?;
         self.plans(&self.params, &self.groups, kernel).map_err(|error| self.own(error))?;
         self.catch_up()?;
         let mut moved = Vec::with_capacity(self.vars.len());
@@ -230,6 +236,7 @@ impl Adamax {
         settings: &GroupSettings,
         vars: Vec<(String, Option<usize>, Var)>,
     ) -> Result<()> {
+        self.settle(true).map_err(|error| self.own(error))?;
         let plan = GroupPlan::of(&self.params, settings).map_err(|error| self.own(error))?;
         let mut storages: HashMap<usize, String> = HashMap::new();
         let mut names: HashMap<String, ()> = HashMap::new();
@@ -316,7 +323,7 @@ impl fmt::Display for Adamax {
         if self.groups.len() > 1 {
             write!(f, ", groups: {}", self.groups.len())?;
         }
-        write!(f, ", vars: {}, updates: {})", self.vars.len(), self.counters.updates)
+        write!(f, ", vars: {}, updates: {})", self.vars.len(), self.updates())
     }
 }
 
@@ -326,7 +333,7 @@ impl fmt::Debug for Adamax {
             .field("params", &self.params)
             .field("groups", &self.groups)
             .field("vars", &self.names().collect::<Vec<_>>())
-            .field("counters", &self.counters)
+            .field("counters", &self.settled_counters())
             .field("kernel", &self.kernel)
             .field("report", &self.report())
             .finish()

@@ -8,6 +8,7 @@ mod accumulate;
 mod collect;
 mod ema;
 mod held;
+mod late;
 mod manage;
 mod report;
 mod rows;
@@ -23,6 +24,7 @@ use self::accumulate::{Accumulated, Sum};
 use self::collect::{Collected, Found, Grad, collect};
 use self::ema::Averages;
 use self::held::{GroupPlan, Held};
+use self::late::Unsettled;
 pub use self::report::StepReport;
 use self::report::{Outcome, Report};
 pub use self::snapshot::State;
@@ -78,6 +80,7 @@ pub struct Adamax {
     kernel: Kernel,
     /// What kernels keep from one call to the next.
     context: Context,
+    unsettled: Unsettled,
     report: Report,
 }
 
@@ -131,7 +134,7 @@ impl Optimizer for Adamax {
 
     /// The learning rate of the next call; NaN where a tensor or a custom schedule gives no valid one.
     fn learning_rate(&self) -> f64 {
-        self.params.lr.at(self.counters.calls).unwrap_or(f64::NAN)
+        self.params.lr.at(self.settled_counters().calls).unwrap_or(f64::NAN)
     }
 
     /// From now on the learning rate is `lr`, also in place of a schedule. An invalid one is an error of the next step.
@@ -230,12 +233,14 @@ impl Adamax {
         if collected.is_empty() && !self.params.allow_no_gradients {
             return Err(ErrorKind::NoGradients { vars: self.vars.len() }.into());
         }
+        let on_gpu = self.measures_on_gpu(Gradients::OfThisCall(&collected));
+        self.make_room(Gradients::OfThisCall(&collected), on_gpu)?;
         let rates = Rates::of_call(&self.params, &self.groups, self.counters.calls)?;
         if let (Some(_), Some(index)) = (self.params.ema, collected.first_sparse()) {
             let expected = format!("none with `{}`, whose average would cost all of its rows", self.vars[index].name);
             return Err(Error::invalid("ema", expected, "a gradient of some rows"));
         }
-        if Summary::is_measured(&self.params) && !self.measures_on_gpu(Gradients::OfThisCall(&collected)) {
+        if Summary::is_measured(&self.params) && !on_gpu {
             collected.sum_rows(&self.vars)?;
         }
         let averages = Averages::prepare(&self.vars, self.params.ema)?;
@@ -260,7 +265,7 @@ impl Adamax {
             Gradients::OfThisCall(_) => self.unscale(),
             Gradients::Accumulated { steps } => 1.0 / steps as f64,
         };
-        let (summary, measured) = if self.measures_on_gpu(gradients) {
+        let (summary, mut measured) = if self.measures_on_gpu(gradients) {
             Summary::of_update(&self.params, unscale)
         } else {
             let grads = || gradients.sources(&self.vars);
@@ -271,7 +276,10 @@ impl Adamax {
         }
         self.prepare_states(gradients, rates)?;
         let update = self.counters.updates + 1;
-        let orders = self.orders(gradients, rates, &summary, update)?;
+        let orders = self.orders(gradients, rates, &summary, 0)?;
+        if let Some(measured) = &mut measured {
+            measured.late = self.late_orders(gradients, &summary)?;
+        }
         let mut locked: Vec<_> = self.vars.iter_mut().map(Param::unlock).collect();
         let (mut tasks, mut row_tasks, mut nth) = (Vec::with_capacity(locked.len()), Vec::new(), 0);
         for (index, (orders, (var, accumulated, state))) in orders.iter().zip(&mut locked).enumerate() {
@@ -289,6 +297,10 @@ impl Adamax {
             }
             nth += 1;
         }
+        let outcome = match &measured {
+            Some(measured) => Outcome::UpdatedOnGpu { skips: measured.skips },
+            None => Outcome::Updated { total_norm: summary.total_norm() },
+        };
         self.context.update(tasks, row_tasks, measured)?;
         for (index, (orders, (_, accumulated, state))) in orders.iter().zip(&mut locked).enumerate() {
             let (Some(orders), Some(grad)) = (orders, gradients.of(index, *accumulated)) else { continue };
@@ -297,16 +309,27 @@ impl Adamax {
         }
         drop(locked);
         self.counters.updates = update;
-        Ok(match measured {
-            Some(_) => Outcome::UpdatedOnGpu,
-            None => Outcome::Updated { total_norm: summary.total_norm() },
-        })
+        if outcome == (Outcome::UpdatedOnGpu { skips: true }) {
+            self.unsettled.push(gradients.indices(&self.vars).collect());
+        }
+        Ok(outcome)
     }
 
-    /// Whether all of an update happens on one GPU, so that the host does not wait for norms. Only what is skipped it has
-    /// to know.
+    /// Whether all of an update happens on one GPU, so that the host waits neither for norms nor to hear what is skipped:
+    /// but where that decides what happens to sums and averages.
     fn measures_on_gpu(&self, gradients: Gradients<'_>) -> bool {
-        !self.params.skip_nonfinite && all_on_one_gpu(gradients.places(&self.vars))
+        let ParamsAdamax { skip_nonfinite, gradient_accumulation_steps, ema, .. } = &self.params;
+        let decides = *skip_nonfinite && (*gradient_accumulation_steps > 1 || ema.is_some());
+        !decides && all_on_one_gpu(gradients.places(&self.vars))
+    }
+
+    /// The orders that hold if 1, 2, .. of the unsettled calls have been skipped.
+    fn late_orders(&self, gradients: Gradients<'_>, summary: &Summary) -> Result<Vec<Vec<Orders>>> {
+        let late = (1..=self.unsettled.len() as u64).map(|late| {
+            let rates = Rates::of_call(&self.params, &self.groups, self.counters.calls - late)?;
+            Ok(self.orders(gradients, &rates, summary, late)?.into_iter().flatten().collect())
+        });
+        late.collect()
     }
 
     /// Gets the states of tables ready for gradients of rows.
@@ -321,13 +344,13 @@ impl Adamax {
         Ok(())
     }
 
-    /// What each variable with a gradient is updated with.
+    /// What each variable with a gradient is updated with, if `late` of the calls that were counted have been skipped.
     fn orders(
         &self,
         gradients: Gradients<'_>,
         rates: &Rates,
         summary: &Summary,
-        update: u64,
+        late: u64,
     ) -> Result<Vec<Option<Orders>>> {
         let sign = if self.params.maximize { -1.0 } else { 1.0 };
         let (mut last, mut nth) = (None, 0);
@@ -336,9 +359,10 @@ impl Adamax {
                 return Ok(None);
             }
             let state = param.state.get();
+            let step = state.step + 1 - late;
             let t = match self.params.step_count {
-                StepCount::Shared => update,
-                StepCount::PerVar => state.step + 1,
+                StepCount::Shared => self.counters.updates + 1 - late,
+                StepCount::PerVar => step,
             };
             let coefficients = Coefficients {
                 grad_scale: sign * summary.grad_scale(nth),
@@ -351,9 +375,9 @@ impl Adamax {
                 let expected = "less than 1 of the weight to decay in a step, for `sparse_update: Exact`";
                 return Err(Error::invalid("lr", expected, lr));
             }
-            let key = derive(derive(self.params.seed, param.key), state.step + 1);
+            let key = derive(derive(self.params.seed, param.key), step);
             let encoding = state.moments.layout.encoding;
-            let shrink = shrinkage(*octaves, state.step + 1, state.moments.layout.by_rows.then_some(key));
+            let shrink = shrinkage(*octaves, step, state.moments.layout.by_rows.then_some(key));
             Ok(Some(Orders { coefficients, encoding, shrink, rounding: plan.keeping.rounding, key }))
         });
         orders.collect()
@@ -394,6 +418,15 @@ impl<'c> Gradients<'c> {
             }),
             Self::Accumulated { .. } => accumulated.and_then(Accumulated::sum),
         }
+    }
+
+    /// The indices of the variables with a gradient.
+    fn indices<'s>(self, vars: &'s [Param]) -> impl Iterator<Item = usize>
+    where
+        'c: 's,
+    {
+        let with_gradient = move |&index: &usize| self.of(index, vars[index].accumulated.as_ref()).is_some();
+        (0..vars.len()).filter(with_gradient)
     }
 
     /// The variables with a gradient, and where their state lives.

@@ -13,8 +13,8 @@ pub(super) enum Outcome {
     Accumulated,
     /// The variables were updated.
     Updated { total_norm: Option<f64> },
-    /// The same by a GPU, which knows the total norm.
-    UpdatedOnGpu,
+    /// The same by a GPU, which knows the total norm, and whether it `skips` the call.
+    UpdatedOnGpu { skips: bool },
     /// Something was not finite; nothing has changed.
     Skipped,
 }
@@ -43,12 +43,22 @@ impl<'a> StepReport<'a> {
 
     /// Whether variables were updated: not if the gradients were only accumulated, nor if the call was skipped.
     pub fn updated(&self) -> bool {
-        matches!(self.report.outcome, Outcome::Updated { .. } | Outcome::UpdatedOnGpu)
+        match self.report.outcome {
+            Outcome::Updated { .. } => true,
+            Outcome::UpdatedOnGpu { .. } => !self.skipped(),
+            _ => false,
+        }
     }
 
     /// Whether the call was skipped because something was not finite.
+    ///
+    /// Where a GPU decides that, this waits for it.
     pub fn skipped(&self) -> bool {
-        self.report.outcome == Outcome::Skipped
+        match self.report.outcome {
+            Outcome::Skipped => true,
+            Outcome::UpdatedOnGpu { skips: true } => self.context.was_skipped().unwrap_or(false),
+            _ => false,
+        }
     }
 
     /// The norm of all gradients together before clipping, in the norm that clipping asks for (L2 for each variable's
@@ -57,7 +67,8 @@ impl<'a> StepReport<'a> {
     pub fn total_norm(&self) -> Option<f64> {
         match self.report.outcome {
             Outcome::Updated { total_norm } => total_norm,
-            Outcome::UpdatedOnGpu => self.context.total_norm().ok().flatten(),
+            Outcome::UpdatedOnGpu { .. } if self.skipped() => None,
+            Outcome::UpdatedOnGpu { .. } => self.context.total_norm().ok().flatten(),
             _ => None,
         }
     }

@@ -63,6 +63,7 @@ impl Adamax {
     /// No variable has this name; an id that is not the number of a row. Nothing has changed then.
     pub fn reset_rows(&mut self, name: &str, ids: &Tensor) -> Result<()> {
         let index = self.index_of(name)?;
+        self.settle(true).map_err(|error| self.own(error))?;
         let param = &mut self.vars[index];
         let rows = rows_of(&param.name, &param.var).and_then(|rows| read_ids(IDS, ids, rows));
         let mut rows = match rows {
@@ -110,6 +111,7 @@ impl Adamax {
     /// Nothing has changed then.
     pub fn append_rows(&mut self, name: &str, rows: &Tensor) -> Result<Var> {
         let index = self.index_of(name)?;
+        self.settle(true).map_err(|error| self.own(error))?;
         let (var, param, address) = self.grown(index, rows).map_err(|error| self.own(error))?;
         let old = std::mem::replace(&mut self.vars[index], param);
         self.storages.remove(&storage_address(&old.var));

@@ -73,7 +73,7 @@ impl Adamax {
         Ok(Snapshot {
             params: self.params.clone(),
             groups: self.groups.clone(),
-            counters: self.counters,
+            counters: self.settled_counters(),
             vars: vars.collect::<Result<BTreeMap<_, _>>>()?,
         })
     }
@@ -137,7 +137,7 @@ impl Adamax {
         let MomentTensors { exp_avg, exp_inf, units } = state.moments.to_stored(param.var.shape())?;
         Ok(VarSnapshot {
             group: self.groups[param.group].name.clone(),
-            step: state.step,
+            step: self.index_of(&param.name).map_or(state.step, |index| self.settled_step(index, state.step)),
             exp_avg,
             exp_inf,
             units,
@@ -149,6 +149,7 @@ impl Adamax {
     }
 
     fn try_restore(&mut self, snapshot: &Snapshot) -> Result<()> {
+        self.settle(true)?;
         let Snapshot { params, groups, counters, vars } = snapshot;
         let convention = |entry: &str, own: &dyn std::fmt::Debug, theirs: &dyn std::fmt::Debug| {
             let (own, theirs) = (format!("{own:?}"), format!("{theirs:?}"));

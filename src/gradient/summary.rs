@@ -57,7 +57,11 @@ impl Summary {
     /// The summary of gradients that the update measures by itself, where that is on the device of all of them, and how.
     pub(crate) fn of_update(params: &ParamsAdamax, unscale: f64) -> (Self, Option<Measured>) {
         let summary = Self { norms: Vec::new(), total_norm: None, reported: false, clip: Clip::None, unscale };
-        let measured = params.norm_type().map(|norm| Measured { norm, clip: clip_of(params), unscale: unscale.abs() });
+        let skips = params.skip_nonfinite;
+        let reported = params.norm_type().is_some();
+        let norm = params.norm_type().or(skips.then_some(NormType::Inf));
+        let (clip, unscale) = (clip_of(params), unscale.abs());
+        let measured = norm.map(|norm| Measured { norm, reported, clip, unscale, skips, late: Vec::new() });
         (summary, measured)
     }
 

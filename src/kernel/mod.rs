@@ -74,13 +74,19 @@ pub(crate) struct Context {
 }
 
 /// Norms that an update measures by itself, on the GPU, and what it makes of them.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "read by the CUDA kernels"))]
 pub(crate) struct Measured {
     pub(crate) norm: NormType,
+    /// Whether it is one that was asked for.
+    pub(crate) reported: bool,
     pub(crate) clip: Clip,
     /// What gradients are multiplied with to be the true ones.
     pub(crate) unscale: f64,
+    /// Whether a call that is not finite is skipped.
+    pub(crate) skips: bool,
+    /// The orders that hold if 1, 2, .. of the calls have been skipped that were counted as if they had not.
+    pub(crate) late: Vec<Vec<Orders>>,
 }
 
 impl Context {
@@ -134,6 +140,31 @@ impl Context {
             Place::Cuda => self.measure_cuda(*source, norm),
         });
         of_each.collect()
+    }
+
+    /// Whether the GPU has skipped the first call of those that are not settled; `None` if it does not know yet, and
+    /// nobody is to `wait`.
+    pub(crate) fn settle(&mut self, wait: bool) -> Result<Option<bool>> {
+        #[cfg(feature = "cuda")]
+        return self.cuda.settle(wait);
+        #[cfg(not(feature = "cuda"))]
+        Ok(wait.then_some(false))
+    }
+
+    /// How many calls the GPU has skipped that are not settled; waits for it.
+    pub(crate) fn unheard(&self) -> Result<u64> {
+        #[cfg(feature = "cuda")]
+        return self.cuda.unheard();
+        #[cfg(not(feature = "cuda"))]
+        Ok(0)
+    }
+
+    /// Whether the GPU has skipped the last call; waits for it.
+    pub(crate) fn was_skipped(&self) -> Result<bool> {
+        #[cfg(feature = "cuda")]
+        return self.cuda.was_skipped();
+        #[cfg(not(feature = "cuda"))]
+        Ok(false)
     }
 
     /// The norm of all gradients of the last update, where it was measured on a GPU; waits for it.

@@ -24,4 +24,7 @@ trap 'rm -rf "$driver"' EXIT
 for library in libcublas.so.13 libcublasLt.so.13 libcurand.so.10; do
   ln -s libcuda.so.1 "$driver/$library"
 done
-LD_LIBRARY_PATH="$driver:${LD_LIBRARY_PATH:-}" "$program" --test-threads 2 "${filter[@]}"
+export LD_LIBRARY_PATH="$driver:${LD_LIBRARY_PATH:-}"
+"$program" --test-threads 2 "${filter[@]}"
+# Once more where the GPU is always behind what the host has asked for.
+[ $# -gt 0 ] || ADAMAX_LATE=1 "$program" --test-threads 2 not_finite to_be_skipped

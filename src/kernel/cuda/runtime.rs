@@ -3,12 +3,14 @@
 //! Invariant: everything that can fail for want of memory or of a compiler comes before the first launch; nothing here
 //! waits for the device but what says so.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use candle_core::backend::BackendDevice;
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Shape, Tensor};
-use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg};
+use cudarc::driver::{
+    CudaEvent, CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PinnedHostSlice, PushKernelArg,
+};
 
 use super::abi::{
     self, Address, Chunk, Control, GatherArgs, Gradient, JoinArgs, Late, LeavesArgs, NormsArgs, Pair, PairArgs,
@@ -40,8 +42,16 @@ struct Runtime {
     scratch: Option<CudaSlice<u8>>,
     /// Sums of the gradients of rows.
     sums: Option<CudaSlice<u8>>,
-    /// Whether the last update has measured the norm.
+    /// Whether the last update has measured the norm, and was asked to.
     has_measured: bool,
+    /// Whether the last update may have been skipped.
+    last_skips: bool,
+    /// Skipped calls that the host knows of.
+    heard: u64,
+    /// What the control was behind each of the calls that are not settled.
+    unsettled: VecDeque<(PinnedHostSlice<u8>, CudaEvent)>,
+    /// Memory for more of them.
+    spare: Vec<(PinnedHostSlice<u8>, CudaEvent)>,
 }
 
 /// Chunks as they are on the device.
@@ -90,7 +100,7 @@ impl Runtimes {
     ) -> Result<()> {
         let tasks = tasks.into_iter().map(Work::Dense).chain(rows.into_iter().map(Work::Rows)).collect();
         for (device, work) in Self::by_device(tasks, |work| Some(work.var()?.device().clone())) {
-            self.of(&device)?.update(work, measured)?;
+            self.of(&device)?.update(work, measured.clone())?;
         }
         Ok(())
     }
@@ -148,13 +158,31 @@ impl Runtimes {
     /// The norm of all gradients of the last update; waits for it.
     pub(crate) fn total_norm(&self) -> Result<Option<f64>> {
         match self.0.iter().find(|runtime| runtime.has_measured) {
-            Some(runtime) => {
-                let bytes = runtime.stream.clone_dtoh(&runtime.control).map_err(candle_core::Error::wrap)?;
-                let control: Control = bytemuck::pod_read_unaligned(&bytes[..size_of::<Control>()]);
-                Ok(Some(control.total_norm))
-            }
+            Some(runtime) => Ok(Some(runtime.control()?.total_norm)),
             None => Ok(None),
         }
+    }
+
+    /// The runtime whose calls may be skipped: there is one, since that needs all variables on one GPU.
+    fn skipping(&self) -> Option<&Runtime> {
+        self.0.iter().find(|runtime| !runtime.unsettled.is_empty())
+    }
+
+    pub(crate) fn settle(&mut self, wait: bool) -> Result<Option<bool>> {
+        match self.0.iter_mut().find(|runtime| !runtime.unsettled.is_empty()) {
+            Some(runtime) => runtime.settle(wait),
+            None => Ok(None),
+        }
+    }
+
+    pub(crate) fn unheard(&self) -> Result<u64> {
+        self.skipping().map_or(Ok(0), |runtime| Ok(runtime.control()?.skipped - runtime.heard))
+    }
+
+    pub(crate) fn was_skipped(&self) -> Result<bool> {
+        let has_skipped = |runtime: &Runtime| Ok(runtime.control()?.skip != 0);
+        // The last call may have been settled since.
+        self.0.iter().find(|runtime| runtime.last_skips).map_or(Ok(false), has_skipped)
     }
 }
 
@@ -362,6 +390,10 @@ impl Runtime {
             scratch: None,
             sums: None,
             has_measured: false,
+            last_skips: false,
+            heard: 0,
+            unsettled: VecDeque::new(),
+            spare: Vec::new(),
         })
     }
 
@@ -371,7 +403,15 @@ impl Runtime {
         // The order in which norms are joined, which is that of the orders.
         work.sort_by_key(Work::nth);
         let prepared = work.iter().map(Prepared::new).collect::<Result<Vec<_>>>()?;
-        let orders: Vec<abi::Orders> = work.iter().map(Work::orders).collect();
+        let mut orders: Vec<abi::Orders> = work.iter().map(Work::orders).collect();
+        let n = orders.len() as u32;
+        if let Some(Measured { late, .. }) = &measured {
+            orders.extend(late.iter().flatten().map(abi::Orders::new));
+        }
+        let mut told = match &measured {
+            Some(Measured { skips: true, .. }) => Some(self.prepare_telling()?),
+            _ => None,
+        };
         let mut kernels: Vec<(&str, Module, Vec<usize>)> = Vec::new();
         for (index, task) in prepared.iter().enumerate().filter(|(_, task)| task.units() > 0) {
             match kernels.iter_mut().find(|(kernel, ..)| *kernel == task.kernel) {
@@ -387,7 +427,7 @@ impl Runtime {
         let sums_at = self.prepare_sums(&prepared)?;
         let lens: Vec<(DType, u64)> =
             prepared.iter().map(|task| (task.grad.dtype(task.var), task.grad.elements())).collect();
-        let norms = match measured {
+        let norms = match &measured {
             Some(_) => Some(self.prepare_norms(&lens)?),
             None => None,
         };
@@ -487,7 +527,7 @@ impl Runtime {
             self.launch(kernel, blocks_of_rows(args.n, args.row_len), args)?;
         }
         let mut late = Late::default();
-        if let (Some(measured), Some(norms)) = (measured, &norms) {
+        if let (Some(measured), Some(norms)) = (&measured, &norms) {
             self.launch_norms(&lens, gradients_at, norms, measured.norm, measured.unscale)?;
             let (clip, limit) = abi::clip(measured.clip);
             let control = self.control.device_ptr(&self.stream).0;
@@ -497,24 +537,63 @@ impl Runtime {
                 orders: orders_at,
                 control,
                 limit,
-                n: orders.len() as u32,
+                n,
                 orders_n: orders.len() as u32,
                 norm: abi::norm(measured.norm),
                 clip,
-                skips: 0,
+                skips: u32::from(measured.skips),
                 padding: 0,
             };
             self.launch("summary_join", 1, args)?;
-            late.orders = orders.len() as u32;
+            if let Some((memory, copied)) = &mut told {
+                late = Late { control, heard: self.heard, orders: n, padding: 0 };
+                self.stream.memcpy_dtoh(&self.control, memory).map_err(candle_core::Error::wrap)?;
+                copied.record(&self.stream).map_err(candle_core::Error::wrap)?;
+            }
         }
-        self.has_measured = measured.is_some();
         for ((kernel, ..), tensors) in kernels.iter().zip(tensors_at) {
             let (chunks, blocks) = self.planned(kernel);
             self.launch(kernel, blocks, UpdateArgs { tensors, orders: orders_at, chunks, late })?;
         }
         drop(guards);
         prepared.iter().try_for_each(|task| written(task.var, &self.stream))?;
+        drop(held);
+        self.has_measured = measured.as_ref().is_some_and(|measured| measured.reported);
+        self.last_skips = told.is_some();
+        self.unsettled.extend(told);
         Ok(())
+    }
+
+    /// Memory for what the device tells of a call.
+    fn prepare_telling(&mut self) -> Result<(PinnedHostSlice<u8>, CudaEvent)> {
+        if let Some(spare) = self.spare.pop() {
+            return Ok(spare);
+        }
+        let context = self.stream.context();
+        #[expect(unsafe_code, reason = "memory that is not set yet")]
+        // SAFETY: bytes, which the copy of the control sets before they are read.
+        let memory = unsafe { context.alloc_pinned_with_flags::<u8>(size_of::<Control>(), 0) };
+        let event = context.new_event(None).map_err(candle_core::Error::wrap)?;
+        Ok((memory.map_err(candle_core::Error::wrap)?, event))
+    }
+
+    /// Whether the first call of those that are not settled was skipped, if it is known, or to be waited for.
+    fn settle(&mut self, wait: bool) -> Result<Option<bool>> {
+        let Some((memory, copied)) = self.unsettled.front() else { return Ok(None) };
+        if !wait && !copied.try_is_complete().map_err(candle_core::Error::wrap)? {
+            return Ok(None);
+        }
+        copied.synchronize().map_err(candle_core::Error::wrap)?;
+        let control: Control = bytemuck::pod_read_unaligned(memory.as_slice().map_err(candle_core::Error::wrap)?);
+        self.spare.extend(self.unsettled.pop_front());
+        self.heard = control.skipped;
+        Ok(Some(control.skip != 0))
+    }
+
+    /// What the device knows behind the last call; waits for it.
+    fn control(&self) -> Result<Control> {
+        let bytes = self.stream.clone_dtoh(&self.control).map_err(candle_core::Error::wrap)?;
+        Ok(bytemuck::pod_read_unaligned(&bytes[..size_of::<Control>()]))
     }
 
     /// One launch for all pairs of the same types.
