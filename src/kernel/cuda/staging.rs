@@ -51,6 +51,7 @@ impl Staging {
         let bytes = room.0.max(ALIGNMENT);
         if self.device.as_ref().is_none_or(|device| device.len() < bytes) {
             let bytes = bytes.next_power_of_two();
+            self.wait();
             self.pinned.clear();
             self.next = 0;
             // The old memory is given back when what reads it has run: in the order of the stream.
@@ -73,6 +74,22 @@ impl Staging {
         copied.synchronize().map_err(candle_core::Error::wrap)?;
         let base = device.device_ptr(&self.stream).0;
         Ok(Filling { stream: &self.stream, pinned, copied, device, base, bytes: room.0 })
+    }
+}
+
+impl Staging {
+    /// Waits for the copies that are on their way: their memory is about to go.
+    fn wait(&self) {
+        for (_, copied) in &self.pinned {
+            // A device that does not answer copies nothing any more.
+            let _ = copied.synchronize();
+        }
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        self.wait();
     }
 }
 
