@@ -1,4 +1,17 @@
 //! The kernels of `cuda/`: what they are given, and how they are compiled and launched.
+//!
+//! | module | what lives there |
+//! | --- | --- |
+//! | `runtime` | one GPU of one optimizer: an update, a pass, a norm, and what is heard late |
+//! | `work` | what an update is asked to do, before and after addresses are known |
+//! | `rows`, `norms` | rows of tables; norms of gradients |
+//! | `launcher` | kernels of one device: loaded, planned, launched |
+//! | `staging` | one copy for all that a launch is told |
+//! | `compile`, `source` | the compiler at run time; the kernels' texts and names |
+//! | `plan` | sizes become blocks of a launch; pure |
+//! | `abi` | the structures that both sides have; pure |
+//!
+//! Without the feature `cuda` only the pure ones are there, for the tests, which run the kernels on the host.
 
 pub(crate) mod abi;
 #[cfg(feature = "cuda")]
