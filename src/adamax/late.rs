@@ -59,7 +59,7 @@ impl Adamax {
 
     /// How many of the unsettled calls were skipped; waits for the GPU. None of them if it does not answer, which the next
     /// step will say.
-    fn late(&self) -> u64 {
+    pub(super) fn late(&self) -> u64 {
         if self.unsettled.calls == 0 {
             return 0;
         }
@@ -71,14 +71,15 @@ impl Adamax {
         without(&self.counters, self.late())
     }
 
-    /// How many updates variable `index` has had, with all calls settled.
-    pub(super) fn settled_step(&self, index: usize, step: u64) -> u64 {
-        if self.unsettled.vars.contains(&index) { step - self.late() } else { step }
+    /// How many updates a variable has had that counts `step`, if `late` of the unsettled calls were skipped.
+    pub(super) fn settled_step(&self, name: &str, step: u64, late: u64) -> u64 {
+        let is_of_them = late > 0 && self.index_of(name).is_ok_and(|index| self.unsettled.vars.contains(&index));
+        if is_of_them { step - late } else { step }
     }
 }
 
 /// The counters if so many calls that were counted have been skipped.
-fn without(counters: &Counters, skipped: u64) -> Counters {
+pub(super) fn without(counters: &Counters, skipped: u64) -> Counters {
     Counters {
         calls: counters.calls - skipped,
         updates: counters.updates - skipped,

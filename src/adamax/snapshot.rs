@@ -6,6 +6,7 @@ use std::path::Path;
 use candle_core::{DType, Tensor};
 
 use super::held::{GroupPlan, Held};
+use super::late::without;
 use super::{Accumulated, Adamax, Param, Sum, collect};
 use crate::checkpoint::{self, AccumulatedGrad, Counters, Snapshot, VarSnapshot};
 use crate::codec::{LARGEST_LOG, POINT};
@@ -42,7 +43,7 @@ impl Adamax {
     /// No variable has this name.
     pub fn state(&self, name: &str) -> Result<State> {
         let param = &self.vars[self.index_of(name)?];
-        let VarSnapshot { step, ema, accumulated, .. } = self.var_snapshot(param)?;
+        let VarSnapshot { step, ema, accumulated, .. } = self.var_snapshot(param, self.late())?;
         let state = param.state.get();
         let (exp_avg, exp_inf) = state.moments.to_tensors(param.var.shape())?;
         Ok(State { exp_avg, exp_inf, step, ema, accumulated: accumulated.map(|(sum, _)| sum), bytes: state.bytes() })
@@ -69,11 +70,12 @@ impl Adamax {
     ///
     /// A device whose memory cannot be read.
     pub fn snapshot(&self) -> Result<Snapshot> {
-        let vars = self.vars.iter().map(|param| Ok((param.name.clone(), self.var_snapshot(param)?)));
+        let late = self.late();
+        let vars = self.vars.iter().map(|param| Ok((param.name.clone(), self.var_snapshot(param, late)?)));
         Ok(Snapshot {
             params: self.params.clone(),
             groups: self.groups.clone(),
-            counters: self.settled_counters(),
+            counters: without(&self.counters, late),
             vars: vars.collect::<Result<BTreeMap<_, _>>>()?,
         })
     }
@@ -123,7 +125,7 @@ impl Adamax {
         }
     }
 
-    fn var_snapshot(&self, param: &Param) -> Result<VarSnapshot> {
+    fn var_snapshot(&self, param: &Param, late: u64) -> Result<VarSnapshot> {
         let tensor = |buffer: &Buffer| buffer.to_tensor(param.var.shape());
         let accumulated = param.accumulated.as_ref().filter(|accumulated| accumulated.calls > 0);
         let sum = |sum: &Sum| -> Result<AccumulatedGrad> {
@@ -137,7 +139,7 @@ impl Adamax {
         let MomentTensors { exp_avg, exp_inf, units } = state.moments.to_stored(param.var.shape())?;
         Ok(VarSnapshot {
             group: self.groups[param.group].name.clone(),
-            step: self.index_of(&param.name).map_or(state.step, |index| self.settled_step(index, state.step)),
+            step: self.settled_step(&param.name, state.step, late),
             exp_avg,
             exp_inf,
             units,
