@@ -18,7 +18,7 @@ use candle_adamax::{
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor, Var};
 use candle_nn::{Module, Optimizer};
-use common::{Fingerprint, bits, noise, on, tensor, var};
+use common::{Fingerprint, bits, noise, on, tensor, values, var};
 
 /// The first GPU.
 fn gpu() -> &'static Device {
@@ -376,18 +376,23 @@ fn states_move_between_devices_and_kernels() {
 
 #[test]
 fn tensor_operations_and_kernels_take_turns() {
-    on(gpu(), || {
-        let vars = vars(DType::F32);
-        let mut optimizer = Adamax::from_named(vars.clone(), ParamsAdamax::default()).unwrap();
-        for (t, kernel) in (1..).zip([Kernel::Auto, Kernel::Portable, Kernel::Auto]) {
-            optimizer.set_kernel(kernel).unwrap();
-            let grads: Vec<Tensor> = SIZES.iter().map(|&n| gradient(n, t, DType::F32, 0)).collect();
-            optimizer.apply_gradients(vars.iter().map(|(_, var)| var).zip(&grads)).unwrap();
-        }
-        let (expected, _) = train(&Device::Cpu, (DType::F32, DType::F32), &ParamsAdamax::default(), 2, 0);
-        assert_eq!(optimizer.updates(), 3);
-        assert_ne!(Fingerprint::of(&optimizer, &vars).bits(), expected.bits());
-    });
+    let run = |device: &Device, kernels: [Kernel; 3]| {
+        on(device, || {
+            let vars = vars(DType::F32);
+            let mut optimizer = Adamax::from_named(vars.clone(), ParamsAdamax::default()).unwrap();
+            for (t, kernel) in (1..).zip(kernels) {
+                optimizer.set_kernel(kernel).unwrap();
+                let grads: Vec<Tensor> = SIZES.iter().map(|&n| gradient(n, t, DType::F32, 0)).collect();
+                optimizer.apply_gradients(vars.iter().map(|(_, var)| var).zip(&grads)).unwrap();
+            }
+            vars.iter().flat_map(|(_, var)| values(var)).collect::<Vec<f64>>()
+        })
+    };
+    let got = run(gpu(), [Kernel::Auto, Kernel::Portable, Kernel::Auto]);
+    let expected = run(&Device::Cpu, [Kernel::Auto; 3]);
+    // Weights are about 1 and move by a thousandth three times; tensor operations round in another order.
+    let largest = got.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    assert!(got.len() == expected.len() && largest < 1e-6, "{largest:e}");
 }
 
 #[test]

@@ -1,7 +1,6 @@
 //! Which kernel runs, from device and dtype; nothing else.
 
 mod cpu;
-#[cfg(any(test, feature = "cuda"))]
 mod cuda;
 pub(crate) mod lend;
 mod lookup;
@@ -69,7 +68,6 @@ pub(crate) fn is_supported(dtype: DType) -> bool {
 /// What kernels keep from one call to the next, of one optimizer.
 #[derive(Default)]
 pub(crate) struct Context {
-    #[cfg(feature = "cuda")]
     cuda: cuda::Runtimes,
 }
 
@@ -102,7 +100,7 @@ impl Context {
         let [host_rows, device_rows, gpu_rows] = split(rows, |task| task.state.place());
         // What can fail goes first, so that a failure finds nothing changed: a launch can, for want of memory, and tensor
         // operations can, but a pass over slices cannot.
-        self.update_cuda(gpu, gpu_rows, measured)?;
+        self.cuda.update(gpu, gpu_rows, measured)?;
         portable::update(device, device_rows)?;
         cpu::run(host)?;
         cpu::update_rows(host_rows)?;
@@ -112,7 +110,7 @@ impl Context {
     /// Adds gradients to the accumulated ones.
     pub(crate) fn accumulate(&mut self, tasks: Vec<Task<'_, Accumulate<'_>>>) -> Result<()> {
         let [host, device, gpu] = split(tasks, |task| task.place);
-        self.accumulate_cuda(gpu)?;
+        self.cuda.accumulate(gpu)?;
         portable::accumulate(device)?;
         cpu::run(host)?;
         Ok(())
@@ -121,7 +119,7 @@ impl Context {
     /// Moves averages towards their variables.
     pub(crate) fn average(&mut self, tasks: Vec<Task<'_, Average<'_>>>) -> Result<()> {
         let [host, device, gpu] = split(tasks, |task| task.place);
-        self.average_cuda(gpu)?;
+        self.cuda.average(gpu)?;
         portable::average(device)?;
         cpu::run(host)?;
         Ok(())
@@ -137,7 +135,7 @@ impl Context {
         let of_each = grads.iter().map(|(source, place)| match place {
             Place::Host => Ok(measured.next().unwrap_or_default()),
             Place::Device => Ok(portable::measure(*source, norm)?),
-            Place::Cuda => self.measure_cuda(*source, norm),
+            Place::Cuda => self.cuda.measure(*source, norm),
         });
         of_each.collect()
     }
@@ -145,34 +143,22 @@ impl Context {
     /// Whether the GPU has skipped the first call of those that are not settled; `None` if it does not know yet, and
     /// nobody is to `wait`.
     pub(crate) fn settle(&mut self, wait: bool) -> Result<Option<bool>> {
-        #[cfg(feature = "cuda")]
-        return self.cuda.settle(wait);
-        #[cfg(not(feature = "cuda"))]
-        Ok(wait.then_some(false))
+        self.cuda.settle(wait)
     }
 
     /// How many calls the GPU has skipped that are not settled; waits for it.
     pub(crate) fn unheard(&self) -> Result<u64> {
-        #[cfg(feature = "cuda")]
-        return self.cuda.unheard();
-        #[cfg(not(feature = "cuda"))]
-        Ok(0)
+        self.cuda.unheard()
     }
 
     /// Whether the GPU has skipped the last call; waits for it.
     pub(crate) fn was_skipped(&self) -> Result<bool> {
-        #[cfg(feature = "cuda")]
-        return self.cuda.was_skipped();
-        #[cfg(not(feature = "cuda"))]
-        Ok(false)
+        self.cuda.was_skipped()
     }
 
     /// The norm of all gradients of the last update, where it was measured on a GPU; waits for it.
     pub(crate) fn total_norm(&self) -> Result<Option<f64>> {
-        #[cfg(feature = "cuda")]
-        return self.cuda.total_norm();
-        #[cfg(not(feature = "cuda"))]
-        Ok(None)
+        self.cuda.total_norm()
     }
 }
 
@@ -180,58 +166,6 @@ impl Context {
 pub(crate) use cuda::gather as gather_cuda;
 #[cfg(feature = "cuda")]
 pub(crate) use lend::gpu::copied as copy_cuda;
-
-#[cfg(feature = "cuda")]
-impl Context {
-    fn update_cuda(
-        &mut self,
-        tasks: Vec<Task<'_, Update<'_>>>,
-        rows: Vec<RowTask<'_>>,
-        measured: Option<Measured>,
-    ) -> Result<()> {
-        self.cuda.update(tasks, rows, measured)
-    }
-
-    fn accumulate_cuda(&mut self, tasks: Vec<Task<'_, Accumulate<'_>>>) -> Result<()> {
-        self.cuda.accumulate(tasks)
-    }
-
-    fn average_cuda(&mut self, tasks: Vec<Task<'_, Average<'_>>>) -> Result<()> {
-        self.cuda.average(tasks)
-    }
-
-    fn measure_cuda(&mut self, grad: Source<'_>, norm: NormType) -> Result<f64> {
-        self.cuda.measure(grad, norm)
-    }
-}
-
-/// Without the feature no variable's state lives at [`Place::Cuda`].
-#[cfg(not(feature = "cuda"))]
-impl Context {
-    fn update_cuda(
-        &mut self,
-        tasks: Vec<Task<'_, Update<'_>>>,
-        rows: Vec<RowTask<'_>>,
-        measured: Option<Measured>,
-    ) -> Result<()> {
-        debug_assert!(tasks.is_empty() && rows.is_empty() && measured.is_none());
-        Ok(())
-    }
-
-    fn accumulate_cuda(&mut self, tasks: Vec<Task<'_, Accumulate<'_>>>) -> Result<()> {
-        debug_assert!(tasks.is_empty());
-        Ok(())
-    }
-
-    fn average_cuda(&mut self, tasks: Vec<Task<'_, Average<'_>>>) -> Result<()> {
-        debug_assert!(tasks.is_empty());
-        Ok(())
-    }
-
-    fn measure_cuda(&mut self, _: Source<'_>, _: NormType) -> Result<f64> {
-        Err(candle_core::Error::msg("this program is built without the feature `cuda`").into())
-    }
-}
 
 /// Whether all gradients are measured and used on one GPU, so that the host need not know their norms.
 pub(crate) fn all_on_one_gpu<'v>(mut grads: impl Iterator<Item = (&'v Tensor, Place)>) -> bool {

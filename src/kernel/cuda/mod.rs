@@ -10,10 +10,14 @@
 //! | `compile`, `source` | the compiler at run time; the kernels' texts and names |
 //! | `plan` | sizes become blocks of a launch; pure |
 //! | `abi` | the structures that both sides have; pure |
+//! | `absent` | what stands in for `runtime` without the feature `cuda` |
 //!
-//! Without the feature `cuda` only the pure ones are there, for the tests, which run the kernels on the host.
+//! Without the feature the pure ones are there for the tests, which run the kernels on the host.
 
+#[cfg(any(test, feature = "cuda"))]
 pub(crate) mod abi;
+#[cfg(not(feature = "cuda"))]
+mod absent;
 #[cfg(feature = "cuda")]
 mod compile;
 #[cfg(test)]
@@ -22,17 +26,21 @@ mod emulated;
 mod launcher;
 #[cfg(feature = "cuda")]
 mod norms;
+#[cfg(any(test, feature = "cuda"))]
 pub(crate) mod plan;
 #[cfg(feature = "cuda")]
 mod rows;
 #[cfg(feature = "cuda")]
 mod runtime;
+#[cfg(any(test, feature = "cuda"))]
 pub(crate) mod source;
 #[cfg(feature = "cuda")]
 mod staging;
 #[cfg(feature = "cuda")]
 mod work;
 
+#[cfg(not(feature = "cuda"))]
+pub(crate) use absent::Runtimes;
 #[cfg(feature = "cuda")]
 pub(crate) use compile::has_kernels;
 #[cfg(feature = "cuda")]

@@ -82,6 +82,10 @@ impl Runtimes {
         rows: Vec<RowTask<'_>>,
         measured: Option<Measured>,
     ) -> Result<()> {
+        // What is asked of the last update is asked of the GPU that made it.
+        for runtime in &mut self.0 {
+            (runtime.has_measured, runtime.last_skips) = (false, false);
+        }
         let tasks = tasks.into_iter().map(Work::Dense).chain(rows.into_iter().map(Work::Rows)).collect();
         for (device, work) in Self::by_device(tasks, |work| Some(work.var()?.device())) {
             self.of(&device)?.update(work, measured.clone())?;

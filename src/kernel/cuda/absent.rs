@@ -1,0 +1,51 @@
+//! What stands in the place of the runtimes without the feature `cuda`: no variable's state lives on a GPU then.
+
+use crate::error::Result;
+use crate::kernel::{Accumulate, Average, Measured, RowTask, Source, Task, Update};
+use crate::reduce::NormType;
+
+/// The GPUs of one optimizer: none.
+#[derive(Default)]
+pub(crate) struct Runtimes;
+
+impl Runtimes {
+    pub(crate) fn update(
+        &mut self,
+        tasks: Vec<Task<'_, Update<'_>>>,
+        rows: Vec<RowTask<'_>>,
+        measured: Option<Measured>,
+    ) -> Result<()> {
+        debug_assert!(tasks.is_empty() && rows.is_empty() && measured.is_none());
+        Ok(())
+    }
+
+    pub(crate) fn accumulate(&mut self, tasks: Vec<Task<'_, Accumulate<'_>>>) -> Result<()> {
+        debug_assert!(tasks.is_empty());
+        Ok(())
+    }
+
+    pub(crate) fn average(&mut self, tasks: Vec<Task<'_, Average<'_>>>) -> Result<()> {
+        debug_assert!(tasks.is_empty());
+        Ok(())
+    }
+
+    pub(crate) fn measure(&mut self, _: Source<'_>, _: NormType) -> Result<f64> {
+        Err(candle_core::Error::msg("this program is built without the feature `cuda`").into())
+    }
+
+    pub(crate) fn settle(&mut self, wait: bool) -> Result<Option<bool>> {
+        Ok(wait.then_some(false))
+    }
+
+    pub(crate) fn unheard(&self) -> Result<u64> {
+        Ok(0)
+    }
+
+    pub(crate) fn was_skipped(&self) -> Result<bool> {
+        Ok(false)
+    }
+
+    pub(crate) fn total_norm(&self) -> Result<Option<f64>> {
+        Ok(None)
+    }
+}
