@@ -120,6 +120,9 @@ struct Lanes {
         return x;
     }
 
+    // What the first one has.
+    __device__ __forceinline__ u32 first(u32 x) const { return __shfl_sync(mask, x, threadIdx.x % WARP / count * count); }
+
     __device__ __forceinline__ bool all(bool x) const { return __all_sync(mask, x) != 0; }
     __device__ __forceinline__ bool any(bool x) const { return __any_sync(mask, x) != 0; }
 

@@ -4,100 +4,28 @@
 // units, takes a unit at a time, 8 consecutive elements a thread. A unit is what shares a unit of norms: a row of a table, or
 // 1,024 elements. Where moments are encoded it is read twice: the largest gradient decides the unit before anything is
 // written, and the second reading finds the gradients in the cache. Called by src/kernel/cuda.
-#include "abi.cuh"
+#include "unit.cuh"
 
-// The parameter's elements in the type of the arithmetic, and back.
-template <typename P> struct Params {
-    typedef typename Element<P>::Acc A;
+// One unit of one tensor that is updated.
+template <typename F, typename P, typename G> struct Unit : Stored<F, P> {
+    using typename Stored<F, P>::A;
+    using Stored<F, P>::count;
+    using Stored<F, P>::key;
+    using Stored<F, P>::lanes;
+    using Stored<F, P>::len;
+    using Stored<F, P>::log;
+    using Stored<F, P>::moments;
+    using Stored<F, P>::norm;
+    using Stored<F, P>::norms;
+    using Stored<F, P>::params;
 
-    P* values;
-
-    __device__ Params(const Tensor& t, const Orders&, u32, u64 start) : values(reinterpret_cast<P*>(t.param) + start) {}
-
-    __device__ __forceinline__ void read(u32 at, u32 n, bool whole, A (&w)[GROUP]) const { load_wide(values + at, n, whole, w); }
-
-    __device__ __forceinline__ void write(u32 at, u32 n, bool whole, const A (&w)[GROUP]) const { store(values + at, n, whole, w); }
-};
-
-// Of 16 bits: joined with their masters, or rounded in one of two ways.
-template <typename H> struct NarrowParams {
-    typedef typename Half<H>::Rest Rest;
-
-    H* values;
-    Rest* rests;
-    bool is_stochastic;
-    u32 key;
-
-    __device__ NarrowParams(const Tensor& t, const Orders& orders, u32 key, u64 start)
-        : values(reinterpret_cast<H*>(t.param) + start),
-          rests(t.master == 0 ? nullptr : reinterpret_cast<Rest*>(t.master) + start),
-          is_stochastic(orders.rounding == 1), key(key) {}
-
-    __device__ __forceinline__ void read(u32 at, u32 n, bool whole, float (&w)[GROUP]) const {
-        H narrow[GROUP];
-        load(values + at, n, whole, narrow);
-        if (rests != nullptr) {
-            Rest rest[GROUP];
-            load(rests + at, n, whole, rest);
-#pragma unroll
-            for (u32 i = 0; i < GROUP; i++) w[i] = Half<H>::join(narrow[i], rest[i]);
-        } else {
-#pragma unroll
-            for (u32 i = 0; i < GROUP; i++) w[i] = Element<H>::widen(narrow[i]);
-        }
-    }
-
-    __device__ __forceinline__ void write(u32 at, u32 n, bool whole, const float (&w)[GROUP]) const {
-        H narrow[GROUP];
-        if (rests != nullptr) {
-            Rest rest[GROUP];
-#pragma unroll
-            for (u32 i = 0; i < GROUP; i++) Half<H>::split(w[i], narrow[i], rest[i]);
-            store(rests + at, n, whole, rest);
-        } else if (is_stochastic) {
-#pragma unroll
-            for (u32 i = 0; i < GROUP; i++) narrow[i] = H{u16(Half<H>::stochastic(w[i], random(key, at + i)))};
-        } else {
-#pragma unroll
-            for (u32 i = 0; i < GROUP; i++) narrow[i] = Element<H>::narrow(w[i]);
-        }
-        store(values + at, n, whole, narrow);
-    }
-};
-
-template <> struct Params<f16> : NarrowParams<f16> {
-    using NarrowParams<f16>::NarrowParams;
-};
-template <> struct Params<bf16> : NarrowParams<bf16> {
-    using NarrowParams<bf16>::NarrowParams;
-};
-
-// One unit of one tensor, and the way of its lanes over it.
-template <typename F, typename P, typename G> struct Unit {
-    typedef typename Element<P>::Acc A;
-
-    Lanes lanes;
-    Params<P> params;
     const G* grads;
-    typename F::Code* moments;
-    typename F::Norm* norms; // of each element
-    A* norm;                 // of the row
-    u32* log;
-    u32 len;
-    u32 key;
     bool is_whole;
 
-    __device__ Unit(const Lanes& lanes, const Tensor& t, const Orders& orders, u64 index, u64 place, u64 unit_key)
-        : lanes(lanes), params(t, orders, u32(unit_key >> 32), place * t.unit),
+    __device__ Unit(const Lanes& lanes, const Tensor& t, const Orders& orders, u64 index, u64 place, u64 key)
+        : Stored<F, P>(lanes, t, orders.rounding == 1, place, key),
           grads(reinterpret_cast<const G*>(t.grad) + (t.rows != 0 ? index : place) * t.unit),
-          moments(reinterpret_cast<typename F::Code*>(t.exp_avg) + place * t.unit),
-          norms(reinterpret_cast<typename F::Norm*>(t.exp_inf) + place * t.unit),
-          norm(reinterpret_cast<A*>(t.exp_inf) + place), log(reinterpret_cast<u32*>(t.units) + place),
-          len(u32(t.len - place * t.unit < t.unit ? t.len - place * t.unit : t.unit)), key(u32(unit_key)),
-          is_whole(t.unit % GROUP == 0 && is_aligned(t.param | t.grad | t.exp_avg | t.exp_inf | t.master)) {}
-
-    // How many elements of the group at `at` there are.
-    __device__ __forceinline__ u32 count(u32 at) const { return len - at < GROUP ? len - at : GROUP; }
+          is_whole(Stored<F, P>::is_whole && is_aligned(t.grad)) {}
 
     // Moments as they are: one reading.
     __device__ __forceinline__ void update_full(const Coefficients<A>& c) const {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "element.cuh"
+#include "ledger.cuh"
 #include "rounding.cuh"
 #include "rule.cuh"
 
@@ -281,5 +282,55 @@ DEVICE void update_of_row(
     A m = rule::first_moment(c, F::decode(F::load(moment, limits), before + c.eps_outside), g);
     A ratio = rule::ratio(c, m, after);
     w = rule::apply(c, w, ratio);
+    moment = F::encode(m, ratio, limits, random(key, i));
+}
+
+// === Payment: src/codec/pay.rs ===
+
+// What all elements of a row have in common that pays what it owes, where each has a norm of its own.
+template <typename F> struct PayBlock {
+    Debt<float> debt;
+    Limits limits;
+    u32 key;
+    float before, after, rebase;
+
+    DEVICE PayBlock of(const Debt<float>& debt, const Limits& limits, u32 key, u32 log, Moved moved) {
+        return PayBlock{debt, limits, key, scale_of(log), scale_of(moved.log), moved.rebase};
+    }
+
+    // u, and m with it.
+    __device__ __forceinline__ float norm(typename F::Norm norm) const { return F::norm(norm) * before; }
+    __device__ __forceinline__ float moment(typename F::Code moment, float u) const {
+        return F::decode(F::load(moment, limits), u + debt.eps_outside);
+    }
+
+    __device__ __forceinline__ bool is_series(typename F::Code code, typename F::Norm norm_code) const {
+        float u = norm(norm_code);
+        return debt.is_series(moment(code, u), u);
+    }
+
+    __device__ __forceinline__ void pay(bool by_series, float& w, typename F::Code& code, typename F::Norm& norm_code, u32 i) const {
+        float u = norm(norm_code);
+        float m = moment(code, u);
+        w = debt.weight(by_series, w, m * F::GAIN, u);
+        m = debt.first_moment(m);
+        u32 wide = F::encode_norm(F::norm(norm_code) * rebase);
+        norm_code = typename F::Norm(wide);
+        float denominator = F::norm(wide) * after + debt.eps_outside;
+        float ratio = denominator == 0.0f ? 0.0f : m / denominator;
+        code = F::encode(m, F::bound(ratio, limits), limits, random(key, i));
+    }
+};
+
+// One element of a row whose elements share one u.
+template <typename A, typename F>
+DEVICE void pay_of_row(
+    const Debt<A>& debt, const Limits& limits, u32 key, bool by_series, A& w, typename F::Code& moment, A before, A after, u32 i
+) {
+    A m = F::decode(F::load(moment, limits), before + debt.eps_outside);
+    w = debt.weight(by_series, w, m, before);
+    m = debt.first_moment(m);
+    A denominator = after + debt.eps_outside;
+    A ratio = denominator == A(0) ? A(0) : m / denominator;
     moment = F::encode(m, ratio, limits, random(key, i));
 }

@@ -20,6 +20,7 @@ typedef unsigned long long u64;
 
 DEVICE u32 to_bits(float x) { return __float_as_uint(x); }
 DEVICE float from_bits(u32 bits) { return __uint_as_float(bits); }
+DEVICE double double_of_bits(u64 bits) { return __longlong_as_double(i64(bits)); }
 
 constexpr u32 INFINITE = 0x7f800000;
 

@@ -92,3 +92,22 @@ template <typename A> DEVICE void sum_rows(const SumArgs& args) {
 
 KERNEL(rows_sum_f32, SumArgs) { sum_rows<float>(args); }
 KERNEL(rows_sum_f64, SumArgs) { sum_rows<double>(args); }
+
+struct MarkArgs {
+    u32* marks;
+    const u32* rows; // null for all of them; of others than those of the table, none
+    u64 n;
+    u64 all;
+    u32 kept;  // bits of a mark that stay
+    u32 added; // and those that are added
+};
+
+// Which rows are up to date: src/table/debts.rs.
+KERNEL(rows_mark, MarkArgs) {
+    u64 threads = u64(gridDim.x) * THREADS;
+    for (u64 i = u64(blockIdx.x) * THREADS + threadIdx.x; i < args.n; i += threads) {
+        u64 row = args.rows != nullptr ? args.rows[i] : i;
+        // Named several times, a row gets the same mark each time: without `kept`, or alone.
+        if (row < args.all) args.marks[row] = (args.marks[row] & args.kept) | args.added;
+    }
+}

@@ -23,7 +23,8 @@
 //! missed updates are made one by one ([`Debt::missed`]).
 //!
 //! Invariant: a row that pays in several parts, or later, ends where it would have in one, but for rounding. What is
-//! all zero stays as it is, bit for bit.
+//! all zero stays as it is, bit for bit. What depends on a row is mirrored in `cuda/ledger.cuh`, statement for statement;
+//! what does not is computed here, for kernels too, which read [`Record`]s.
 
 use crate::element::Arithmetic;
 use crate::rule::{self, Coefficients, Epsilon, Hyperparameters};
@@ -36,6 +37,19 @@ const LEFT_OUT: f64 = 1e-9;
 const VANISHED: f64 = 1e-18;
 /// So many entries are kept before all rows pay and the ledger begins anew.
 pub(crate) const FULL: usize = 1 << 16;
+
+/// What of a debt is the same for all rows; kernels take it as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub(crate) struct Terms {
+    beta1: f64,
+    beta2: f64,
+    eps_inside: f64,
+    eps_outside: f64,
+    smallest_u: f64,
+    /// Updates of a window.
+    window: u64,
+}
 
 /// One update of the table.
 #[derive(Clone, Copy, Debug)]
@@ -56,6 +70,20 @@ struct Entry {
     shrunk: u64,
     /// The update after which the entry counts.
     update: Missed,
+}
+
+/// An entry as kernels read it.
+#[derive(Clone, Copy, Debug, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+#[cfg(any(test, feature = "cuda"))]
+pub(crate) struct Record {
+    sums: [f64; TERMS],
+    log_decay: f64,
+    shrunk: u64,
+    step_size: f64,
+    decay: f64,
+    /// `beta1^k` and `beta2^k`, where k is the number of the entry.
+    powers: [f64; 2],
 }
 
 /// The updates of one table since all of its rows were last up to date.
@@ -119,6 +147,34 @@ impl Ledger {
         self.hyper == *hyper
     }
 
+    /// The entries that a reader lacks who has seen the first `seen` of them, and the number of the first one.
+    #[cfg(any(test, feature = "cuda"))]
+    pub(crate) fn records(&self, seen: usize) -> (usize, Vec<Record>) {
+        // An entry changes while its window is open, with every update.
+        let is_new = seen < self.entries.len();
+        let first = if is_new { seen.saturating_sub(self.powers.len() + 1) } else { seen };
+        let record = |(entry, powers): (&Entry, &(f64, f64))| Record {
+            sums: entry.sums,
+            log_decay: entry.log_decay,
+            shrunk: entry.shrunk,
+            step_size: entry.update.step_size,
+            decay: entry.update.decay,
+            powers: [powers.0, powers.1],
+        };
+        (first, self.entries.iter().zip(&self.shrinking).skip(first).map(record).collect())
+    }
+
+    /// What of a debt is the same for all rows.
+    pub(crate) fn terms(&self) -> Terms {
+        let Hyperparameters { beta1, beta2, eps, epsilon, .. } = self.hyper;
+        let (eps_inside, eps_outside) = match epsilon {
+            Epsilon::Inside => (eps, 0.0),
+            Epsilon::Outside => (0.0, eps),
+        };
+        let window = self.powers.len() as u64;
+        Terms { beta1, beta2, eps_inside, eps_outside, smallest_u: self.smallest_u, window }
+    }
+
     /// Books an update.
     pub(crate) fn book(&mut self, c: &Coefficients<f64>, shrink: u64) {
         let Some(last) = self.entries.last().copied() else { return };
@@ -149,13 +205,8 @@ impl Ledger {
         let now = self.now();
         let (entry, last) = (&self.entries[since.min(now)], &self.entries[now]);
         let (m_shrunk, u_shrunk) = self.shrinking[now - since.min(now)];
-        let Hyperparameters { beta1, beta2, eps, epsilon, .. } = self.hyper;
-        let (eps_inside, eps_outside) = match epsilon {
-            Epsilon::Inside => (eps, 0.0),
-            Epsilon::Outside => (0.0, eps),
-        };
-        let log_decay = last.log_decay - entry.log_decay;
-        let decay = if log_decay == 0.0 { 1.0 } else { log_decay.exp() };
+        let Terms { beta1, beta2, eps_inside, eps_outside, smallest_u, .. } = self.terms();
+        let decay = exp(last.log_decay - entry.log_decay);
         Debt {
             decay: A::from_f64(decay),
             sums: entry.sums.map(|sum| A::from_f64(sum * decay)),
@@ -165,9 +216,9 @@ impl Ledger {
             each_beta2: A::from_f64(beta2),
             eps_inside: A::from_f64(eps_inside),
             eps_outside: A::from_f64(eps_outside),
-            smallest_u: A::from_f64(self.smallest_u),
+            smallest_u: A::from_f64(smallest_u),
             shrunk: last.shrunk - entry.shrunk,
-            missed: Updates { entries: &self.entries[since.min(now) + 1..], window: self.powers.len() },
+            missed: Updates { before: entry, entries: &self.entries[since.min(now) + 1..], window: self.powers.len() },
         }
     }
 
@@ -180,6 +231,8 @@ impl Ledger {
 /// The updates that a row has missed.
 #[derive(Clone, Copy)]
 struct Updates<'l> {
+    /// The one after which it was up to date.
+    before: &'l Entry,
     entries: &'l [Entry],
     window: usize,
 }
@@ -236,7 +289,7 @@ impl<A: Arithmetic> Debt<'_, A> {
 
     /// The weight, update by update: what a dense optimizer does.
     pub(crate) fn weight_one_by_one(&self, mut w: A, mut m: A, mut u: A) -> A {
-        let Updates { entries, window } = self.missed;
+        let Updates { before, entries, window } = self.missed;
         let (within, behind) = entries.split_at(window.min(entries.len()));
         for Entry { update, .. } in within {
             m = self.each_beta1 * m;
@@ -245,7 +298,82 @@ impl<A: Arithmetic> Debt<'_, A> {
             let ratio = if denominator == A::ZERO { A::ZERO } else { m / denominator };
             w = w - A::from_f64(update.decay) * w - A::from_f64(update.step_size) * ratio;
         }
-        let log: f64 = behind.iter().map(|entry| (-entry.update.decay).ln_1p()).sum();
-        w * A::from_f64(log.exp())
+        // Behind the window nothing but decay is left.
+        let Some(last) = behind.last() else { return w };
+        let log_decay = within.last().unwrap_or(before).log_decay;
+        w * A::from_f64(exp(last.log_decay - log_decay))
+    }
+}
+
+/// e to the power of a number that is not positive, within two units in the last place: the same on each machine, which
+/// those of mathematical libraries are not. 0 where it would be subnormal.
+fn exp(x: f64) -> f64 {
+    if x == 0.0 {
+        return 1.0;
+    }
+    if x < -708.0 {
+        return 0.0;
+    }
+    let k = (x * std::f64::consts::LOG2_E - 0.5) as i64;
+    // The logarithm of 2 in two parts, of which the first has zeros at its end: its product with k is exact.
+    let r = (x - k as f64 * LN_2_HIGH) - k as f64 * LN_2_LOW;
+    let mut sum = 1.0;
+    for n in (1..=14).rev() {
+        sum = 1.0 + r * sum * RECIPROCALS[n];
+    }
+    sum * f64::from_bits(((k + 1023) as u64) << 52)
+}
+
+const LN_2_HIGH: f64 = 6.931_471_803_691_238e-1;
+const LN_2_LOW: f64 = 1.908_214_929_270_587_7e-10;
+/// `1 / n`.
+const RECIPROCALS: [f64; 15] = {
+    let mut reciprocals = [0.0; 15];
+    let mut n = 1;
+    while n < 15 {
+        reciprocals[n] = 1.0 / n as f64;
+        n += 1;
+    }
+    reciprocals
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_exponential_is_that_of_the_library_within_two_units() {
+        assert_eq!((exp(0.0), exp(-0.0), exp(-1e300), exp(f64::NEG_INFINITY)), (1.0, 1.0, 0.0, 0.0));
+        let mut x = -1e-18;
+        while x > -700.0 {
+            let (got, expected) = (exp(x), x.exp());
+            let units = (got.to_bits() as i64 - expected.to_bits() as i64).abs();
+            assert!(units <= 2, "{x}: {got} is {units} units from {expected}");
+            x *= 1.000_37;
+        }
+    }
+
+    #[test]
+    fn a_reader_is_told_what_has_changed() {
+        let hyper = Hyperparameters {
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-7,
+            epsilon: Epsilon::Outside,
+            weight_decay: crate::rule::WeightDecay::Decoupled(0.1),
+        };
+        let mut ledger = Ledger::new(&hyper);
+        let (mut copy, mut seen): (Vec<Record>, usize) = (Vec::new(), 0);
+        for t in 1..1000u64 {
+            ledger.book(&Coefficients::of_update(&hyper, 1e-2 / t as f64, t), t);
+            if t % 7 == 0 {
+                let (first, records) = ledger.records(seen);
+                assert!(records.len() <= ledger.powers.len() + 9);
+                copy.truncate(first);
+                copy.extend(records);
+                seen = copy.len();
+                assert_eq!(copy, ledger.records(0).1);
+            }
+        }
     }
 }

@@ -138,19 +138,17 @@ impl GroupPlan {
     pub(super) fn check(&self, place: Place) -> Result<()> {
         let Keeping { state_dtype, rowwise_norm, rounding, sparse_update } = self.keeping;
         let plain = ParamsAdamax::default().keeping();
-        let (is_operations, is_host) = (place == Place::Device, place == Place::Host);
-        // Setting, value, whether this place can do it.
+        let is_operations = place == Place::Device;
         let got: [(&str, &dyn std::fmt::Debug, bool); 4] = [
-            ("state_dtype", &state_dtype, !is_operations || state_dtype == plain.state_dtype),
-            ("rowwise_norm", &rowwise_norm, !is_operations || rowwise_norm == plain.rowwise_norm),
-            ("rounding", &rounding, !is_operations || rounding == plain.rounding),
-            ("sparse_update", &sparse_update, is_host || sparse_update == plain.sparse_update),
+            ("state_dtype", &state_dtype, state_dtype == plain.state_dtype),
+            ("rowwise_norm", &rowwise_norm, rowwise_norm == plain.rowwise_norm),
+            ("rounding", &rounding, rounding == plain.rounding),
+            ("sparse_update", &sparse_update, sparse_update == plain.sparse_update),
         ];
-        match got.into_iter().find(|(_, _, is_possible)| !is_possible) {
+        match got.into_iter().find(|(_, _, is_plain)| is_operations && !is_plain) {
             Some((field, got, _)) => {
-                let by =
-                    if is_operations { "that candle's tensor operations update, on this device" } else { "on a GPU" };
-                Err(Error::invalid(field, format!("the default for variables {by}"), format!("{got:?}")))
+                let expected = "the default for variables that candle's tensor operations update, on this device";
+                Err(Error::invalid(field, expected, format!("{got:?}")))
             }
             None => Ok(()),
         }
@@ -258,10 +256,10 @@ impl Param {
             };
         }
         if let (Held::Own(state), SparseUpdate::Exact) = (&mut self.state, plan.keeping.sparse_update) {
-            Debts::check(var)?;
+            let marks = Debts::prepare(var, state)?;
             let state = std::mem::replace(state, ParamState::nothing(&wanted));
-            let hyper = plan.hyper(self.decays);
-            self.state = Held::Shared(Debts::new(var, row_len(var), state, &hyper, plan.keeping.rounding, key));
+            let (hyper, rounding) = (plan.hyper(self.decays), plan.keeping.rounding);
+            self.state = Held::Shared(Debts::new(var, row_len(var), (state, marks), &hyper, rounding, key));
         }
         Ok(())
     }

@@ -34,7 +34,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::{Gradient, SparseGrad, Summary};
 use crate::group::{DEFAULT_GROUP, GroupSettings, ParamGroup};
 use crate::kernel::{Context, Kernel, Orders, RowGrad, RowTask, RowValues, Source, Task, Update, all_on_one_gpu};
-use crate::params::{ParamsAdamax, StepCount};
+use crate::params::{ParamsAdamax, SparseUpdate, StepCount};
 use crate::rounding::derive;
 use crate::rule::Coefficients;
 use crate::schedule::LearningRate;
@@ -316,10 +316,13 @@ impl Adamax {
     }
 
     /// Whether all of an update happens on one GPU, so that the host waits neither for norms nor to hear what is skipped:
-    /// but where that decides what happens to sums and averages.
+    /// but where that decides what happens to sums and averages, and what is booked of tables that owe.
     fn measures_on_gpu(&self, gradients: Gradients<'_>) -> bool {
         let ParamsAdamax { skip_nonfinite, gradient_accumulation_steps, ema, .. } = &self.params;
-        let decides = *skip_nonfinite && (*gradient_accumulation_steps > 1 || ema.is_some());
+        let all =
+            std::iter::once(Some(self.params.sparse_update)).chain(self.groups.iter().map(|group| group.sparse_update));
+        let owes = all.flatten().any(|sparse_update| sparse_update == SparseUpdate::Exact);
+        let decides = *skip_nonfinite && (*gradient_accumulation_steps > 1 || ema.is_some() || owes);
         !decides && all_on_one_gpu(gradients.places(&self.vars))
     }
 

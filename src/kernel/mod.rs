@@ -17,6 +17,7 @@ use crate::state::Place;
 use lend::Borrowed;
 
 pub(crate) use cpu::{Accumulate, Average, Orders, PayTask, RowTask, Task, Update};
+pub(crate) use cuda::GpuMarks;
 pub(crate) use lend::Source;
 pub(crate) use lookup::{copy, dot_rows, enlarge, gather, largest, largest_backward, pool, renormalize};
 pub(crate) use rows::{Contribution, Occurrences, RowGrad, RowValues};
@@ -173,9 +174,9 @@ pub(crate) fn all_on_one_gpu<'v>(mut grads: impl Iterator<Item = (&'v Tensor, Pl
     grads.all(|(var, place)| place == Place::Cuda && var.device().same_device(first.device()))
 }
 
-/// Lets rows of one table pay what they owe; tables elsewhere owe nothing.
-pub(crate) fn pay(task: PayTask<'_>) -> Result<()> {
-    Ok(cpu::pay_rows(task)?)
+/// Lets rows of a table in host memory pay: ascending, each with the update after which it was up to date.
+pub(crate) fn pay(task: PayTask<'_>, rows: &[(u32, u32)]) -> Result<()> {
+    Ok(cpu::pay_rows(task, rows)?)
 }
 
 /// Those of the host, of tensor operations and of the CUDA kernels.

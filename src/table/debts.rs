@@ -12,11 +12,11 @@ use candle_core::{Tensor, TensorId};
 
 use super::records::lock;
 use crate::error::{Error, Result};
-use crate::kernel::{self, Occurrences, Orders, PayTask};
+use crate::kernel::{self, GpuMarks, Occurrences, Orders, PayTask};
 use crate::ledger::{FULL, Ledger};
 use crate::rounding::{Rounding, derive};
 use crate::rule::Hyperparameters;
-use crate::state::ParamState;
+use crate::state::{ParamState, Place};
 
 /// All of them, by their variables.
 static DEBTS: LazyLock<Mutex<HashMap<TensorId, Weak<Debts>>>> = LazyLock::new(Mutex::default);
@@ -36,35 +36,67 @@ pub(crate) struct Debts {
 pub(crate) struct Account {
     pub(crate) state: ParamState,
     ledger: Ledger,
-    /// After which update each row was up to date.
-    since: Vec<u32>,
+    marks: Marks,
     rounding: Rounding,
     key: u64,
 }
 
+/// After which update each row was up to date, and whether its moments are zero.
+pub(crate) enum Marks {
+    Host(Vec<u32>),
+    Gpu(GpuMarks),
+}
+
+impl Marks {
+    /// The ledger is another one from now on.
+    fn forget(&mut self) {
+        if let Self::Gpu(marks) = self {
+            marks.forget();
+        }
+    }
+
+    /// From now on these rows have this mark, or all of them, with the bits `kept` of their own.
+    fn set(&mut self, rows: Option<&[u32]>, kept: u32, added: u32) -> Result<()> {
+        match (self, rows) {
+            (Self::Gpu(marks), rows) => return marks.mark(rows, kept, added),
+            (Self::Host(marks), None) => marks.iter_mut().for_each(|mark| *mark = (*mark & kept) | added),
+            (Self::Host(marks), Some(rows)) => {
+                rows.iter().for_each(|&row| marks[row as usize] = (marks[row as usize] & kept) | added);
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Debts {
-    /// Whether a variable may have debts: not if it has some already.
-    pub(crate) fn check(var: &Tensor) -> Result<()> {
+    /// Gets ready for a variable to have debts, with this state.
+    ///
+    /// # Errors
+    ///
+    /// It has some already; no memory for the marks.
+    pub(crate) fn prepare(var: &Tensor, state: &ParamState) -> Result<Marks> {
         if of(var.id()).is_some() {
             let got = "another one that has it, too";
             return Err(Error::invalid("sparse_update", "one optimizer with `Exact` for a table", got));
         }
-        Ok(())
+        let mark = if state.step == 0 { EMPTY } else { 0 };
+        Ok(match state.place() {
+            Place::Cuda => Marks::Gpu(GpuMarks::new(var, mark)?),
+            Place::Host | Place::Device => Marks::Host(vec![mark; var.dims().first().copied().unwrap_or(1)]),
+        })
     }
 
     /// A table that owes nothing.
     pub(crate) fn new(
         var: &Tensor,
         row_len: usize,
-        state: ParamState,
+        (state, marks): (ParamState, Marks),
         hyper: &Hyperparameters,
         rounding: Rounding,
         key: u64,
     ) -> Arc<Self> {
-        let rows = var.dims().first().copied().unwrap_or(1);
-        let since = vec![if state.step == 0 { EMPTY } else { 0 }; rows];
         let ledger = Ledger::new(hyper);
-        let account = Account { state, ledger, since, rounding, key };
+        let account = Account { state, ledger, marks, rounding, key };
         let debts = Arc::new(Self { var: var.clone(), row_len, account: Mutex::new(account) });
         lock(&DEBTS).insert(var.id(), Arc::downgrade(&debts));
         debts
@@ -77,58 +109,50 @@ impl Debts {
 
     /// Lets rows pay, which are ascending.
     pub(crate) fn pay(&self, account: &mut Account, rows: &[u32]) -> Result<()> {
-        let now = account.ledger.now() as u32;
-        if now == 0 {
-            return Ok(());
-        }
-        let owing: Vec<(u32, u32)> = rows.iter().filter_map(|&row| account.owing(row)).collect();
-        self.settle(account, &owing)?;
-        for (row, _) in owing {
-            let mark = &mut account.since[row as usize];
-            *mark = now | (*mark & EMPTY);
-        }
-        Ok(())
+        self.settle(account, Some(rows))
     }
 
     /// Lets all rows pay; the ledger begins anew.
     pub(crate) fn pay_all(&self, account: &mut Account) -> Result<()> {
-        if account.ledger.now() == 0 {
-            return Ok(());
-        }
-        let owing: Vec<(u32, u32)> = (0..account.since.len() as u32).filter_map(|row| account.owing(row)).collect();
-        self.settle(account, &owing)?;
-        self.restart(account);
-        Ok(())
+        self.settle(account, None)
     }
 
-    fn settle(&self, account: &mut Account, rows: &[(u32, u32)]) -> Result<()> {
-        if rows.is_empty() {
+    fn settle(&self, account: &mut Account, rows: Option<&[u32]>) -> Result<()> {
+        let now = account.ledger.now() as u32;
+        if now == 0 {
             return Ok(());
         }
-        let Account { state, ledger, rounding, key, .. } = account;
+        let Account { state, ledger, rounding, key, marks } = account;
         // A row pays once between two updates; updates themselves have keys of another kind.
         let (rounding, key) = (*rounding, derive(!*key, state.step));
-        kernel::pay(PayTask { var: &self.var, rows, row_len: self.row_len, ledger, rounding, key, state })
+        let task = PayTask { var: &self.var, row_len: self.row_len, ledger, rounding, key, state };
+        match marks {
+            Marks::Gpu(marks) => marks.pay(task, rows, now)?,
+            Marks::Host(since) => {
+                let owing: Vec<(u32, u32)> = match rows {
+                    Some(rows) => rows.iter().filter_map(|&row| owing(ledger, since, row)).collect(),
+                    None => (0..since.len() as u32).filter_map(|row| owing(ledger, since, row)).collect(),
+                };
+                kernel::pay(task, &owing)?;
+                for (row, _) in owing {
+                    let old = &mut since[row as usize];
+                    *old = now | (*old & EMPTY);
+                }
+            }
+        }
+        if rows.is_none() { account.begin_anew(EMPTY) } else { Ok(()) }
     }
 
     /// Books an update of some rows, or of all.
     pub(crate) fn book(&self, account: &mut Account, orders: &Orders, rows: Option<&[u32]>) -> Result<()> {
         account.rounding = orders.rounding;
         let Some(rows) = rows else {
-            account.ledger.clear();
-            account.since.fill(0);
-            return Ok(());
+            return account.begin_anew(0);
         };
         account.ledger.book(&orders.coefficients, orders.shrink);
         let now = account.ledger.now();
-        rows.iter().for_each(|&row| account.since[row as usize] = now as u32);
+        account.marks.set(Some(rows), 0, now as u32)?;
         if now >= FULL { self.pay_all(account) } else { Ok(()) }
-    }
-
-    /// All rows are up to date.
-    fn restart(&self, account: &mut Account) {
-        account.ledger.clear();
-        account.since.iter_mut().for_each(|mark| *mark &= EMPTY);
     }
 
     /// From now on updates are made with other numbers; all rows have paid.
@@ -137,24 +161,31 @@ impl Debts {
         account.key = key;
         if !account.ledger.is_for(hyper) {
             account.ledger = Ledger::new(hyper);
-            self.restart(account);
+            account.marks.forget();
         }
     }
 
     /// Nothing is owed any more, because weights and moments will be replaced.
     pub(crate) fn forget(&self) {
-        self.restart(&mut self.lock());
+        self.lock().ledger.clear();
     }
 }
 
 impl Account {
-    /// The row and after which update it was up to date, if it owes anything.
-    fn owing(&self, row: u32) -> Option<(u32, u32)> {
-        let mark = self.since[row as usize];
-        let since = mark & !EMPTY;
-        let owes = since < self.ledger.now() as u32 && (mark & EMPTY == 0 || self.ledger.decays_since(since as usize));
-        owes.then_some((row, since))
+    /// All rows are up to date, and keep these bits of their marks.
+    fn begin_anew(&mut self, kept: u32) -> Result<()> {
+        self.ledger.clear();
+        self.marks.forget();
+        self.marks.set(None, kept, 0)
     }
+}
+
+/// The row and after which update it was up to date, if it owes anything.
+fn owing(ledger: &Ledger, marks: &[u32], row: u32) -> Option<(u32, u32)> {
+    let mark = marks[row as usize];
+    let since = mark & !EMPTY;
+    let owes = since < ledger.now() as u32 && (mark & EMPTY == 0 || ledger.decays_since(since as usize));
+    owes.then_some((row, since))
 }
 
 impl Drop for Debts {

@@ -2,6 +2,7 @@
 #include "host.h"
 
 #include "../../cuda/adamax.cu"
+#include "../../cuda/exact.cu"
 #include "../../cuda/passes.cu"
 #include "../../cuda/rows.cu"
 #include "../../cuda/summary.cu"
@@ -12,6 +13,7 @@ extern "C" __attribute__((visibility("default"))) void host_sizes(uint64_t* size
                             sizeof(Chunk),    sizeof(Control),              sizeof(Late),                sizeof(UpdateArgs),
                             sizeof(Gradient), sizeof(LeavesArgs),           sizeof(NormsArgs),           sizeof(JoinArgs),
                             sizeof(Pair),     sizeof(PairArgs),             sizeof(GatherArgs),          sizeof(Contribution),
-                            sizeof(Part),     sizeof(SumArgs)};
+                            sizeof(Part),     sizeof(SumArgs),              sizeof(Entry),               sizeof(Terms),
+                            sizeof(PayArgs),  sizeof(MarkArgs)};
     memcpy(sizes, all, sizeof(all));
 }

@@ -17,6 +17,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 // One block runs at a time, so that what its threads share may be static.
 #define __shared__ static

@@ -129,8 +129,6 @@ impl Pass for Rows<'_> {
 /// The payment of what rows of one table owe.
 pub(crate) struct PayTask<'a> {
     pub(crate) var: &'a Tensor,
-    /// Which rows, ascending, and after which update of the ledger each one was up to date.
-    pub(crate) rows: &'a [(u32, u32)],
     pub(crate) row_len: usize,
     pub(crate) ledger: &'a Ledger,
     pub(crate) rounding: Rounding,
@@ -139,10 +137,10 @@ pub(crate) struct PayTask<'a> {
     pub(crate) state: &'a mut ParamState,
 }
 
-/// Lets rows pay.
-pub(crate) fn pay_rows(task: PayTask<'_>) -> candle_core::Result<()> {
+/// Lets rows pay: ascending, each with the update of the ledger after which it was up to date.
+pub(crate) fn pay_rows(task: PayTask<'_>, rows: &[(u32, u32)]) -> candle_core::Result<()> {
     let (isa, threads) = (Isa::detect(), rayon::current_num_threads());
-    let PayTask { var, rows, row_len, ledger, rounding, key, state } = task;
+    let PayTask { var, row_len, ledger, rounding, key, state } = task;
     let limits = state.moments.layout.encoding.limits();
     if rows.is_empty() || row_len == 0 {
         return Ok(());

@@ -9,6 +9,7 @@ use candle_core::DType;
 use crate::clip::Clip;
 use crate::codec::Limits;
 use crate::kernel::Orders as HostOrders;
+use crate::ledger::Terms;
 use crate::reduce::NormType;
 use crate::rounding::Rounding;
 use crate::rule::Coefficients;
@@ -257,6 +258,45 @@ pub(crate) struct SumArgs {
     pub(crate) out: Address,
     pub(crate) n: u64,
     pub(crate) row_len: u64,
+}
+
+/// Of `pay_*`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct PayArgs {
+    /// Its `rows` are those that pay; none for all of them.
+    pub(crate) tensor: Tensor,
+    /// After which update each row was up to date.
+    pub(crate) marks: Address,
+    /// Of `ledger::Record`.
+    pub(crate) entries: Address,
+    pub(crate) terms: Terms,
+    /// Rows that pay.
+    pub(crate) n: u64,
+    /// Rows of the table.
+    pub(crate) all: u64,
+    pub(crate) key: u64,
+    pub(crate) limits: [f32; 3],
+    pub(crate) rounding: u32,
+    /// The last update.
+    pub(crate) now: u32,
+    /// Of rows that have paid.
+    pub(crate) mark: u32,
+}
+
+/// Of `rows_mark`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct MarkArgs {
+    pub(crate) marks: Address,
+    /// Which rows; none for all of them.
+    pub(crate) rows: Address,
+    pub(crate) n: u64,
+    /// Rows of the table.
+    pub(crate) all: u64,
+    /// Bits of a mark that stay, and those that are added.
+    pub(crate) kept: u32,
+    pub(crate) added: u32,
 }
 
 /// Of `accumulate_*` and `average_*`: elements of one tensor.

@@ -1,7 +1,9 @@
 //! What stands in the place of the runtimes without the feature `cuda`: no variable's state lives on a GPU then.
 
+use candle_core::Tensor;
+
 use crate::error::Result;
-use crate::kernel::{Accumulate, Average, Measured, RowTask, Source, Task, Update};
+use crate::kernel::{Accumulate, Average, Measured, PayTask, RowTask, Source, Task, Update};
 use crate::reduce::NormType;
 
 /// The GPUs of one optimizer: none.
@@ -47,5 +49,26 @@ impl Runtimes {
 
     pub(crate) fn total_norm(&self) -> Result<Option<f64>> {
         Ok(None)
+    }
+}
+
+/// What rows of a table on a GPU owe: there is none.
+pub(crate) enum GpuMarks {}
+
+impl GpuMarks {
+    pub(crate) fn new(_: &Tensor, _: u32) -> Result<Self> {
+        Err(candle_core::Error::msg("this program is built without the feature `cuda`").into())
+    }
+
+    pub(crate) fn pay(&mut self, _: PayTask<'_>, _: Option<&[u32]>, _: u32) -> Result<()> {
+        match *self {}
+    }
+
+    pub(crate) fn mark(&mut self, _: Option<&[u32]>, _: u32, _: u32) -> Result<()> {
+        match *self {}
+    }
+
+    pub(crate) fn forget(&mut self) {
+        match *self {}
     }
 }

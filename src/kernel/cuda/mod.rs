@@ -5,6 +5,7 @@
 //! | `runtime` | one GPU of one optimizer: an update, a pass, a norm, and what is heard late |
 //! | `work` | what an update is asked to do, before and after addresses are known |
 //! | `rows`, `norms` | rows of tables; norms of gradients |
+//! | `exact` | what rows of a table owe |
 //! | `launcher` | kernels of one device: loaded, planned, launched |
 //! | `staging` | one copy for all that a launch is told |
 //! | `compile`, `source` | the compiler at run time; the kernels' texts and names |
@@ -23,6 +24,8 @@ mod compile;
 #[cfg(test)]
 mod emulated;
 #[cfg(feature = "cuda")]
+mod exact;
+#[cfg(feature = "cuda")]
 mod launcher;
 #[cfg(feature = "cuda")]
 mod norms;
@@ -40,9 +43,11 @@ mod staging;
 mod work;
 
 #[cfg(not(feature = "cuda"))]
-pub(crate) use absent::Runtimes;
+pub(crate) use absent::{GpuMarks, Runtimes};
 #[cfg(feature = "cuda")]
 pub(crate) use compile::has_kernels;
+#[cfg(feature = "cuda")]
+pub(crate) use exact::GpuMarks;
 #[cfg(feature = "cuda")]
 pub(crate) use rows::gather;
 #[cfg(feature = "cuda")]

@@ -17,17 +17,31 @@ pub(crate) const LEAVES: u32 = THREADS / WARP * ROUNDS;
 
 /// How many units of `unit` elements a chunk has.
 pub(crate) fn units_of_chunk(unit: u64) -> u32 {
-    let lanes = unit.div_ceil(GROUP).next_power_of_two().clamp(1, u64::from(WARP));
-    THREADS / lanes as u32 * ROUNDS
+    THREADS / lanes_of(unit) * ROUNDS
+}
+
+/// The threads that work on a unit of `unit` elements.
+fn lanes_of(unit: u64) -> u32 {
+    unit.div_ceil(GROUP).next_power_of_two().clamp(1, u64::from(WARP)) as u32
 }
 
 /// The most blocks of a launch whose threads go on to further rows.
 const BLOCKS: u64 = 4096;
 
+/// How many blocks go over `n` things, a thread for each.
+pub(crate) fn blocks(n: u64) -> u32 {
+    n.div_ceil(u64::from(THREADS)).clamp(1, BLOCKS) as u32
+}
+
 /// How many blocks gather or sum `rows` rows of `row_len` columns.
 pub(crate) fn blocks_of_rows(rows: u64, row_len: u64) -> u32 {
     let lanes = row_len.next_power_of_two().clamp(1, u64::from(WARP));
-    (rows * lanes).div_ceil(u64::from(THREADS)).clamp(1, BLOCKS) as u32
+    blocks(rows.saturating_mul(lanes))
+}
+
+/// How many blocks go over `units` units of `unit` elements, as an update does.
+pub(crate) fn blocks_of_units(units: u64, unit: u64) -> u32 {
+    blocks(units.saturating_mul(u64::from(lanes_of(unit))))
 }
 
 /// The chunks of tensors, each of which has so many units, `of_chunk` of them in a chunk.
@@ -75,6 +89,8 @@ mod tests {
         assert_eq!(blocks_of_rows(8192, 64), 1024);
         assert_eq!(blocks_of_rows(8192, 3), 128);
         assert_eq!(blocks_of_rows(1 << 40, 1), 4096);
+        assert_eq!(blocks_of_units(8192, 64), 256);
+        assert_eq!(blocks_of_units(u64::MAX, 64), 4096);
     }
 
     #[test]

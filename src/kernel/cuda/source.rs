@@ -6,12 +6,14 @@ use crate::codec::StateDType;
 
 /// The headers, in the order in which each needs those before it; NVRTC is given one text and finds no files.
 #[cfg(feature = "cuda")]
-const HEADERS: [&str; 5] = [
+const HEADERS: [&str; 7] = [
     include_str!("../../../cuda/element.cuh"),
     include_str!("../../../cuda/rule.cuh"),
     include_str!("../../../cuda/rounding.cuh"),
+    include_str!("../../../cuda/ledger.cuh"),
     include_str!("../../../cuda/codec.cuh"),
     include_str!("../../../cuda/abi.cuh"),
+    include_str!("../../../cuda/unit.cuh"),
 ];
 
 /// One file of kernels, compiled when the first of them is needed.
@@ -20,6 +22,8 @@ const HEADERS: [&str; 5] = [
 pub(crate) enum Module {
     /// The update, of parameters of one dtype with gradients of one dtype.
     Update(&'static str),
+    /// What rows owe, of parameters of one dtype.
+    Exact(&'static str),
     /// Norms.
     Summary,
     /// Sums and averages.
@@ -32,13 +36,17 @@ pub(crate) enum Module {
 impl Module {
     /// All of them.
     #[cfg(test)]
-    pub(crate) const ALL: [Self; 9] = [
+    pub(crate) const ALL: [Self; 13] = [
         Self::Update("f64_f64"),
         Self::Update("f32_f32"),
         Self::Update("f16_f16"),
         Self::Update("f16_f32"),
         Self::Update("bf16_bf16"),
         Self::Update("bf16_f32"),
+        Self::Exact("f64"),
+        Self::Exact("f32"),
+        Self::Exact("f16"),
+        Self::Exact("bf16"),
         Self::Summary,
         Self::Passes,
         Self::Rows,
@@ -58,10 +66,22 @@ impl Module {
         Ok(Self::Update(name))
     }
 
+    /// The module for what rows of parameters of this dtype owe.
+    pub(crate) fn of_payment(dtype: DType) -> candle_core::Result<Self> {
+        Ok(Self::Exact(match dtype {
+            DType::F64 => "f64",
+            DType::F32 => "f32",
+            DType::F16 => "f16",
+            DType::BF16 => "bf16",
+            other => candle_core::bail!("no CUDA kernel for parameters of {other:?}"),
+        }))
+    }
+
     /// A name for candle's store of modules.
     pub(crate) fn name(self) -> String {
         match self {
             Self::Update(dtypes) => format!("candle-adamax-update-{dtypes}"),
+            Self::Exact(dtype) => format!("candle-adamax-exact-{dtype}"),
             Self::Summary => "candle-adamax-summary".to_owned(),
             Self::Passes => "candle-adamax-passes".to_owned(),
             Self::Rows => "candle-adamax-rows".to_owned(),
@@ -72,13 +92,14 @@ impl Module {
     pub(crate) fn source(self) -> String {
         let kernels = match self {
             Self::Update(_) => include_str!("../../../cuda/adamax.cu"),
+            Self::Exact(_) => include_str!("../../../cuda/exact.cu"),
             Self::Summary => include_str!("../../../cuda/summary.cu"),
             Self::Passes => include_str!("../../../cuda/passes.cu"),
             Self::Rows => include_str!("../../../cuda/rows.cu"),
         };
         let text = HEADERS.iter().chain([&kernels]).flat_map(|file| file.lines());
         let mut source: String = match self {
-            Self::Update(dtypes) => format!("#define ONLY_{dtypes}\n"),
+            Self::Update(only) | Self::Exact(only) => format!("#define ONLY_{only}\n"),
             Self::Summary | Self::Passes | Self::Rows => String::new(),
         };
         for line in text.filter(|line| !line.starts_with("#include") && !line.starts_with("#pragma once")) {
@@ -91,12 +112,20 @@ impl Module {
 
 /// The kernel that updates parameters and gradients of these dtypes, with moments stored like this.
 pub(crate) fn update_kernel(param: DType, grad: DType, state: StateDType, rowwise: bool) -> String {
+    format!("update_{}_{}_{}", param.as_str(), grad.as_str(), moments(state, rowwise))
+}
+
+/// The kernel by which rows pay, of parameters of this dtype, with moments stored like this.
+pub(crate) fn pay_kernel(param: DType, state: StateDType, rowwise: bool) -> String {
+    format!("pay_{}_{}", param.as_str(), moments(state, rowwise))
+}
+
+fn moments(state: StateDType, rowwise: bool) -> String {
     let state = match state {
         StateDType::F32 => "full",
         StateDType::BF16 => "bf16",
         StateDType::F16 => "f16",
         StateDType::Q8 => "q8",
     };
-    let rowwise = if rowwise { "_rowwise" } else { "" };
-    format!("update_{}_{}_{state}{rowwise}", param.as_str(), grad.as_str())
+    format!("{state}{}", if rowwise { "_rowwise" } else { "" })
 }

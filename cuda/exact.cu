@@ -1,0 +1,191 @@
+// Rows pay what they owe for the updates that they missed, before they are read or written.
+//
+// Launch: blocks of 256 threads; a warp, or a part of one for short rows, takes a row at a time, 8 consecutive elements a
+// thread. A row may be named several times: the lanes that set its mark first are those that pay. Called by
+// src/kernel/cuda/exact.rs.
+#include "unit.cuh"
+
+// Of a mark: the moments of the row are zero. src/table/debts.rs.
+constexpr u32 EMPTY = 1u << 31;
+constexpr u32 NOTHING = 0xffffffff;
+
+struct PayArgs {
+    Tensor tensor; // its `rows` are those that pay; null for all of them
+    u32* marks;    // after which update each row was up to date
+    const Entry* entries;
+    Terms terms;
+    u64 n;   // rows that pay
+    u64 all; // rows of the table
+    u64 key;
+    Limits limits;
+    u32 rounding;
+    u32 now;     // the last update
+    u32 mark;    // of rows that have paid
+};
+
+// After which update the row at `place` was up to date, if these lanes are to let it pay.
+DEVICE u32 claim(const PayArgs& args, u64 place) {
+    u32 old = args.marks[place], since = old & ~EMPTY, mark = args.mark | (old & EMPTY);
+    bool decays = args.entries[since].log_decay != args.entries[args.now].log_decay;
+    bool owes = since < args.now && ((old & EMPTY) == 0 || decays);
+    return owes && atomicCAS(&args.marks[place], old, mark) == old ? since : NOTHING;
+}
+
+// One row that pays.
+template <typename F, typename P> struct Row : Stored<F, P> {
+    using typename Stored<F, P>::A;
+    using Stored<F, P>::count;
+    using Stored<F, P>::is_whole;
+    using Stored<F, P>::key;
+    using Stored<F, P>::lanes;
+    using Stored<F, P>::len;
+    using Stored<F, P>::log;
+    using Stored<F, P>::moments;
+    using Stored<F, P>::norm;
+    using Stored<F, P>::norms;
+    using Stored<F, P>::params;
+    using Stored<F, P>::Stored;
+
+    // Moments as they are.
+    __device__ __forceinline__ void pay_full(const Debt<A>& debt) const {
+        bool series = true;
+        for (u32 at = lanes.begin(); at < len; at += lanes.stride()) {
+            u32 n = count(at);
+            bool whole = is_whole && n == GROUP;
+            A m[GROUP], u[GROUP];
+            load(moments + at, n, whole, m);
+            load(norms + at, n, whole, u);
+#pragma unroll
+            for (u32 i = 0; i < GROUP; i++) series = series && debt.is_series(m[i], u[i]); // what is not there is zero
+        }
+        series = lanes.all(series);
+        for (u32 at = lanes.begin(); at < len; at += lanes.stride()) {
+            u32 n = count(at);
+            bool whole = is_whole && n == GROUP;
+            A w[GROUP], m[GROUP], u[GROUP];
+            load(moments + at, n, whole, m);
+            load(norms + at, n, whole, u);
+            params.read(at, n, whole, w);
+#pragma unroll
+            for (u32 i = 0; i < GROUP; i++) {
+                w[i] = debt.weight(series, w[i], m[i], u[i]);
+                m[i] = debt.first_moment(m[i]);
+                u[i] = debt.norm(u[i]);
+            }
+            params.write(at, n, whole, w);
+            store(moments + at, n, whole, m);
+            store(norms + at, n, whole, u);
+        }
+    }
+
+    // One norm for the row.
+    __device__ __forceinline__ void pay_row(const Debt<A>& debt, const Limits& limits) const {
+        A before = *norm, after = debt.norm(before);
+        bool series = debt.is_series(after, before);
+        for (u32 at = lanes.begin(); at < len; at += lanes.stride()) {
+            u32 n = count(at);
+            bool whole = is_whole && n == GROUP;
+            A w[GROUP];
+            typename F::Code m[GROUP];
+            load(moments + at, n, whole, m);
+            params.read(at, n, whole, w);
+#pragma unroll
+            for (u32 i = 0; i < GROUP; i++) pay_of_row<A, F>(debt, limits, key, series, w[i], m[i], before, after, at + i);
+            params.write(at, n, whole, w);
+            store(moments + at, n, whole, m);
+        }
+        lanes.sync();
+        if (lanes.lane == 0) *norm = after;
+    }
+
+    // Encoded moments with a unit.
+    __device__ __forceinline__ void pay_coded(const Debt<float>& debt, const Limits& limits) const {
+        u32 before = *log;
+        Moved moved = move_unit<F>(before, debt.shrunk, 0.0f);
+        PayBlock<F> block = PayBlock<F>::of(debt, limits, key, before, moved);
+        // Where no gradient has been there is no unit yet, and none begins.
+        bool blank = before == 0, series = true;
+        for (u32 at = lanes.begin(); at < len; at += lanes.stride()) {
+            u32 n = count(at);
+            bool whole = is_whole && n == GROUP;
+            typename F::Code m[GROUP];
+            typename F::Norm v[GROUP];
+            load(moments + at, n, whole, m);
+            load(norms + at, n, whole, v);
+#pragma unroll
+            for (u32 i = 0; i < GROUP; i++) {
+                if (i < n) {
+                    blank = blank && F::load_plain(m[i]) == 0.0f && v[i] == 0;
+                    series = series && block.is_series(m[i], v[i]);
+                }
+            }
+        }
+        blank = lanes.all(blank);
+        series = lanes.all(series);
+        for (u32 at = lanes.begin(); at < len; at += lanes.stride()) {
+            u32 n = count(at);
+            bool whole = is_whole && n == GROUP;
+            float w[GROUP];
+            typename F::Code m[GROUP];
+            typename F::Norm v[GROUP];
+            load(moments + at, n, whole, m);
+            load(norms + at, n, whole, v);
+            params.read(at, n, whole, w);
+#pragma unroll
+            for (u32 i = 0; i < GROUP; i++) block.pay(series, w[i], m[i], v[i], at + i);
+            params.write(at, n, whole, w);
+            store(moments + at, n, whole, m);
+            store(norms + at, n, whole, v);
+        }
+        lanes.sync();
+        if (lanes.lane == 0 && !blank) *log = moved.log;
+    }
+};
+
+template <typename F, typename P, bool ROWWISE> DEVICE void pay_rows(const PayArgs& args) {
+    typedef typename Element<P>::Acc A;
+    const Tensor& t = args.tensor;
+    const Lanes lanes = Lanes::of(t.unit);
+    u64 at_once = u64(gridDim.x) * THREADS / lanes.count;
+    for (u64 i = (u64(blockIdx.x) * THREADS + threadIdx.x) / lanes.count; i < args.n; i += at_once) {
+        u64 place = t.rows != 0 ? reinterpret_cast<const u32*>(t.rows)[i] : i;
+        if (place >= args.all) continue; // the id of nothing
+        u32 since = lanes.first(lanes.lane == 0 ? claim(args, place) : 0);
+        if (since == NOTHING) continue;
+        const Debt<A> debt = Debt<A>::of(args.entries, args.terms, since, args.now);
+        Row<F, P> row(lanes, t, args.rounding == 1, place, derive(args.key, place));
+        if constexpr (ROWWISE) {
+            row.pay_row(debt, args.limits);
+        } else if constexpr (F::IS_CODED) {
+            row.pay_coded(debt, args.limits);
+        } else {
+            row.pay_full(debt);
+        }
+    }
+}
+
+#define PAY(NAME, P, F)                                                                                                  \
+    KERNEL(pay_##NAME, PayArgs) { pay_rows<F, P, false>(args); }                                                         \
+    KERNEL(pay_##NAME##_rowwise, PayArgs) { pay_rows<F, P, true>(args); }
+
+#define PAYS(NAME, P)                                                                                                    \
+    PAY(NAME##_full, P, Plain<float>)                                                                                    \
+    PAY(NAME##_bf16, P, Bf16)                                                                                            \
+    PAY(NAME##_f16, P, F16)                                                                                              \
+    PAY(NAME##_q8, P, Q8)
+
+// Each type of parameters is a module of its own; tests compile all at once.
+#if defined(ONLY_f64)
+PAY(f64_full, double, Plain<double>)
+#elif defined(ONLY_f32)
+PAYS(f32, float)
+#elif defined(ONLY_f16)
+PAYS(f16, f16)
+#elif defined(ONLY_bf16)
+PAYS(bf16, bf16)
+#else
+PAY(f64_full, double, Plain<double>)
+PAYS(f32, float)
+PAYS(f16, f16)
+PAYS(bf16, bf16)
+#endif
