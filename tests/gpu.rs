@@ -13,7 +13,7 @@ use std::sync::LazyLock;
 
 use candle_adamax::{
     Adamax, ClipGradNorm, CosineDecay, Ema, Embedding, Epsilon, Kernel, NormType, ParamsAdamax, Rounding, SparseGrad,
-    StateDType, StepCount, Table, WeightDecay,
+    SparseUpdate, StateDType, StepCount, Table, WeightDecay,
 };
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor, Var};
@@ -284,6 +284,32 @@ fn rows_of_tables_have_the_bits_of_the_cpu() {
     }
     let params = ParamsAdamax { gradient_accumulation_steps: 4, ..Default::default() };
     assert!(train_table(gpu(), DType::F32, &params, true) == train_table(&Device::Cpu, DType::F32, &params, true));
+}
+
+#[test]
+fn rows_that_owe_pay_with_the_bits_of_the_cpu() {
+    let exact = ParamsAdamax { sparse_update: SparseUpdate::Exact, ..Default::default() };
+    let decay = WeightDecay::Decoupled(0.1);
+    for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
+        for state_dtype in STATES {
+            let params = ParamsAdamax { state_dtype, ..exact.clone() };
+            for params in [
+                ParamsAdamax { rowwise_norm: true, ..params.clone() },
+                ParamsAdamax { skip_nonfinite: true, clip_global_norm: Some(0.1), ..params.clone() },
+                ParamsAdamax {
+                    weight_decay: decay,
+                    epsilon: Epsilon::Inside,
+                    rounding: Rounding::Stochastic,
+                    ..params
+                },
+            ] {
+                let expected = train_table(&Device::Cpu, dtype, &params, true);
+                assert!(train_table(gpu(), dtype, &params, true) == expected, "{dtype:?} {params:?}");
+            }
+        }
+    }
+    let params = ParamsAdamax { gradient_accumulation_steps: 4, ..exact };
+    assert!(train_table(gpu(), DType::F32, &params, false) == train_table(&Device::Cpu, DType::F32, &params, false));
 }
 
 #[test]

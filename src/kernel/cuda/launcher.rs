@@ -6,7 +6,10 @@ use std::sync::Arc;
 use candle_core::CudaDevice;
 use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg};
 
-use super::abi::{Address, Chunk, GatherArgs, JoinArgs, LeavesArgs, NormsArgs, PairArgs, SumArgs, THREADS, UpdateArgs};
+use super::abi::{
+    Address, Chunk, GatherArgs, JoinArgs, LeavesArgs, MarkArgs, NormsArgs, PairArgs, PayArgs, SumArgs, THREADS,
+    UpdateArgs,
+};
 use super::compile::load;
 use super::plan::{LEAVES, chunks};
 use super::source::Module;
@@ -119,4 +122,4 @@ macro_rules! arguments {
         )+
     };
 }
-arguments!(UpdateArgs, LeavesArgs, NormsArgs, JoinArgs, PairArgs, SumArgs, GatherArgs);
+arguments!(UpdateArgs, LeavesArgs, NormsArgs, JoinArgs, PairArgs, SumArgs, GatherArgs, PayArgs, MarkArgs);
