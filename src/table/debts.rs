@@ -148,6 +148,11 @@ impl Debts {
 }
 
 impl Account {
+    /// How many bytes it takes to know what each row owes.
+    pub(crate) fn bytes_owed(&self) -> usize {
+        size_of_val::<[u32]>(&self.since) + self.ledger.bytes()
+    }
+
     /// The row and after which update it was up to date, if it owes anything.
     fn owing(&self, row: u32) -> Option<(u32, u32)> {
         let mark = self.since[row as usize];
