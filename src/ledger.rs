@@ -142,6 +142,12 @@ impl Ledger {
         self.entries.len() - 1
     }
 
+    /// How many bytes it takes.
+    pub(crate) fn bytes(&self) -> usize {
+        let Self { entries, powers, shrinking, .. } = self;
+        size_of_val::<[Entry]>(entries) + size_of_val::<[(f64, f64)]>(powers) + size_of_val::<[(f64, f64)]>(shrinking)
+    }
+
     /// Whether what was booked is made with these numbers.
     pub(crate) fn is_for(&self, hyper: &Hyperparameters) -> bool {
         self.hyper == *hyper

@@ -28,11 +28,13 @@
 //! | --- | --- |
 //! | the optimizer: making one, stepping, saving | [`Adamax`] |
 //! | its settings, and the conventions of the frameworks | [`ParamsAdamax`], [`Epsilon`], [`WeightDecay`], [`StepCount`] |
-//! | learning rates that change | [`LearningRate`], [`Schedule`], [`LearningRateSchedule`] |
+//! | learning rates that change | [`LearningRate`], [`Schedule`], [`LearningRateSchedule`], [`ReduceLrOnPlateau`] |
+//! | mixed precision | [`GradScaler`], [`StateDType`], [`Rounding`] |
 //! | settings of some variables | [`ParamGroup`] |
 //! | fewer bytes for moments, rounding of f16 and bf16 weights | [`StateDType`], [`Rounding`] |
 //! | embedding tables, of which a step touches some rows | [`Embedding`], [`EmbeddingBag`], [`Table`], [`SparseGrad`], [`SparseUpdate`] |
 //! | what a step did | [`StepReport`] |
+//! | what is kept, and how many bytes of it | [`StateBytes`], [`MomentStatistics`] |
 //! | state in memory | [`Snapshot`], [`State`] |
 //! | what goes wrong | [`Error`], [`ErrorKind`] |
 //!
@@ -49,6 +51,7 @@
 //! | feature | default | what it does |
 //! | --- | --- | --- |
 //! | `cuda` | off | updates variables on NVIDIA GPUs by kernels of this crate, compiled at run time; needs what candle's own feature `cuda` needs, and adds no public items |
+//! | `tracing` | off | a [tracing](https://docs.rs/tracing) span for each call of a step, `adamax.step` at the level `DEBUG`, with the fields `optimizer`, `call`, `lr`, `updated` and `skipped` (the last two are left empty where a GPU has yet to say); adds no public items |
 //!
 //! # How the source is laid out
 //!
@@ -62,16 +65,18 @@
 //! | `checkpoint` | a snapshot of all state, and its way into a file and back |
 //! | `gradient` | norms of gradients, and what clipping makes of them; gradients of rows, in their order |
 //! | `group`, `params` | settings, presets, what is allowed |
-//! | `schedule` | learning rates: pure functions of the count of calls |
+//! | `schedule` | learning rates: pure functions of the count of calls, and one that follows a metric |
 //! | `kernel` | which kernel runs; the one for the CPU, the one of tensor operations |
 //! | `kernel::cuda` | the kernels of `cuda/`: what they are given, compiled and launched (feature `cuda`) |
 //! | `kernel::lend` | the only place that takes slices out of candle's tensors |
 //! | `kernel::rows` | a gradient of some rows, and of what each is the sum |
 //! | `kernel::plan` | sizes of tensors become equal pieces of work; pure |
 //! | `state` | all that is kept for one variable, in each encoding |
+//! | `trace` | a span for each call, or nothing |
 //! | `pages` | zeroed arrays that take memory where they are written |
 //! | `codec` | how moments are stored in 4 and 2 bytes; pure |
 //! | `ledger` | what rows owe for the updates that they missed; pure |
+//! | `scaler` | the dynamic loss scale: what a call makes of it; pure |
 //! | `reduce`, `clip` | the one tree by which norms are summed, and what clipping makes of them; pure |
 //! | `rule` | **the formula**; pure |
 //! | `rounding` | stochastic rounding from a counter, masters; pure |
@@ -97,11 +102,13 @@ mod params;
 mod reduce;
 mod rounding;
 mod rule;
+mod scaler;
 mod schedule;
 mod state;
 mod table;
+mod trace;
 
-pub use adamax::{Adamax, State, StepReport};
+pub use adamax::{Adamax, MomentStatistics, State, StateBytes, Statistics, StepReport};
 pub use checkpoint::{AccumulatedGrad, Counters, Snapshot, VarSnapshot};
 pub use codec::StateDType;
 pub use embedding::{Bags, Embedding, EmbeddingBag, Pooling, embedding, embedding_bag};
@@ -113,9 +120,11 @@ pub use params::{ClipGradNorm, Ema, ParamsAdamax, SparseUpdate, StepCount};
 pub use reduce::NormType;
 pub use rounding::Rounding;
 pub use rule::{Epsilon, WeightDecay};
+pub use scaler::{GradScaler, GradScalerState};
 pub use schedule::{
-    CosineDecay, CosineDecayRestarts, ExponentialDecay, InverseTimeDecay, Join, LearningRate, LearningRateSchedule,
-    LinearWarmup, PiecewiseConstantDecay, PolynomialDecay, Schedule,
+    AnnealStrategy, CosineDecay, CosineDecayRestarts, ExponentialDecay, InverseTimeDecay, Join, LearningRate,
+    LearningRateSchedule, LinearWarmup, OneCycle, PiecewiseConstantDecay, Plateau, PlateauMode, PolynomialDecay,
+    ReduceLrOnPlateau, Schedule, ThresholdMode,
 };
 pub use table::Table;
 

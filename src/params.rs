@@ -9,7 +9,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::reduce::NormType;
 use crate::rounding::Rounding;
 use crate::rule::{Epsilon, Hyperparameters, WeightDecay};
-use crate::schedule::{LearningRate, scalar};
+use crate::scaler::GradScaler;
+use crate::schedule::{LearningRate, ReduceLrOnPlateau, scalar};
 
 /// What the bias correction `1 - beta1^t` of a variable counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -111,7 +112,7 @@ impl Keeping {
 /// PyTorch's; every setting stands alone, so that others can be mixed.
 ///
 /// ```text
-/// g  = gradient / loss_scale_factor, accumulated, clipped, negated if maximize, + lambda * w for L2
+/// g  = gradient / loss scale, accumulated, clipped, negated if maximize, + lambda * w for L2
 /// m  = beta1 * m + (1 - beta1) * g
 /// u  = max(beta2 * u, |g|)                               with Epsilon::Inside: max(beta2 * u, |g| + eps)
 /// w  = w - lr * lambda * w for Decoupled - lr / (1 - beta1^t) * m / (u + eps)      Epsilon::Inside: / u
@@ -143,6 +144,9 @@ pub struct ParamsAdamax {
     /// The learning rate: a number, a schedule, a scalar tensor that is read at each step; `.into()` makes each one.
     /// Not negative. Default: 1e-3.
     pub lr: LearningRate,
+    /// Lower learning rates once a metric has stopped getting better, which [`Adamax::observe`](crate::Adamax::observe)
+    /// is told. Default: none.
+    pub plateau: Option<ReduceLrOnPlateau>,
     /// How much of m remains each update, in `[0, 1)`. Default: 0.9.
     pub beta1: f64,
     /// How much of u remains each update, in `[0, 1)`. Default: 0.999.
@@ -173,6 +177,9 @@ pub struct ParamsAdamax {
     pub measure_norm: bool,
     /// What the loss was multiplied by, which gradients are divided by before anything else; positive.
     pub loss_scale_factor: Option<f64>,
+    /// A loss scale that follows the gradients, for f16: bad calls are skipped, as with `skip_nonfinite`. It excludes
+    /// `loss_scale_factor`. Default: none.
+    pub grad_scaler: Option<GradScaler>,
     /// Keep a moving average of the weights. Default: none.
     pub ema: Option<Ema>,
     /// Update once in so many calls of `step`, with the mean of their gradients; at least 1. Default: 1.
@@ -206,6 +213,7 @@ impl Default for ParamsAdamax {
         Self {
             name: "Adamax".to_owned(),
             lr: 1e-3.into(),
+            plateau: None,
             beta1: 0.9,
             beta2: 0.999,
             eps: 1e-7,
@@ -220,6 +228,7 @@ impl Default for ParamsAdamax {
             clip_grad_norm: None,
             measure_norm: false,
             loss_scale_factor: None,
+            grad_scaler: None,
             ema: None,
             gradient_accumulation_steps: 1,
             skip_nonfinite: false,
@@ -271,6 +280,7 @@ impl ParamsAdamax {
     fn validate_settings(&self) -> Result<()> {
         check::require(!self.name.is_empty(), "name", "a name", "an empty one")?;
         self.lr.validate()?;
+        self.plateau.map_or(Ok(()), |plateau| plateau.validate().map_err(|e| e.within("plateau")))?;
         check_beta("beta1", self.beta1)?;
         check_beta("beta2", self.beta2)?;
         check::not_negative("eps", self.eps)?;
@@ -281,6 +291,11 @@ impl ParamsAdamax {
         self.keeping().validate(&self.hyperparameters())?;
         if let Some(factor) = self.loss_scale_factor {
             check_positive("loss_scale_factor", factor)?;
+        }
+        self.grad_scaler.map_or(Ok(()), |scaler| scaler.validate().map_err(|e| e.within("grad_scaler")))?;
+        if self.grad_scaler.is_some() && self.loss_scale_factor.is_some() {
+            let (first, second) = ("loss_scale_factor", "grad_scaler");
+            return Err(ErrorKind::Exclusive { first, second, allowed: "`loss_scale_factor`, `grad_scaler`" }.into());
         }
         if let Some(Ema { momentum, overwrite_frequency }) = self.ema {
             check::share("ema.momentum", momentum)?;
@@ -311,6 +326,11 @@ impl ParamsAdamax {
             }
         }
         Ok(())
+    }
+
+    /// Whether a call in which something is not finite is skipped.
+    pub(crate) fn skips_nonfinite(&self) -> bool {
+        self.skip_nonfinite || self.grad_scaler.is_some()
     }
 
     /// Which norm is to be measured, and [reported](crate::StepReport::total_norm).

@@ -9,9 +9,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use candle_adamax::{
-    Adamax, ClipGradNorm, CosineDecay, CosineDecayRestarts, Ema, Epsilon, ErrorKind, ExponentialDecay, GroupLr,
-    GroupSettings, InverseTimeDecay, Join, Kernel, LearningRate, LearningRateSchedule, LinearWarmup, NormType,
-    ParamGroup, ParamsAdamax, PiecewiseConstantDecay, PolynomialDecay, WeightDecay,
+    Adamax, ClipGradNorm, CosineDecay, CosineDecayRestarts, Ema, Epsilon, ErrorKind, ExponentialDecay, GradScaler,
+    GroupLr, GroupSettings, InverseTimeDecay, Join, Kernel, LearningRate, LearningRateSchedule, LinearWarmup, NormType,
+    OneCycle, ParamGroup, ParamsAdamax, PiecewiseConstantDecay, PolynomialDecay, ReduceLrOnPlateau, WeightDecay,
 };
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
@@ -138,6 +138,49 @@ fn clips_and_the_loss_scale() {
 }
 
 #[test]
+fn a_loss_scale_that_follows() {
+    let check = |scaler: GradScaler, field: &str, expected: &str, got: &str| {
+        assert_invalid(ParamsAdamax { grad_scaler: Some(scaler), ..named() }, field, expected, got);
+    };
+    let default = GradScaler::default();
+    let range = "a number in [2^-126, 2^126]";
+    check(GradScaler { init_scale: 0.0, ..default }, "grad_scaler.init_scale", range, "0");
+    check(GradScaler { init_scale: f64::NAN, ..default }, "grad_scaler.init_scale", range, "NaN");
+    check(GradScaler { init_scale: f64::INFINITY, ..default }, "grad_scaler.init_scale", range, "inf");
+    let above = "a finite number above 1";
+    check(GradScaler { growth_factor: 1.0, ..default }, "grad_scaler.growth_factor", above, "1");
+    check(GradScaler { growth_factor: f64::INFINITY, ..default }, "grad_scaler.growth_factor", above, "inf");
+    let share = "a number in (0, 1)";
+    check(GradScaler { backoff_factor: 0.0, ..default }, "grad_scaler.backoff_factor", share, "0");
+    check(GradScaler { backoff_factor: 1.0, ..default }, "grad_scaler.backoff_factor", share, "1");
+    check(GradScaler { growth_interval: 0, ..default }, "grad_scaler.growth_interval", "at least 1 step", "0");
+    assert_refused(
+        ParamsAdamax { grad_scaler: Some(default), loss_scale_factor: Some(2.0), ..named() },
+        "`loss_scale_factor` and `grad_scaler` exclude each other: set at most one of `loss_scale_factor`, `grad_scaler`",
+    );
+}
+
+#[test]
+fn plateaus() {
+    let check = |plateau: ReduceLrOnPlateau, field: &str, expected: &str, got: &str| {
+        assert_invalid(ParamsAdamax { plateau: Some(plateau), ..named() }, field, expected, got);
+    };
+    let default = ReduceLrOnPlateau::default();
+    check(ReduceLrOnPlateau { factor: 1.0, ..default }, "plateau.factor", "a number in [0, 1)", "1");
+    check(ReduceLrOnPlateau { factor: -0.5, ..default }, "plateau.factor", "a number in [0, 1)", "-0.5");
+    for (x, got) in NEGATIVE {
+        check(ReduceLrOnPlateau { threshold: x, ..default }, "plateau.threshold", NOT_NEGATIVE, got);
+        check(ReduceLrOnPlateau { min_lr: x, ..default }, "plateau.min_lr", NOT_NEGATIVE, got);
+        check(ReduceLrOnPlateau { eps: x, ..default }, "plateau.eps", NOT_NEGATIVE, got);
+    }
+    let error = two_vars(named()).0.observe(1.0).unwrap_err();
+    let text = "Encoder: invalid `plateau`: expected the settings of a plateau, for a metric to be observed, got none";
+    assert_eq!(error.to_string(), text);
+    let error = two_vars(named()).0.group_learning_rate("head").unwrap_err();
+    assert_eq!(error.to_string(), "Encoder: unknown group `head`; known are: default");
+}
+
+#[test]
 fn two_clips_at_once() {
     for (i, first) in CLIPS.into_iter().enumerate() {
         for (j, second) in CLIPS.into_iter().enumerate().skip(i + 1) {
@@ -187,6 +230,17 @@ fn schedules() {
     let shorter = CosineDecayRestarts { t_mul: 0.5, ..CosineDecayRestarts::new(0.1, 1) };
     check(shorter, "lr.t_mul", "a finite number of at least 1", "0.5");
     check(LinearWarmup::new(0.0, f64::INFINITY, 3), "lr.target_learning_rate", NOT_NEGATIVE, "inf");
+
+    check(OneCycle::new(-0.5, 10), "lr.max_lr", NOT_NEGATIVE, "-0.5");
+    check(OneCycle::new(0.1, 1), "lr.total_steps", "at least 2 steps", "1");
+    let too_long = OneCycle { pct_start: 1.5, ..OneCycle::new(0.1, 10) };
+    check(too_long, "lr.pct_start", "a number in [0, 1]", "1.5");
+    let no_room = OneCycle { pct_start: 0.75, three_phase: true, ..OneCycle::new(0.1, 10) };
+    check(no_room, "lr.pct_start", "a number in [0, 0.5] with `three_phase`", "0.75");
+    let above = OneCycle { div_factor: 0.5, ..OneCycle::new(0.1, 10) };
+    check(above, "lr.div_factor", "a finite number of at least 1", "0.5");
+    let nothing = OneCycle { final_div_factor: 0.0, ..OneCycle::new(0.1, 10) };
+    check(nothing, "lr.final_div_factor", "a finite number above 0", "0");
 
     let piecewise = |boundaries: &[f64], values: &[f64]| PiecewiseConstantDecay::new(boundaries, values);
     check(piecewise(&[], &[]), "lr.values", "at least one value", "none");

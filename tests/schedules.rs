@@ -7,8 +7,8 @@ use std::fs;
 use std::path::Path;
 
 use candle_adamax::{
-    CosineDecay, CosineDecayRestarts, ExponentialDecay, InverseTimeDecay, Join, LearningRate, LearningRateSchedule,
-    LinearWarmup, PiecewiseConstantDecay, PolynomialDecay, Schedule,
+    AnnealStrategy, CosineDecay, CosineDecayRestarts, ExponentialDecay, InverseTimeDecay, Join, LearningRate,
+    LearningRateSchedule, LinearWarmup, OneCycle, PiecewiseConstantDecay, PolynomialDecay, Schedule,
 };
 use proptest::prelude::*;
 use safetensors::SafeTensors;
@@ -76,6 +76,29 @@ fn check_golden(path: &Path) -> String {
         assert!(same || restarted, "{path:?}, step {step}: expected {expected:e}, got {got:e}");
     }
     case["class_name"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn one_cycle_is_pytorchs() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/pytorch/one_cycle.json");
+    let recorded: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+    let cases = recorded["cases"].as_array().unwrap();
+    assert!(cases.len() >= 10);
+    for case in cases {
+        let form = serde_json::json!({"class_name": "OneCycle", "config": case["settings"]});
+        let schedule: Schedule = serde_json::from_value(form).unwrap();
+        schedule.validate().unwrap();
+        let rates = case["lr"].as_array().unwrap();
+        assert_eq!(rates.len() as u64, case["settings"]["total_steps"].as_u64().unwrap());
+        let peak = rates.iter().filter_map(Value::as_f64).fold(0.0, f64::max);
+        for (step, expected) in rates.iter().enumerate() {
+            let (expected, got) = (expected.as_f64().unwrap(), schedule.learning_rate(step as u64));
+            assert!((got - expected).abs() <= TOLERANCE * peak, "{}, step {step}: {expected:e}, {got:e}", case["name"]);
+        }
+        // After the last step it stays.
+        let last = schedule.learning_rate(rates.len() as u64 - 1);
+        assert!(HUGE.iter().all(|&step| schedule.learning_rate(step) == last), "{schedule}");
+    }
 }
 
 // === Boundaries, by hand ===
@@ -187,6 +210,22 @@ fn warmup_ends_are_exact() {
     assert_rates(&LinearWarmup::new(from, to, 5), [(0, from), (5, to), (6, to), (u64::MAX, to)]);
     assert_rates(&LinearWarmup::new(0.75, 0.25, 4), [(0, 0.75), (1, 0.625), (3, 0.375), (4, 0.25)]);
     assert_rates(&LinearWarmup::new(from, to, 0), [(0, to)]);
+}
+
+#[test]
+fn one_cycle_ends_are_exact() {
+    let (max, initial, last) = (0.3, 0.3 / 25.0, 0.3 / 25.0 / 1e4);
+    for anneal_strategy in [AnnealStrategy::Cos, AnnealStrategy::Linear] {
+        let two = OneCycle { pct_start: 0.5, anneal_strategy, ..OneCycle::new(max, 22) };
+        assert_rates(&two, [(0, initial), (10, max), (21, last), (22, last), (u64::MAX, last)]);
+        let three = OneCycle { pct_start: 0.25, three_phase: true, anneal_strategy, ..OneCycle::new(max, 44) };
+        assert_rates(&three, [(0, initial), (10, max), (20, initial), (43, last), (44, last)]);
+        let only_up = OneCycle { pct_start: 1.0, anneal_strategy, ..OneCycle::new(max, 22) };
+        assert_rates(&only_up, [(0, initial), (21, max), (22, max), (u64::MAX, max)]);
+        // The rise is over at step 0, where PyTorch divides by zero.
+        let jump = OneCycle { pct_start: 0.1, anneal_strategy, ..OneCycle::new(max, 10) };
+        assert_rates(&jump, [(0, max), (9, last)]);
+    }
 }
 
 #[test]
@@ -390,6 +429,18 @@ fn all_schedules(a: f64, b: f64, steps: u64, flag: bool) -> Vec<Schedule> {
         .into(),
         PiecewiseConstantDecay::new([b], [a, b]).into(),
         LinearWarmup::new(a, b, steps).into(),
+        with(OneCycle::new(a, steps), |s| {
+            s.pct_start = b;
+            s.three_phase = flag;
+            s.anneal_strategy = if flag { AnnealStrategy::Linear } else { AnnealStrategy::Cos };
+        })
+        .into(),
+        with(OneCycle::new(a, steps), |s| {
+            s.pct_start = b / 2.0;
+            s.three_phase = flag;
+            s.div_factor = 1.0 + b;
+        })
+        .into(),
         Join::new([warm.into(), LinearWarmup::new(a, b, steps).into()], [steps]).into(),
     ]
 }
@@ -400,7 +451,7 @@ fn huge_steps_are_finite() {
         for flag in [false, true] {
             for schedule in all_schedules(0.3, 0.9, steps, flag) {
                 if schedule.validate().is_err() {
-                    continue; // t_mul 0.9
+                    continue; // t_mul 0.9, a rise of 0.9 in three phases, a cycle of one step
                 }
                 for step in HUGE {
                     let rate = schedule.learning_rate(step);

@@ -71,7 +71,7 @@ impl Adamax {
     /// Adds the gradients to what was accumulated, and updates with the mean on the last of `steps` calls.
     pub(super) fn accumulate(&mut self, collected: &Collected<'_>, steps: u64, rates: &Rates) -> Result<Outcome> {
         let sources = || Gradients::OfThisCall(collected).sources(&self.vars);
-        if self.params.skip_nonfinite && !Summary::check(&mut self.context, &sources()?)? {
+        if self.params.skips_nonfinite() && !Summary::check(&mut self.context, &sources()?)? {
             return Ok(Outcome::Skipped);
         }
         let unscale = self.unscale();

@@ -1,7 +1,7 @@
 //! Calls of which only the GPU knows yet whether they were skipped.
 //!
 //! With [`skip_nonfinite`](crate::ParamsAdamax::skip_nonfinite) on one GPU a call is skipped there, and the host hears of it
-//! later. Until then it counts the call as one that was not, and hands the GPU the coefficients of every number of calls
+//! later (with a [`grad_scaler`](crate::ParamsAdamax::grad_scaler) before the next call). Until then it counts the call as one that was not, and hands the GPU the coefficients of every number of calls
 //! that may have been; the GPU picks those of its own count. Invariant: the calls that are not settled have the same
 //! variables with a gradient, so that their number alone decides every counter.
 
@@ -37,6 +37,7 @@ impl Adamax {
         while self.unsettled.calls > 0 {
             let Some(skipped) = self.context.settle(wait)? else { break };
             self.unsettled.calls -= 1;
+            self.follow_call(skipped);
             if skipped {
                 self.counters = without(&self.counters, 1);
                 for &index in &self.unsettled.vars {
@@ -51,7 +52,9 @@ impl Adamax {
     pub(super) fn make_room(&mut self, gradients: Gradients<'_>, on_gpu: bool) -> Result<()> {
         self.settle(false)?;
         let is_alike = || self.unsettled.vars.iter().copied().eq(gradients.indices(&self.vars));
-        if self.unsettled.calls > 0 && (!on_gpu || self.unsettled.calls >= UNSETTLED || !is_alike()) {
+        // The loss scale of this call is what the last one has left.
+        let limit = if self.scaler.is_some() { 1 } else { UNSETTLED };
+        if self.unsettled.calls > 0 && (!on_gpu || self.unsettled.calls >= limit || !is_alike()) {
             self.settle(true)?;
         }
         Ok(())

@@ -18,12 +18,15 @@ use crate::kernel::{Context, Kernel, is_supported};
 use crate::params::{ParamsAdamax, SparseUpdate};
 use crate::rounding::{Rounding, key_of};
 use crate::rule::WeightDecay;
+use crate::schedule::Plateau;
 use crate::state::{Buffer, Master, Moments, ParamState};
 
 impl Adamax {
     pub(super) fn without_vars(params: ParamsAdamax) -> Result<Self> {
         params.validate()?;
         Ok(Self {
+            scaler: params.grad_scaler.map(|scaler| scaler.start()),
+            plateau: params.plateau.map(|_| Plateau::default()),
             params,
             groups: vec![GroupSettings::new(DEFAULT_GROUP)],
             vars: Vec::new(),
@@ -99,6 +102,8 @@ impl Adamax {
     /// or, for u in [`StateDType::Q8`], up. What came from Q8 keeps its bits on its way back there, but for a table
     /// that has had gradients of rows, whose rows come back in blocks of 1,024 elements: its u is rounded up once more.
     ///
+    /// Loss scale and plateau stay what they have come to; another `grad_scaler.init_scale` is the scale of the next call.
+    ///
     /// # Errors
     ///
     /// A setting that is not allowed; another [`epsilon`](ParamsAdamax::epsilon) after the first update, since u holds
@@ -124,6 +129,11 @@ impl Adamax {
                 param.ema = None;
             }
         }
+        self.scaler = match (&params.grad_scaler, &self.params.grad_scaler, self.scaler) {
+            (Some(scaler), Some(before), Some(state)) => Some(scaler.carried(before, state)),
+            (scaler, ..) => scaler.map(|scaler| scaler.start()),
+        };
+        self.plateau = params.plateau.map(|_| self.plateau.unwrap_or_default());
         self.params = params;
         self.take_states(states, &plans);
         Ok(())
@@ -144,8 +154,7 @@ impl Adamax {
         self.settle(true).map_err(|error| self.own(error))?;
         let mut groups = self.groups.clone();
         let Some(group) = groups.iter_mut().find(|group| group.name == settings.name) else {
-            let names = self.groups.iter().map(|group| group.name.as_str());
-            return Err(self.own(unknown("group", &settings.name, names)));
+            return Err(self.unknown_group(&settings.name));
         };
         *group = settings;
         let plans = self.plans(&self.params, &groups, self.kernel).map_err(|error| self.own(error))?;
@@ -284,6 +293,10 @@ impl Adamax {
         self.own(unknown("var", name, self.names()))
     }
 
+    pub(super) fn unknown_group(&self, name: &str) -> Error {
+        self.own(unknown("group", name, self.groups.iter().map(|group| group.name.as_str())))
+    }
+
     /// The error, as one of this optimizer.
     pub(super) fn own(&self, error: Error) -> Error {
         error.of_optimizer(&self.params.name)
@@ -334,6 +347,8 @@ impl fmt::Debug for Adamax {
             .field("groups", &self.groups)
             .field("vars", &self.names().collect::<Vec<_>>())
             .field("counters", &self.settled_counters())
+            .field("scaler", &self.scaler_after(self.late()))
+            .field("plateau", &self.plateau)
             .field("kernel", &self.kernel)
             .field("report", &self.report())
             .finish()

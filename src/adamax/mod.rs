@@ -8,8 +8,11 @@ mod accumulate;
 mod collect;
 mod ema;
 mod held;
+mod inspect;
 mod late;
+mod loss_scale;
 mod manage;
+mod rates;
 mod report;
 mod rows;
 mod snapshot;
@@ -23,8 +26,10 @@ use candle_nn::{Optimizer, VarMap};
 use self::accumulate::{Accumulated, Sum};
 use self::collect::{Collected, Found, Grad, collect};
 use self::ema::Averages;
-use self::held::{GroupPlan, Held};
+use self::held::Held;
+pub use self::inspect::{MomentStatistics, StateBytes, Statistics};
 use self::late::Unsettled;
+use self::rates::{GroupRates, Rates};
 pub use self::report::StepReport;
 use self::report::{Outcome, Report};
 pub use self::snapshot::State;
@@ -37,8 +42,10 @@ use crate::kernel::{Context, Kernel, Orders, RowGrad, RowTask, RowValues, Source
 use crate::params::{ParamsAdamax, SparseUpdate, StepCount};
 use crate::rounding::derive;
 use crate::rule::Coefficients;
-use crate::schedule::LearningRate;
+use crate::scaler::GradScalerState;
+use crate::schedule::{LearningRate, Plateau};
 use crate::state::{Buffer, Place};
+use crate::trace;
 
 /// The Adamax optimizer (Kingma & Ba 2015, section 7.1) for candle's variables.
 ///
@@ -53,7 +60,7 @@ use crate::state::{Buffer, Place};
 /// bytes. Variables that are not floating point are left out; a variable without a gradient is skipped and
 /// [reported](Self::report). [`ParamsAdamax`] has the settings.
 ///
-/// The order of each call of `step`: divide by `loss_scale_factor`; check that all is finite, if asked to; accumulate;
+/// The order of each call of `step`: divide by the loss scale; check that all is finite, if asked to; accumulate;
 /// and on the N-th call divide by N, measure norms, clip, negate if `maximize`, decay, update, count the update. On
 /// every call then: move the averages, count the call. The bias correction's t counts updates, a schedule counts calls.
 ///
@@ -77,6 +84,10 @@ pub struct Adamax {
     /// The memory of every variable, and whose it is.
     storages: HashMap<usize, String>,
     counters: Counters,
+    /// What the loss scale has come to, where it follows the gradients.
+    scaler: Option<GradScalerState>,
+    /// What metrics have made of learning rates, where these follow them.
+    plateau: Option<Plateau>,
     kernel: Kernel,
     /// What kernels keep from one call to the next.
     context: Context,
@@ -134,12 +145,24 @@ impl Optimizer for Adamax {
 
     /// The learning rate of the next call; NaN where a tensor or a custom schedule gives no valid one.
     fn learning_rate(&self) -> f64 {
-        self.params.lr.at(self.settled_counters().calls).unwrap_or(f64::NAN)
+        self.rate(self.settled_counters().calls).unwrap_or(f64::NAN)
     }
 
-    /// From now on the learning rate is `lr`, also in place of a schedule. An invalid one is an error of the next step.
+    /// From now on the learning rate is `lr`, also in place of a schedule. An invalid one is an error of the next step. What
+    /// a [plateau](ParamsAdamax::plateau) has lowered learning rates by is forgotten, for all groups.
     fn set_learning_rate(&mut self, lr: f64) {
         self.params.lr = LearningRate::Constant(lr);
+        if let Some(plateau) = &mut self.plateau {
+            plateau.lr_factor = 1.0;
+        }
+    }
+
+    /// The backward pass of a loss, and a call of [`step`](Optimizer::step) with its gradients. With a
+    /// [`grad_scaler`](ParamsAdamax::grad_scaler) the loss is [scaled](Adamax::scale) first; for `loss_scale_factor` it has
+    /// been, as in Keras.
+    fn backward_step(&mut self, loss: &Tensor) -> candle_core::Result<()> {
+        let grads = if self.scaler.is_some() { self.scale(loss)?.backward()? } else { loss.backward()? };
+        self.step(&grads)
     }
 }
 
@@ -225,7 +248,11 @@ impl Adamax {
 
     /// One call, with gradients from anywhere.
     fn call<'g>(&mut self, lookup: impl FnMut(&Param) -> Found<'g>) -> Result<()> {
-        self.run(lookup).map_err(|error| error.of_optimizer(&self.params.name))
+        let span = trace::Call::enter(&self.params.name, self.counters.calls);
+        self.run(lookup).map_err(|error| error.of_optimizer(&self.params.name))?;
+        let Report { lr, outcome, .. } = self.report;
+        span.record(lr, outcome.updates(), outcome.known_skipped());
+        Ok(())
     }
 
     fn run<'g>(&mut self, lookup: impl FnMut(&Param) -> Found<'g>) -> Result<()> {
@@ -235,7 +262,7 @@ impl Adamax {
         }
         let on_gpu = self.measures_on_gpu(Gradients::OfThisCall(&collected));
         self.make_room(Gradients::OfThisCall(&collected), on_gpu)?;
-        let rates = Rates::of_call(&self.params, &self.groups, self.counters.calls)?;
+        let rates = self.rates(self.counters.calls)?;
         if let (Some(_), Some(index)) = (self.params.ema, collected.first_sparse()) {
             let expected = format!("none with `{}`, whose average would cost all of its rows", self.vars[index].name);
             return Err(Error::invalid("ema", expected, "a gradient of some rows"));
@@ -250,6 +277,9 @@ impl Adamax {
             steps => self.accumulate(&collected, steps, &rates)?,
         };
         self.report = Report { lr: rates.base, outcome, missing: collected.missing() };
+        if !collected.is_empty() {
+            self.follow(outcome);
+        }
         if outcome == Outcome::Skipped {
             self.counters.skipped += 1;
             return Ok(());
@@ -271,7 +301,7 @@ impl Adamax {
             let grads = || gradients.sources(&self.vars);
             (Summary::measure(&mut self.context, grads, &self.params, unscale)?, None)
         };
-        if self.params.skip_nonfinite && !summary.is_finite() {
+        if self.params.skips_nonfinite() && !summary.is_finite() {
             return Ok(Outcome::Skipped);
         }
         self.prepare_states(gradients, rates)?;
@@ -318,18 +348,18 @@ impl Adamax {
     /// Whether all of an update happens on one GPU, so that the host waits neither for norms nor to hear what is skipped:
     /// but where that decides what happens to sums and averages, and what is booked of tables that owe.
     fn measures_on_gpu(&self, gradients: Gradients<'_>) -> bool {
-        let ParamsAdamax { skip_nonfinite, gradient_accumulation_steps, ema, .. } = &self.params;
+        let ParamsAdamax { gradient_accumulation_steps, ema, .. } = &self.params;
         let all =
             std::iter::once(Some(self.params.sparse_update)).chain(self.groups.iter().map(|group| group.sparse_update));
         let owes = all.flatten().any(|sparse_update| sparse_update == SparseUpdate::Exact);
-        let decides = *skip_nonfinite && (*gradient_accumulation_steps > 1 || ema.is_some() || owes);
+        let decides = self.params.skips_nonfinite() && (*gradient_accumulation_steps > 1 || ema.is_some() || owes);
         !decides && all_on_one_gpu(gradients.places(&self.vars))
     }
 
     /// The orders that hold if 1, 2, .. of the unsettled calls have been skipped.
     fn late_orders(&self, gradients: Gradients<'_>, summary: &Summary) -> Result<Vec<Vec<Orders>>> {
         let late = (1..=self.unsettled.len() as u64).map(|late| {
-            let rates = Rates::of_call(&self.params, &self.groups, self.counters.calls - late)?;
+            let rates = self.rates(self.counters.calls - late)?;
             Ok(self.orders(gradients, &rates, summary, late)?.into_iter().flatten().collect())
         });
         late.collect()
@@ -384,11 +414,6 @@ impl Adamax {
             Ok(Some(Orders { coefficients, encoding, shrink, rounding: plan.keeping.rounding, key }))
         });
         orders.collect()
-    }
-
-    /// What gradients are multiplied by to undo the scaling of the loss.
-    fn unscale(&self) -> f64 {
-        1.0 / self.params.loss_scale_factor.unwrap_or(1.0)
     }
 }
 
@@ -459,47 +484,5 @@ impl<'c> Gradients<'c> {
             });
         }
         Ok(sources)
-    }
-}
-
-/// The learning rate of one call, for the optimizer and for each group, with the group's other numbers.
-struct Rates {
-    base: f64,
-    groups: Vec<GroupRates>,
-}
-
-struct GroupRates {
-    lr: f64,
-    plan: GroupPlan,
-    /// `-log2(beta2)`.
-    octaves: f64,
-}
-
-/// The coefficients that were asked for last, and for what.
-type Last = Option<((usize, bool, u64), Coefficients<f64>)>;
-
-impl Rates {
-    fn of_call(params: &ParamsAdamax, groups: &[GroupSettings], call: u64) -> Result<Self> {
-        let base = params.lr.at(call)?;
-        let groups = groups.iter().map(|group| {
-            let plan = GroupPlan::of(params, group)?;
-            let octaves = -plan.hyper.beta2.log2();
-            Ok(GroupRates { lr: group.lr(base, call)?, plan, octaves })
-        });
-        Ok(Self { base, groups: groups.collect::<Result<_>>()? })
-    }
-
-    /// The coefficients of update `t` in a group. Neighbors mostly ask for the same, which `last` remembers.
-    fn coefficients(&self, group: usize, decays: bool, t: u64, last: &mut Last) -> Coefficients<f64> {
-        let key = (group, decays, t);
-        if let Some((of, coefficients)) = *last
-            && of == key
-        {
-            return coefficients;
-        }
-        let GroupRates { lr, plan, .. } = &self.groups[group];
-        let coefficients = Coefficients::of_update(&plan.hyper(decays), *lr, t);
-        *last = Some((key, coefficients));
-        coefficients
     }
 }

@@ -19,6 +19,21 @@ pub(super) enum Outcome {
     Skipped,
 }
 
+impl Outcome {
+    /// Whether variables were updated, unless a GPU has skipped the call.
+    pub(super) fn updates(self) -> bool {
+        matches!(self, Self::Updated { .. } | Self::UpdatedOnGpu { .. })
+    }
+
+    /// Whether the call was skipped, if only the host decides that.
+    pub(super) fn known_skipped(self) -> Option<bool> {
+        match self {
+            Self::UpdatedOnGpu { skips: true } => None,
+            outcome => Some(outcome == Self::Skipped),
+        }
+    }
+}
+
 /// What the last call did, by indices of variables.
 #[derive(Debug, Default)]
 pub(super) struct Report {

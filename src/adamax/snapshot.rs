@@ -14,7 +14,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::{SparseGrad, sparse};
 use crate::group::{GroupLr, GroupSettings};
 use crate::kernel::RowGrad;
-use crate::schedule::LearningRate;
+use crate::params::ParamsAdamax;
+use crate::scaler::GradScalerState;
+use crate::schedule::{LearningRate, Plateau};
 use crate::state::{Buffer, Master, MomentTensors, Moments, ParamState, arithmetic};
 
 /// The state of one variable: copies, in host memory, in the shape of the variable; f64 for f64 variables, else f32.
@@ -76,6 +78,8 @@ impl Adamax {
             params: self.params.clone(),
             groups: self.groups.clone(),
             counters: without(&self.counters, late),
+            grad_scaler: self.scaler_after(late),
+            plateau: self.plateau,
             vars: vars.collect::<Result<BTreeMap<_, _>>>()?,
         })
     }
@@ -152,7 +156,7 @@ impl Adamax {
 
     fn try_restore(&mut self, snapshot: &Snapshot) -> Result<()> {
         self.settle(true)?;
-        let Snapshot { params, groups, counters, vars } = snapshot;
+        let Snapshot { params, groups, counters, grad_scaler, plateau, vars } = snapshot;
         let convention = |entry: &str, own: &dyn std::fmt::Debug, theirs: &dyn std::fmt::Debug| {
             let (own, theirs) = (format!("{own:?}"), format!("{theirs:?}"));
             if own == theirs {
@@ -167,6 +171,7 @@ impl Adamax {
         params.lr = merge_lr(&self.params.lr, params.lr);
         params.validate()?;
         check_counters(counters, params.gradient_accumulation_steps)?;
+        check_trainer(&params, grad_scaler.as_ref(), plateau.as_ref())?;
         let groups = self.merge_groups(groups)?;
         if let Some(surplus) = vars.keys().find(|name| self.index_of(name).is_err()) {
             return Err(Error::checkpoint(surplus, "no such var", "a surplus one"));
@@ -188,6 +193,7 @@ impl Adamax {
         self.params = params;
         self.groups = groups;
         self.counters = *counters;
+        (self.scaler, self.plateau) = (*grad_scaler, *plateau);
         self.report = super::Report::default();
         Ok(())
     }
@@ -340,6 +346,21 @@ fn check_counters(counters: &Counters, accumulation_steps: u64) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Loss scale and plateau: there where the settings have them, and states that a run can have come to.
+fn check_trainer(params: &ParamsAdamax, scaler: Option<&GradScalerState>, plateau: Option<&Plateau>) -> Result<()> {
+    let fits = |entry: &str, is_set: bool, is_there: bool| match (is_set, is_there) {
+        (true, false) => Err(Error::checkpoint(entry, "a state, since the settings have one", "none")),
+        (false, true) => Err(Error::checkpoint(entry, "none, since the settings have none", "a state")),
+        _ => Ok(()),
+    };
+    fits("grad_scaler", params.grad_scaler.is_some(), scaler.is_some())?;
+    fits("plateau", params.plateau.is_some(), plateau.is_some())?;
+    if let (Some(settings), Some(state)) = (&params.grad_scaler, scaler) {
+        settings.check(state)?;
+    }
+    plateau.map_or(Ok(()), Plateau::check)
 }
 
 /// The learning rate of a snapshot, or the optimizer's own where both come from outside.

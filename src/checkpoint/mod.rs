@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 use crate::gradient::SparseGrad;
 use crate::group::GroupSettings;
 use crate::params::ParamsAdamax;
+use crate::scaler::GradScalerState;
+use crate::schedule::Plateau;
 
 /// What an optimizer has counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,6 +38,11 @@ pub struct Snapshot {
     pub groups: Vec<GroupSettings>,
     /// The counters.
     pub counters: Counters,
+    /// The loss scale, where the settings have a [`GradScaler`](crate::GradScaler).
+    pub grad_scaler: Option<GradScalerState>,
+    /// What metrics have made of learning rates, where the settings have a
+    /// [`ReduceLrOnPlateau`](crate::ReduceLrOnPlateau).
+    pub plateau: Option<Plateau>,
     /// The state of each variable, by name.
     pub vars: BTreeMap<String, VarSnapshot>,
 }

@@ -19,6 +19,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::SparseGrad;
 use crate::group::GroupSettings;
 use crate::params::ParamsAdamax;
+use crate::scaler::{GradScaler, GradScalerState};
+use crate::schedule::{Plateau, ReduceLrOnPlateau};
 
 /// The key of the JSON text in the metadata.
 const METADATA: &str = "candle_adamax";
@@ -32,6 +34,11 @@ struct Header {
     params: ParamsAdamax,
     groups: Vec<GroupSettings>,
     counters: Counters,
+    // As fields that may be left out, they would be none then.
+    #[serde(deserialize_with = "Option::deserialize")]
+    grad_scaler: Option<GradScalerState>,
+    #[serde(deserialize_with = "Option::deserialize")]
+    plateau: Option<Plateau>,
     vars: BTreeMap<String, VarHeader>,
 }
 
@@ -58,7 +65,7 @@ struct Version {
 
 /// Writes a snapshot.
 pub(crate) fn write(snapshot: &Snapshot, path: &Path) -> Result<()> {
-    let Snapshot { params, groups, counters, vars } = snapshot;
+    let Snapshot { params, groups, counters, grad_scaler, plateau, vars } = snapshot;
     let mut tensors: Vec<(String, &Tensor)> = Vec::with_capacity(2 * vars.len());
     let mut headers = BTreeMap::new();
     for (name, var) in vars {
@@ -92,6 +99,8 @@ pub(crate) fn write(snapshot: &Snapshot, path: &Path) -> Result<()> {
         params: params.clone(),
         groups: groups.clone(),
         counters: *counters,
+        grad_scaler: *grad_scaler,
+        plateau: *plateau,
         vars: headers,
     };
     let json = serde_json::to_string(&header)
@@ -117,6 +126,8 @@ pub(crate) fn read(path: &Path) -> Result<Snapshot> {
     }
     let fields: Value = serde_json::from_str(json).map_err(malformed)?;
     require_fields("params", &fields["params"], &ParamsAdamax::default())?;
+    require_fields("params.grad_scaler", &fields["params"]["grad_scaler"], &GradScaler::default())?;
+    require_fields("params.plateau", &fields["params"]["plateau"], &ReduceLrOnPlateau::default())?;
     for group in fields["groups"].as_array().into_iter().flatten() {
         require_fields("groups", group, &GroupSettings::new(""))?;
     }
@@ -165,7 +176,8 @@ pub(crate) fn read(path: &Path) -> Result<Snapshot> {
     {
         return Err(Error::checkpoint(surplus, "no such tensor", "a surplus one"));
     }
-    Ok(Snapshot { params: header.params, groups: header.groups, counters: header.counters, vars })
+    let Header { params, groups, counters, grad_scaler, plateau, .. } = header;
+    Ok(Snapshot { params, groups, counters, grad_scaler, plateau, vars })
 }
 
 /// Refuses settings in which something is left out. Elsewhere that means its default; here, that something was lost.

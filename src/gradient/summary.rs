@@ -29,7 +29,7 @@ impl Summary {
 
     /// Whether anything asks for the gradients to be measured.
     pub(crate) fn is_measured(params: &ParamsAdamax) -> bool {
-        params.norm_type().is_some() || params.skip_nonfinite
+        params.norm_type().is_some() || params.skips_nonfinite()
     }
 
     /// Measures the gradients, if clipping, `measure_norm` or `skip_nonfinite` asks for it.
@@ -44,7 +44,7 @@ impl Summary {
         let clip = clip_of(params);
         let reported = params.norm_type().is_some();
         // The norm that is asked for shows as well as the largest magnitude whether all elements are finite.
-        let measured = params.norm_type().or(params.skip_nonfinite.then_some(NormType::Inf));
+        let measured = params.norm_type().or(params.skips_nonfinite().then_some(NormType::Inf));
         let Some(norm_type) = measured else {
             return Ok(Self { norms: Vec::new(), total_norm: None, reported, clip, unscale });
         };
@@ -57,7 +57,7 @@ impl Summary {
     /// The summary of gradients that the update measures by itself, where that is on the device of all of them, and how.
     pub(crate) fn of_update(params: &ParamsAdamax, unscale: f64) -> (Self, Option<Measured>) {
         let summary = Self { norms: Vec::new(), total_norm: None, reported: false, clip: Clip::None, unscale };
-        let skips = params.skip_nonfinite;
+        let skips = params.skips_nonfinite();
         let reported = params.norm_type().is_some();
         let norm = params.norm_type().or(skips.then_some(NormType::Inf));
         let (clip, unscale) = (clip_of(params), unscale.abs());

@@ -119,6 +119,17 @@ impl RowGrad<'_> {
         }
     }
 
+    /// How many bytes it keeps of its own.
+    pub(crate) fn bytes(&self) -> usize {
+        let values = match &self.values {
+            RowValues::Lazy { starts, contributions, .. } => {
+                size_of_val::<[u32]>(starts) + size_of_val::<[Contribution]>(contributions)
+            }
+            RowValues::Summed(sums) => sums.bytes(),
+        };
+        size_of_val::<[u32]>(&self.rows) + values
+    }
+
     /// The rows and their values, where `borrowed` is from [`borrow`](Self::borrow).
     pub(crate) fn view<'x>(&'x self, borrowed: &'x [Borrowed<'_>]) -> candle_core::Result<RowsView<'x>> {
         let parts = borrowed.iter().map(Borrowed::elements).collect::<candle_core::Result<Vec<_>>>()?;

@@ -227,7 +227,7 @@ impl fmt::Display for CosineDecayRestarts {
 }
 
 /// From 1 at 0 to 0 at 1, both exactly: `cos(PI)` is -1 in f64, too.
-fn half_wave(done: f64) -> f64 {
+pub(super) fn half_wave(done: f64) -> f64 {
     0.5 * (1.0 + (PI * done).cos())
 }
 

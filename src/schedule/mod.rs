@@ -1,14 +1,16 @@
 //! Learning-rate schedules: pure functions of the number of calls.
 //!
-//! A schedule holds settings and no state, so that a checkpoint needs only the call counter beside them. The formulas
-//! are those of Keras in f64. Where Keras's rounding decides on which side of a boundary a step falls, whole numbers
+//! A schedule holds settings and no state, so that a checkpoint needs only the call counter beside them ([`plateau`] is
+//! the exception: it follows a metric). The formulas are those of Keras in f64, and PyTorch's where Keras has none. Where Keras's rounding decides on which side of a boundary a step falls, whole numbers
 //! decide here: a staircase, a cycle or a restart begins at its step on every machine.
 
 mod cosine;
 mod decay;
 mod join;
 mod learning_rate;
+mod one_cycle;
 mod piecewise;
+mod plateau;
 mod warmup;
 mod wire;
 
@@ -21,7 +23,9 @@ pub use self::decay::{ExponentialDecay, InverseTimeDecay, PolynomialDecay};
 pub use self::join::Join;
 pub use self::learning_rate::LearningRate;
 pub(crate) use self::learning_rate::scalar;
+pub use self::one_cycle::{AnnealStrategy, OneCycle};
 pub use self::piecewise::PiecewiseConstantDecay;
+pub use self::plateau::{Plateau, PlateauMode, ReduceLrOnPlateau, ThresholdMode};
 pub use self::warmup::LinearWarmup;
 use crate::error::Result;
 
@@ -74,8 +78,8 @@ pub trait LearningRateSchedule: fmt::Debug + Send + Sync {
 ///
 /// Its serde form is Keras's, `{"class_name": .., "config": {..}}`, and what `keras.optimizers.schedules.serialize`
 /// writes can be read: the `name` in a config (a label of TensorFlow graphs) is dropped, other surplus fields of a
-/// config are errors, and a number of steps may be written `100.0`. [`LinearWarmup`] and [`Join`] have the same form,
-/// but Keras has no such classes.
+/// config are errors, and a number of steps may be written `100.0`. [`LinearWarmup`], [`OneCycle`] and [`Join`] have the
+/// same form, but Keras has no such classes.
 ///
 /// ```
 /// use candle_adamax::{ExponentialDecay, LearningRateSchedule, Schedule};
@@ -117,6 +121,9 @@ pub enum Schedule {
     /// Rises (or falls) along a line, then constant.
     #[serde(deserialize_with = "wire::keras_config")]
     LinearWarmup(LinearWarmup),
+    /// Rises to a maximum and falls far below where it began, once.
+    #[serde(deserialize_with = "wire::keras_config")]
+    OneCycle(OneCycle),
     /// One schedule after another.
     #[serde(deserialize_with = "wire::keras_config")]
     Join(Join),
@@ -133,6 +140,7 @@ macro_rules! for_each {
             Schedule::CosineDecay($inner) => $result,
             Schedule::CosineDecayRestarts($inner) => $result,
             Schedule::LinearWarmup($inner) => $result,
+            Schedule::OneCycle($inner) => $result,
             Schedule::Join($inner) => $result,
         }
     };
@@ -178,5 +186,6 @@ from!(
     CosineDecay,
     CosineDecayRestarts,
     LinearWarmup,
+    OneCycle,
     Join,
 );

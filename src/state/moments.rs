@@ -273,6 +273,17 @@ impl Moments {
         with_coded!(&self.stored, c => coded(c), (m, u) => m.bytes() + u.bytes(), tensors => tensors.bytes())
     }
 
+    /// How many of these bytes are those of units.
+    pub(crate) fn unit_bytes(&self) -> usize {
+        fn coded<F: Format>(coded: &Coded<F>) -> usize {
+            match &coded.norms {
+                Norms::Each { logs, .. } => size_of_val::<[u32]>(logs),
+                Norms::Shared(_) => 0,
+            }
+        }
+        with_coded!(&self.stored, c => coded(c), (_m, _u) => 0, tensors => tensors.unit_bytes())
+    }
+
     /// A copy of tensors on a GPU in host memory; `None` if they are not there.
     fn on_host(&self) -> Result<Option<Self>> {
         let Stored::Device(tensors) = &self.stored else { return Ok(None) };

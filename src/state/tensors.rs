@@ -41,8 +41,11 @@ impl MomentTensors {
     }
 
     pub(super) fn bytes(&self) -> usize {
-        let bytes = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
-        bytes(&self.exp_avg) + bytes(&self.exp_inf) + self.units.as_ref().map_or(0, bytes)
+        bytes(&self.exp_avg) + bytes(&self.exp_inf) + self.unit_bytes()
+    }
+
+    pub(super) fn unit_bytes(&self) -> usize {
+        self.units.as_ref().map_or(0, bytes)
     }
 
     /// Sets rows to zero; their units may be those of other rows, too, and of zeros it does not matter.
@@ -60,6 +63,10 @@ impl MomentTensors {
         }
         Ok(())
     }
+}
+
+fn bytes(tensor: &Tensor) -> usize {
+    tensor.elem_count() * tensor.dtype().size_in_bytes()
 }
 
 /// Codes of one type as a tensor's elements, and back.

@@ -172,6 +172,15 @@ impl Debts {
 }
 
 impl Account {
+    /// How many bytes it takes to know what each row owes.
+    pub(crate) fn bytes_owed(&self) -> usize {
+        let marks = match &self.marks {
+            Marks::Host(marks) => size_of_val::<[u32]>(marks),
+            Marks::Gpu(marks) => marks.bytes(),
+        };
+        marks + self.ledger.bytes()
+    }
+
     /// All rows are up to date, and keep these bits of their marks.
     fn begin_anew(&mut self, kept: u32) -> Result<()> {
         self.ledger.clear();

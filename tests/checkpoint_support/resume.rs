@@ -2,8 +2,9 @@
 
 use anyhow::Result;
 use candle_adamax::{
-    Adamax, ClipGradNorm, CosineDecay, Ema, ErrorKind, ExponentialDecay, Join, Kernel, LearningRate,
-    LearningRateSchedule, LinearWarmup, NormType, ParamsAdamax, PiecewiseConstantDecay, WeightDecay,
+    Adamax, ClipGradNorm, CosineDecay, Ema, ErrorKind, ExponentialDecay, GradScaler, Join, Kernel, LearningRate,
+    LearningRateSchedule, LinearWarmup, NormType, OneCycle, ParamsAdamax, PiecewiseConstantDecay, ReduceLrOnPlateau,
+    WeightDecay,
 };
 use candle_core::{DType, Device, Var};
 use candle_nn::{Optimizer, VarBuilder, VarMap};
@@ -14,6 +15,7 @@ use crate::support::{DTYPES, Folder, Model, fingerprint};
 fn settings() -> Vec<(&'static str, ParamsAdamax)> {
     let keras = ParamsAdamax::default;
     let pytorch = ParamsAdamax::pytorch;
+    let scaler = GradScaler { init_scale: 8.0, ..GradScaler::default() };
     let lr = |lr: LearningRate| ParamsAdamax { lr, ..keras() };
     vec![
         ("keras", keras()),
@@ -79,6 +81,20 @@ fn settings() -> Vec<(&'static str, ParamsAdamax)> {
             "calls skipped while accumulating",
             ParamsAdamax { skip_nonfinite: true, gradient_accumulation_steps: 2, ..keras() },
         ),
+        (
+            "a loss scale that grows",
+            ParamsAdamax { grad_scaler: Some(GradScaler { growth_interval: 3, ..scaler }), ..pytorch() },
+        ),
+        (
+            "a loss scale while accumulating, of no power of two",
+            ParamsAdamax {
+                grad_scaler: Some(GradScaler { growth_factor: 1.3, growth_interval: 3, ..scaler }),
+                gradient_accumulation_steps: 2,
+                ..keras()
+            },
+        ),
+        ("a cycle", lr(OneCycle::new(0.1, 9).into())),
+        ("a plateau", ParamsAdamax { plateau: Some(ReduceLrOnPlateau::default()), ..keras() }),
     ]
 }
 
@@ -99,7 +115,7 @@ fn has_the_bits_of_an_uninterrupted_run() -> Result<()> {
                 let make = |model: &Model, params: ParamsAdamax| {
                     if grouped { model.grouped(params) } else { model.optimizer(params) }
                 };
-                let skips = params.skip_nonfinite;
+                let skips = params.skip_nonfinite || params.grad_scaler.is_some();
 
                 let whole = Model::new(dtype)?;
                 let mut uninterrupted = make(&whole, params.clone())?;

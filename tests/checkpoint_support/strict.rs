@@ -159,7 +159,7 @@ fn a_missing_entry() -> Result<()> {
             })?;
         }
     }
-    for field in ["format_version", "params", "groups", "counters", "vars"] {
+    for field in ["format_version", "params", "groups", "counters", "grad_scaler", "plateau", "vars"] {
         fixture.refuse_edited(&[field], |parts| {
             parts.header.as_object_mut().unwrap().remove(field);
         })?;
@@ -169,7 +169,7 @@ fn a_missing_entry() -> Result<()> {
             parts.header["counters"].as_object_mut().unwrap().remove(field);
         })?;
     }
-    for field in ["lr", "beta1", "epsilon", "gradient_accumulation_steps"] {
+    for field in ["lr", "beta1", "epsilon", "gradient_accumulation_steps", "grad_scaler", "plateau"] {
         fixture.refuse_edited(&[field], |parts| {
             parts.header["params"].as_object_mut().unwrap().remove(field);
         })?;
@@ -289,6 +289,34 @@ fn values_that_are_not_allowed() -> Result<()> {
         parts.header["params"]["clip_norm"] = json!(1.0);
     })?;
     fixture.refuse_edited(&["groups.head.beta2"], |parts| parts.header["groups"][2]["beta2"] = json!(2.0))?;
+    // A state that the settings have none for, and settings without a state.
+    let state = json!({"scale": 8.0, "growth_tracker": 0});
+    fixture.refuse_edited(&["grad_scaler"], |parts| parts.header["grad_scaler"] = state.clone())?;
+    let scaler = json!({"init_scale": 8.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 3});
+    fixture.refuse_edited(&["grad_scaler"], |parts| parts.header["params"]["grad_scaler"] = scaler.clone())?;
+    let mut both = |parts_scaler: &serde_json::Value, state: serde_json::Value, entry: &str| {
+        fixture.refuse_edited(&[entry], |parts| {
+            parts.header["params"]["loss_scale_factor"] = json!(null);
+            parts.header["params"]["grad_scaler"] = parts_scaler.clone();
+            parts.header["grad_scaler"] = state;
+        })
+    };
+    both(&scaler, json!({"scale": 0.0, "growth_tracker": 0}), "grad_scaler.scale")?;
+    both(&scaler, json!({"scale": -8.0, "growth_tracker": 0}), "grad_scaler.scale")?;
+    both(&scaler, json!({"scale": 8.0, "growth_tracker": 3}), "grad_scaler.growth_tracker")?;
+    both(&scaler, json!({"scale": 8.0}), "growth_tracker")?;
+    both(&json!({"init_scale": 8.0, "growth_factor": 2.0, "backoff_factor": 0.5}), state, "growth_interval")?;
+    let plateau = serde_json::to_value(candle_adamax::ReduceLrOnPlateau::default())?;
+    for (state, entry) in [
+        (json!(null), "plateau"),
+        (json!({"best": 1.0, "num_bad": 0, "cooldown": 0, "lr_factor": 1.5}), "plateau.lr_factor"),
+        (json!({"num_bad": 0, "cooldown": 0, "lr_factor": 1.0}), "best"),
+    ] {
+        fixture.refuse_edited(&[entry], |parts| {
+            parts.header["params"]["plateau"] = plateau.clone();
+            parts.header["plateau"] = state;
+        })?;
+    }
     // Three calls make an update: a third one that waits cannot be.
     fixture.refuse_edited(&["counters.pending"], |parts| parts.header["counters"]["pending"] = json!(3))?;
     // What is not even a number of the right kind is an error of the JSON text, which says where.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::Result;
-use candle_adamax::{Adamax, Counters, ParamGroup, ParamsAdamax, Snapshot};
+use candle_adamax::{Adamax, Counters, GradScalerState, ParamGroup, ParamsAdamax, Plateau, Snapshot};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Optimizer;
@@ -152,6 +152,8 @@ pub(crate) struct Fingerprint {
     params: String,
     groups: String,
     counters: Counters,
+    grad_scaler: Option<GradScalerState>,
+    plateau: Option<Plateau>,
     vars: Vec<(String, String, u64, u64, Vec<Numbers>)>,
 }
 
@@ -162,7 +164,7 @@ pub(crate) fn fingerprint(optimizer: &Adamax) -> Result<Fingerprint> {
 }
 
 pub(crate) fn fingerprint_of(snapshot: &Snapshot) -> Result<Fingerprint> {
-    let Snapshot { params, groups, counters, vars } = snapshot;
+    let Snapshot { params, groups, counters, grad_scaler, plateau, vars } = snapshot;
     let numbers = |what, tensor: &Tensor| Ok((what, tensor.dtype(), tensor.dims().to_vec(), bits(tensor)?));
     let vars = vars.iter().map(|(name, var)| {
         let accumulated = var.accumulated.as_ref();
@@ -180,6 +182,8 @@ pub(crate) fn fingerprint_of(snapshot: &Snapshot) -> Result<Fingerprint> {
         params: serde_json::to_string(params)?,
         groups: serde_json::to_string(groups)?,
         counters: *counters,
+        grad_scaler: *grad_scaler,
+        plateau: *plateau,
         vars: vars.collect::<Result<_>>()?,
     })
 }

@@ -129,7 +129,7 @@ pub(crate) fn call<'g, G>(
 where
     &'g G: Into<Gradient<'g>>,
 {
-    let Snapshot { params, groups, counters, vars } = before;
+    let Snapshot { params, groups, counters, vars, .. } = before;
     let lr = params.lr.at(counters.calls).unwrap();
     let unscale = 1.0 / params.loss_scale_factor.unwrap_or(1.0);
     let steps = params.gradient_accumulation_steps;

@@ -70,7 +70,7 @@ pub(crate) struct Fingerprint(BTreeMap<String, Vec<Vec<u64>>>, String);
 impl Fingerprint {
     #[track_caller]
     pub(crate) fn of(optimizer: &Adamax, vars: &[(String, Var)]) -> Self {
-        let Snapshot { params, groups, counters, vars: states } = optimizer.snapshot().unwrap();
+        let Snapshot { params, groups, counters, grad_scaler, plateau, vars: states } = optimizer.snapshot().unwrap();
         let of_var = |(name, var): &(String, Var)| {
             let state = &states[name];
             let mut all = vec![bits(var), bits(&state.exp_avg), bits(&state.exp_inf), vec![state.step]];
@@ -84,7 +84,10 @@ impl Fingerprint {
             }));
             (name.clone(), all)
         };
-        Self(vars.iter().map(of_var).collect(), format!("{params:?} {groups:?} {counters:?}"))
+        Self(
+            vars.iter().map(of_var).collect(),
+            format!("{params:?} {groups:?} {counters:?} {grad_scaler:?} {plateau:?}"),
+        )
     }
 
     /// The bits alone, for optimizers whose settings differ.

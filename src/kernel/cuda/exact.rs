@@ -44,6 +44,11 @@ impl GpuMarks {
         Ok(new)
     }
 
+    /// How many bytes the marks take.
+    pub(crate) fn bytes(&self) -> usize {
+        self.marks.len() * size_of::<u32>()
+    }
+
     /// Lets rows pay what they owe, or all of them; those that have paid are marked with `mark`. A row may be named more
     /// than once.
     pub(crate) fn pay(&mut self, task: PayTask<'_>, rows: Option<&[u32]>, mark: u32) -> Result<()> {
