@@ -56,7 +56,9 @@ fn scales_and_skipped_steps_are_pytorchs() {
             optimizer.set_kernel(kernel).unwrap();
             for (k, grad) in case["gradients"].as_array().unwrap().iter().enumerate() {
                 let at = format!("{name}, call {k}, {kernel:?}");
-                assert_eq!(optimizer.loss_scale(), number(&case["scale"][k]), "{at}: the scale");
+                // Before its first call PyTorch tells the number that it will round to f32.
+                let expected = f64::from(number(&case["scale"][k]) as f32);
+                assert_eq!(optimizer.loss_scale(), expected, "{at}: the scale");
                 optimizer.backward_step(&loss(&w, &tensor(&numbers(grad), &[2], dtype))).unwrap();
                 assert_eq!(optimizer.report().skipped(), case["skipped"][k].as_bool().unwrap(), "{at}: skipped");
                 let after = case["scale_after"][k].as_f64().unwrap();
@@ -66,7 +68,7 @@ fn scales_and_skipped_steps_are_pytorchs() {
                 };
                 assert_eq!(optimizer.snapshot().unwrap().grad_scaler, Some(state), "{at}: after it");
                 assert_eq!(f64::from(state.scale), after, "{at}: recorded in f32");
-                grown += u64::from(after > number(&case["scale"][k]));
+                grown += u64::from(after > expected);
                 calls += 1;
             }
             skips += optimizer.skipped();

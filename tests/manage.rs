@@ -346,3 +346,106 @@ fn an_optimizer_says_what_it_is() -> Result<()> {
     assert!(format!("{adamax:?}").len() < 2000, "the moments are not for printing");
     Ok(())
 }
+
+#[test]
+fn bytes_are_those_of_each_kind() -> Result<()> {
+    let device = Device::Cpu;
+    let half = Var::zeros((3, 1000), DType::BF16, &device)?;
+    let full = Var::zeros(10, DType::F32, &device)?;
+    let double = Var::zeros(10, DType::F64, &device)?;
+    let groups = [
+        ParamGroup::new("half").var("half", &half).state_dtype(StateDType::Q8).rounding(Rounding::Master),
+        ParamGroup::new("full").var("full", &full).var("double", &double),
+    ];
+    let params = ParamsAdamax { gradient_accumulation_steps: 2, ema: Some(Ema::default()), ..Default::default() };
+    let mut adamax = Adamax::from_groups(groups, params)?;
+    // 3,000 elements are 3 blocks of 1,024 with a unit each.
+    let expected = (2 * 3000 + 2 * 4 * 10 + 2 * 8 * 10, 4 * 3, 2 * 3000);
+    let bytes = adamax.bytes();
+    assert_eq!((bytes.moments, bytes.units, bytes.masters), expected);
+    assert_eq!((bytes.averages, bytes.accumulated, bytes.debts), (0, 0, 0));
+    let of_vars = ["half", "full", "double"].map(|name| adamax.state_bytes(name).unwrap());
+    assert_eq!(bytes.total(), of_vars.iter().sum::<usize>());
+
+    let mut store = GradStore::default();
+    store.insert(&half, half.ones_like()?);
+    store.insert(&double, double.ones_like()?);
+    adamax.step(&store)?;
+    let bytes = adamax.bytes();
+    assert_eq!((bytes.moments, bytes.units, bytes.masters), expected);
+    // Averages of all, and sums of those with a gradient, in the type of the arithmetic.
+    assert_eq!((bytes.averages, bytes.accumulated), (4 * 3000 + 4 * 10 + 8 * 10, 4 * 3000 + 8 * 10));
+    assert_eq!(bytes.total(), bytes.moments + bytes.units + bytes.masters + bytes.averages + bytes.accumulated);
+    Ok(())
+}
+
+#[test]
+fn bytes_of_tables_are_those_of_touched_rows_and_of_marks() -> Result<()> {
+    let device = Device::Cpu;
+    let weight = Var::zeros((100, 4), DType::F32, &device)?;
+    let (indices, values) = (Tensor::new(&[7u32, 3, 7], &device)?, Tensor::ones((3, 4), DType::F32, &device)?);
+    let grad = candle_adamax::SparseGrad { indices, values };
+
+    let params = ParamsAdamax { gradient_accumulation_steps: 2, ..Default::default() };
+    let mut adamax = Adamax::from_named([("w", weight.clone())], params)?;
+    adamax.apply_gradients([(&weight, &grad)])?;
+    assert_eq!(adamax.bytes().accumulated, 2 * 4 + 2 * 4 * 4);
+    drop(adamax);
+
+    let params = ParamsAdamax { sparse_update: SparseUpdate::Exact, ..Default::default() };
+    let mut adamax = Adamax::from_named([("w", weight.clone())], params)?;
+    assert_eq!(adamax.bytes().debts, 0);
+    adamax.apply_gradients([(&weight, &grad)])?;
+    let first = adamax.bytes().debts;
+    adamax.apply_gradients([(&weight, &grad)])?;
+    let second = adamax.bytes().debts;
+    assert!(first > 4 * 100, "{first}");
+    // What the README says of an update: some 90 bytes.
+    assert!((80..=100).contains(&(second - first)), "{first}, {second}");
+    Ok(())
+}
+
+#[test]
+fn statistics_are_those_of_the_moments() -> Result<()> {
+    let w = var(&[1.0, 1.0, 1.0, 1.0]);
+    let mut adamax = Adamax::from_named([("w", w.clone())], plain(0.1))?;
+    let before = adamax.moment_statistics("w")?;
+    assert_eq!((before.exp_avg.zeros, before.exp_inf.max, before.largest_ratio), (1.0, 0.0, 0.0));
+    adamax.step(&grads(&[&w], &[4.0, -2.0, 0.0, f64::NAN]))?;
+    let now = adamax.moment_statistics("w")?;
+    // m is half of the gradient, u its magnitude.
+    let m = now.exp_avg;
+    assert_eq!((m.count, m.non_finite, m.min, m.max, m.zeros), (4, 1, -1.0, 2.0, 1.0 / 3.0));
+    assert_eq!((m.mean, m.rms), (1.0 / 3.0, (5.0f64 / 3.0).sqrt()));
+    assert_eq!((now.exp_inf.min, now.exp_inf.max, now.exp_inf.mean), (0.0, 4.0, 2.0));
+    assert_eq!(now.largest_ratio, 0.5);
+    // Of codes, what they stand for.
+    let halves = Var::ones(5000, DType::F32, &Device::Cpu)?;
+    let params = ParamsAdamax { state_dtype: StateDType::Q8, ..Default::default() };
+    let mut adamax = Adamax::from_named([("w", halves.clone())], params)?;
+    let mut store = GradStore::default();
+    store.insert(&halves, (halves.ones_like()? * 0.25)?);
+    adamax.step(&store)?;
+    let now = adamax.moment_statistics("w")?;
+    assert!((0.25..0.27).contains(&now.exp_inf.rms) && (now.largest_ratio - 0.1).abs() < 0.01, "{now:?}");
+    let error = adamax.moment_statistics("v").unwrap_err();
+    assert_eq!(error.to_string(), "Adamax: unknown var `v`; known are: w");
+    Ok(())
+}
+
+#[test]
+fn each_group_tells_its_learning_rate() -> Result<()> {
+    let groups = [
+        ParamGroup::new("factor").lr_factor(0.5),
+        ParamGroup::new("own").lr(ExponentialDecay::new(8.0, 1, 0.5)),
+        ParamGroup::new("default").var("w", &var(&[1.0])),
+    ];
+    let mut adamax = Adamax::from_groups(groups, ParamsAdamax { allow_no_gradients: true, ..plain(2.0) })?;
+    let rates = |adamax: &Adamax| ["default", "factor", "own"].map(|name| adamax.group_learning_rate(name).unwrap());
+    assert_eq!(rates(&adamax), [2.0, 1.0, 8.0]);
+    adamax.step(&GradStore::default())?;
+    assert_eq!(rates(&adamax), [2.0, 1.0, 4.0]);
+    adamax.set_learning_rate(4.0);
+    assert_eq!(rates(&adamax), [4.0, 2.0, 4.0]);
+    Ok(())
+}
