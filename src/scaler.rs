@@ -50,7 +50,7 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct GradScaler {
-    /// The first scale, rounded to f32; in `[2^-126, 2^126]`. Default: 65536.
+    /// The first scale, rounded to f32; in `[2^-126, 2^127]`. Default: 65536.
     pub init_scale: f64,
     /// What the scale grows by; finite and above 1. Default: 2.
     pub growth_factor: f64,
@@ -88,8 +88,8 @@ impl GradScaler {
     /// The first one that is not allowed.
     pub fn validate(&self) -> Result<()> {
         let Self { init_scale, growth_factor, backoff_factor, growth_interval } = *self;
-        let limits = f64::from(SMALLEST)..=1.0 / f64::from(SMALLEST);
-        check::require(limits.contains(&init_scale), "init_scale", "a number in [2^-126, 2^126]", init_scale)?;
+        let limits = f64::from(SMALLEST)..=2f64.powi(127);
+        check::require(limits.contains(&init_scale), "init_scale", "a number in [2^-126, 2^127]", init_scale)?;
         let grows = growth_factor > 1.0 && growth_factor.is_finite();
         check::require(grows, "growth_factor", "a finite number above 1", growth_factor)?;
         let backs_off = backoff_factor > 0.0 && backoff_factor < 1.0;

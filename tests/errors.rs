@@ -143,7 +143,7 @@ fn a_loss_scale_that_follows() {
         assert_invalid(ParamsAdamax { grad_scaler: Some(scaler), ..named() }, field, expected, got);
     };
     let default = GradScaler::default();
-    let range = "a number in [2^-126, 2^126]";
+    let range = "a number in [2^-126, 2^127]";
     check(GradScaler { init_scale: 0.0, ..default }, "grad_scaler.init_scale", range, "0");
     check(GradScaler { init_scale: f64::NAN, ..default }, "grad_scaler.init_scale", range, "NaN");
     check(GradScaler { init_scale: f64::INFINITY, ..default }, "grad_scaler.init_scale", range, "inf");

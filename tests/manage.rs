@@ -400,8 +400,8 @@ fn bytes_of_tables_are_those_of_touched_rows_and_of_marks() -> Result<()> {
     adamax.apply_gradients([(&weight, &grad)])?;
     let second = adamax.bytes().debts;
     assert!(first > 4 * 100, "{first}");
-    // What the README says of an update: some 90 bytes.
-    assert!((80..=100).contains(&(second - first)), "{first}, {second}");
+    // What the README says of an update: some 100 bytes.
+    assert!((90..=110).contains(&(second - first)), "{first}, {second}");
     Ok(())
 }
 
@@ -427,7 +427,7 @@ fn statistics_are_those_of_the_moments() -> Result<()> {
     store.insert(&halves, (halves.ones_like()? * 0.25)?);
     adamax.step(&store)?;
     let now = adamax.moment_statistics("w")?;
-    assert!((0.25..0.27).contains(&now.exp_inf.rms) && (now.largest_ratio - 0.1).abs() < 0.01, "{now:?}");
+    assert!((0.25..0.29).contains(&now.exp_inf.rms) && (now.largest_ratio - 0.1).abs() < 0.01, "{now:?}");
     let error = adamax.moment_statistics("v").unwrap_err();
     assert_eq!(error.to_string(), "Adamax: unknown var `v`; known are: w");
     Ok(())

@@ -133,7 +133,8 @@ impl Optimizer for Adamax {
         Ok(adamax)
     }
 
-    /// One call: see [`Adamax`] for what happens in which order.
+    /// One call: see [`Adamax`] for what happens in which order. With a loss scale the gradients are those of the
+    /// [scaled](Adamax::scale) loss.
     ///
     /// # Errors
     ///
