@@ -7,6 +7,7 @@
 mod accumulate;
 mod collect;
 mod ema;
+mod exchange;
 mod held;
 mod inspect;
 mod late;

@@ -55,7 +55,7 @@ impl Adamax {
     }
 
     /// What metrics have made of a learning rate that would be `scheduled`.
-    fn reduced(&self, scheduled: f64) -> f64 {
+    pub(super) fn reduced(&self, scheduled: f64) -> f64 {
         match (&self.params.plateau, &self.plateau) {
             (Some(settings), Some(plateau)) => plateau.reduced(settings, scheduled),
             _ => scheduled,

@@ -118,11 +118,12 @@ impl Adamax {
     /// As [`restore`](Self::restore), and a file that is missing, truncated or not such a checkpoint.
     pub fn load(&mut self, path: impl AsRef<Path>) -> Result<()> {
         self.require_names()?;
-        let snapshot = checkpoint::native::read(path.as_ref()).map_err(|error| self.own(error))?;
+        let names: Vec<_> = self.names().collect();
+        let snapshot = checkpoint::native::read(path.as_ref(), &names).map_err(|error| self.own(error))?;
         self.restore(&snapshot)
     }
 
-    fn require_names(&self) -> Result<()> {
+    pub(super) fn require_names(&self) -> Result<()> {
         match self.vars.iter().find_map(|param| param.unnamed) {
             Some(position) => Err(self.own(ErrorKind::UnnamedVar(position).into())),
             None => Ok(()),
@@ -154,7 +155,7 @@ impl Adamax {
         })
     }
 
-    fn try_restore(&mut self, snapshot: &Snapshot) -> Result<()> {
+    pub(super) fn try_restore(&mut self, snapshot: &Snapshot) -> Result<()> {
         self.settle(true)?;
         let Snapshot { params, groups, counters, grad_scaler, plateau, vars } = snapshot;
         let convention = |entry: &str, own: &dyn std::fmt::Debug, theirs: &dyn std::fmt::Debug| {

@@ -1,13 +1,22 @@
-//! A snapshot of an optimizer, and its ways into files and back.
+//! A snapshot of an optimizer, and its ways into files and back: the crate's own, and those of PyTorch and Keras.
 
 mod atomic;
+mod header;
+pub(crate) mod keras;
+mod keras_config;
 pub(crate) mod native;
+pub(crate) mod plain;
+mod reading;
+pub(crate) mod torch;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 
 use candle_core::Tensor;
+use safetensors::SafeTensorError;
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::SparseGrad;
 use crate::group::GroupSettings;
 use crate::params::ParamsAdamax;
@@ -102,5 +111,25 @@ impl AccumulatedGrad {
 impl From<Tensor> for AccumulatedGrad {
     fn from(sum: Tensor) -> Self {
         Self::Dense(sum)
+    }
+}
+
+/// Writes a safetensors file of these tensors, with at most one text of metadata: it is complete or not there.
+fn write_tensors<'t>(
+    path: &Path,
+    tensors: impl IntoIterator<Item = (String, &'t Tensor)>,
+    text: Option<(&str, String)>,
+) -> Result<()> {
+    let metadata = text.map(|(key, text)| HashMap::from([(key.to_owned(), text)]));
+    atomic::write(path, |file| {
+        safetensors::serialize_to_file(tensors, metadata, file).map_err(|error| unreadable(path, error))
+    })
+}
+
+fn unreadable(path: &Path, source: SafeTensorError) -> Error {
+    let path = path.to_owned();
+    match source {
+        SafeTensorError::IoError(source) => ErrorKind::Io { action: "writing", path, source }.into(),
+        source => ErrorKind::SafeTensors { path, source }.into(),
     }
 }

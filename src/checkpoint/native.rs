@@ -4,18 +4,17 @@
 //!
 //! Invariant: reading accepts exactly what writing makes. Whatever is missing or surplus is an error that names it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::safetensors::Load;
-use candle_core::{Device, Tensor};
-use safetensors::{SafeTensorError, SafeTensors};
+use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::atomic::{self, failed};
-use super::{AccumulatedGrad, Counters, Snapshot, VarSnapshot};
-use crate::error::{Error, ErrorKind, Result};
+use super::header::Wanted;
+use super::reading::{TensorFile, room};
+use super::{AccumulatedGrad, Counters, Snapshot, VarSnapshot, write_tensors};
+use crate::error::{Error, Result};
 use crate::gradient::SparseGrad;
 use crate::group::GroupSettings;
 use crate::params::ParamsAdamax;
@@ -24,6 +23,9 @@ use crate::schedule::{Plateau, ReduceLrOnPlateau};
 
 /// The key of the JSON text in the metadata.
 const METADATA: &str = "candle_adamax";
+/// What may stand after a variable's name in the name of a tensor.
+const TENSORS: [&str; 8] =
+    ["exp_avg", "exp_inf", "units", "master", "ema", "accumulated", "accumulated.indices", "accumulated.values"];
 /// Raised when an older reader would misunderstand the file.
 const FORMAT_VERSION: u64 = 1;
 
@@ -105,20 +107,61 @@ pub(crate) fn write(snapshot: &Snapshot, path: &Path) -> Result<()> {
     };
     let json = serde_json::to_string(&header)
         .map_err(|error| Error::checkpoint(METADATA, "settings that JSON can hold", error))?;
-    let metadata = HashMap::from([(METADATA.to_owned(), json)]);
-    atomic::write(path, |file| {
-        safetensors::serialize_to_file(tensors, Some(metadata), file).map_err(|error| unreadable(path, error))
-    })
+    require_room(&json, room(vars.keys().map(String::as_str)))?;
+    write_tensors(path, tensors, Some((METADATA, json)))
 }
 
-/// Reads what [`write()`] has written.
-pub(crate) fn read(path: &Path) -> Result<Snapshot> {
-    let bytes = std::fs::read(path).map_err(failed("reading", path))?;
-    let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|error| unreadable(path, error))?;
-    let tensors = SafeTensors::deserialize(&bytes).map_err(|error| unreadable(path, error))?;
-    let Some(json) = metadata.metadata().as_ref().and_then(|metadata| metadata.get(METADATA)) else {
+/// Reads what [`write()`] has written for variables of these names, which are in alphabetical order.
+pub(crate) fn read(path: &Path, names: &[&str]) -> Result<Snapshot> {
+    let is_var = |name: &str| names.binary_search(&name).is_ok();
+    let is_tensor = |key: &str| {
+        TENSORS.iter().any(|what| {
+            let name = key.strip_suffix(what).and_then(|key| key.strip_suffix('.'));
+            name.is_some_and(is_var)
+        })
+    };
+    let room = room(names.iter().copied());
+    let mut file = TensorFile::open(path, &Wanted { text: Some(METADATA), is_tensor: &is_tensor, room })?;
+    let Some(json) = file.text() else {
         return Err(Error::checkpoint(METADATA, "metadata of a checkpoint of this crate", "none"));
     };
+    require_room(json, room)?;
+    let header = parse(json)?;
+    if let Some(surplus) = header.vars.keys().find(|name| !is_var(name)) {
+        return Err(Error::checkpoint(surplus, "no such var", "a surplus one"));
+    }
+    let mut vars = BTreeMap::new();
+    for (name, header) in header.vars {
+        let VarHeader { group, step, units, by_rows, master, ema, accumulated, accumulated_rows } = header;
+        let mut take = |what: &str| file.take(&format!("{name}.{what}"));
+        let var = VarSnapshot {
+            group,
+            step,
+            exp_avg: take("exp_avg")?,
+            exp_inf: take("exp_inf")?,
+            units: units.then(|| take("units")).transpose()?,
+            by_rows,
+            master: master.then(|| take("master")).transpose()?,
+            ema: ema.then(|| take("ema")).transpose()?,
+            accumulated: match (accumulated, accumulated_rows) {
+                (0, _) => None,
+                (calls, false) => Some((AccumulatedGrad::Dense(take("accumulated")?), calls)),
+                (calls, true) => {
+                    let indices = take("accumulated.indices")?;
+                    let values = take("accumulated.values")?;
+                    Some((AccumulatedGrad::Rows(SparseGrad { indices, values }), calls))
+                }
+            },
+        };
+        vars.insert(name, var);
+    }
+    file.finish()?;
+    let Header { params, groups, counters, grad_scaler, plateau, .. } = header;
+    Ok(Snapshot { params, groups, counters, grad_scaler, plateau, vars })
+}
+
+/// The JSON text of the metadata.
+fn parse(json: &str) -> Result<Header> {
     let malformed = |error| Error::checkpoint(METADATA, "the header of a checkpoint", error);
     let Version { format_version } = serde_json::from_str(json).map_err(malformed)?;
     if format_version != FORMAT_VERSION {
@@ -131,53 +174,15 @@ pub(crate) fn read(path: &Path) -> Result<Snapshot> {
     for group in fields["groups"].as_array().into_iter().flatten() {
         require_fields("groups", group, &GroupSettings::new(""))?;
     }
-    let header: Header = serde_json::from_str(json).map_err(malformed)?;
+    serde_json::from_str(json).map_err(malformed)
+}
 
-    let mut expected = Vec::with_capacity(2 * header.vars.len());
-    let mut take = |name: &str, what: &str| -> Result<Tensor> {
-        let key = format!("{name}.{what}");
-        let view = match tensors.tensor(&key) {
-            Ok(view) => view,
-            Err(SafeTensorError::TensorNotFound(_)) => return Err(Error::checkpoint(key, "a tensor", "none")),
-            Err(error) => return Err(unreadable(path, error)),
-        };
-        let tensor = view.load(&Device::Cpu);
-        let tensor = tensor.map_err(|error| Error::checkpoint(&*key, "a tensor of a dtype that candle has", error))?;
-        expected.push(key);
-        Ok(tensor)
-    };
-    let mut vars = BTreeMap::new();
-    for (name, header) in header.vars {
-        let VarHeader { group, step, units, by_rows, master, ema, accumulated, accumulated_rows } = header;
-        let var = VarSnapshot {
-            group,
-            step,
-            exp_avg: take(&name, "exp_avg")?,
-            exp_inf: take(&name, "exp_inf")?,
-            units: units.then(|| take(&name, "units")).transpose()?,
-            by_rows,
-            master: master.then(|| take(&name, "master")).transpose()?,
-            ema: ema.then(|| take(&name, "ema")).transpose()?,
-            accumulated: match (accumulated, accumulated_rows) {
-                (0, _) => None,
-                (calls, false) => Some((AccumulatedGrad::Dense(take(&name, "accumulated")?), calls)),
-                (calls, true) => {
-                    let indices = take(&name, "accumulated.indices")?;
-                    let values = take(&name, "accumulated.values")?;
-                    Some((AccumulatedGrad::Rows(SparseGrad { indices, values }), calls))
-                }
-            },
-        };
-        vars.insert(name, var);
+/// Refuses a text that is longer than any settings need.
+fn require_room(json: &str, room: usize) -> Result<()> {
+    if json.len() <= room {
+        return Ok(());
     }
-    expected.sort_unstable();
-    if let Some(surplus) =
-        tensors.names().into_iter().find(|name| expected.binary_search_by(|e| e.as_str().cmp(name)).is_err())
-    {
-        return Err(Error::checkpoint(surplus, "no such tensor", "a surplus one"));
-    }
-    let Header { params, groups, counters, grad_scaler, plateau, .. } = header;
-    Ok(Snapshot { params, groups, counters, grad_scaler, plateau, vars })
+    Err(Error::checkpoint(METADATA, format!("at most {room} bytes of settings"), json.len()))
 }
 
 /// Refuses settings in which something is left out. Elsewhere that means its default; here, that something was lost.
@@ -189,13 +194,5 @@ fn require_fields(entry: &str, settings: &Value, complete: &impl Serialize) -> R
     match complete.keys().find(|&field| !settings.contains_key(field)) {
         Some(field) => Err(Error::checkpoint(format!("{entry}.{field}"), "a setting", "none")),
         None => Ok(()),
-    }
-}
-
-fn unreadable(path: &Path, source: SafeTensorError) -> Error {
-    let path = path.to_owned();
-    match source {
-        SafeTensorError::IoError(source) => ErrorKind::Io { action: "writing", path, source }.into(),
-        source => ErrorKind::SafeTensors { path, source }.into(),
     }
 }

@@ -1,0 +1,166 @@
+//! The variables of Keras's Adamax as safetensors files.
+//!
+//! By path, of Keras 3: `PATH_momentum` and `PATH_norm` for each variable, `iteration`, and `learning_rate` unless that
+//! is a schedule; with `use_ema` `PATH_average`, with accumulation `PATH_gradient_accumulator`. Names that Keras itself
+//! gives its variables, `adamax/dense_kernel_momentum` of a variable `dense/kernel`, are read, too.
+//!
+//! In the order of Keras 2 and `tf_keras.optimizers.legacy`, which have no names: `0` is the iteration, then all m, then
+//! all v.
+//!
+//! `examples/exchange/keras3.py` is the other side.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use candle_core::Tensor;
+
+use super::header::Wanted;
+use super::plain::{PlainVar, count, of_scalar, scalar};
+use super::reading::{TensorFile, room};
+use super::write_tensors;
+use crate::error::{Error, Result};
+
+const ITERATION: &str = "iteration";
+const LEARNING_RATE: &str = "learning_rate";
+
+/// What a variable has in a file.
+#[derive(Clone, Copy, PartialEq)]
+enum Part {
+    Momentum,
+    Norm,
+    Average,
+    Accumulator,
+}
+
+impl Part {
+    const ALL: [Self; 4] = [Self::Momentum, Self::Norm, Self::Average, Self::Accumulator];
+
+    fn key(self, name: &str) -> String {
+        let part = match self {
+            Self::Momentum => "momentum",
+            Self::Norm => "norm",
+            Self::Average => "average",
+            Self::Accumulator => "gradient_accumulator",
+        };
+        format!("{name}_{part}")
+    }
+}
+
+/// The same as Keras spells it in the names of an optimizer's variables.
+fn spelled(name: &str) -> String {
+    name.replace('/', "_")
+}
+
+/// What is in such a file.
+#[derive(Debug)]
+pub(crate) struct KerasState {
+    /// The calls of the optimizer.
+    pub(crate) iteration: u64,
+    /// None where it is a schedule, and in files of the legacy order.
+    pub(crate) learning_rate: Option<f64>,
+    /// Their `step` is 0, and of how many calls gradients are, too: Keras counts for all variables together.
+    pub(crate) vars: BTreeMap<String, PlainVar>,
+}
+
+/// Which variables the optimizer has beside the moments.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Extras {
+    pub(crate) averages: bool,
+    pub(crate) accumulators: bool,
+}
+
+/// Writes the variables by path.
+pub(crate) fn write(state: &KerasState, path: &Path) -> Result<()> {
+    // As the iteration of Keras; and all of the rate's digits, which Keras rounds to f32.
+    let scalars = [
+        Some((ITERATION.to_owned(), iteration(state)?)),
+        state.learning_rate.map(|lr| Ok::<_, Error>((LEARNING_RATE.to_owned(), of_scalar(lr)?))).transpose()?,
+    ];
+    let vars = state.vars.iter().flat_map(|(name, var)| {
+        let part = |part: Part, tensor| (part.key(name), tensor);
+        let average = var.ema.as_ref().map(|ema| part(Part::Average, ema));
+        let accumulator = var.accumulated.as_ref().map(|(sum, _)| part(Part::Accumulator, sum));
+        let moments = [part(Part::Momentum, &var.exp_avg), part(Part::Norm, &var.exp_inf)];
+        moments.into_iter().chain(average).chain(accumulator)
+    });
+    let scalars = scalars.iter().flatten().map(|(key, tensor)| (key.clone(), tensor));
+    write_tensors(path, scalars.chain(vars), None)
+}
+
+/// Writes the variables in the legacy order, where the variables of the model are in the order of `names`.
+pub(crate) fn write_legacy(state: &KerasState, names: &[&str], path: &Path) -> Result<()> {
+    let iteration = iteration(state)?;
+    let vars = names
+        .iter()
+        .map(|name| state.vars.get(*name).ok_or_else(|| Error::checkpoint(*name, "the state of this var", "none")));
+    let vars = vars.collect::<Result<Vec<_>>>()?;
+    let moments = vars.iter().map(|var| &var.exp_avg).chain(vars.iter().map(|var| &var.exp_inf));
+    let tensors = std::iter::once(&iteration).chain(moments);
+    write_tensors(path, tensors.enumerate().map(|(position, tensor)| (position.to_string(), tensor)), None)
+}
+
+fn iteration(state: &KerasState) -> Result<Tensor> {
+    let iteration = i64::try_from(state.iteration);
+    of_scalar(iteration.map_err(|error| Error::checkpoint(ITERATION, "a number that an i64 can hold", error))?)
+}
+
+/// Reads the variables of variables of these names.
+pub(crate) fn read(path: &Path, names: &[&str], extras: Extras) -> Result<KerasState> {
+    let known = |name: &str| Part::ALL.map(|part| part.key(name));
+    let mut known: BTreeSet<String> =
+        names.iter().flat_map(|name| [known(name), known(&spelled(name))]).flatten().collect();
+    known.extend([ITERATION, LEARNING_RATE].map(str::to_owned));
+    // With or without the optimizer's name.
+    let is_tensor = |key: &str| known.contains(key) || key.split_once('/').is_some_and(|(_, key)| known.contains(key));
+    let wanted = Wanted { text: None, is_tensor: &is_tensor, room: room(names.iter().copied()) };
+    let mut file = TensorFile::open(path, &wanted)?;
+    file.no_surplus()?;
+    // The iteration tells whether, and which.
+    let of_optimizer = |key: &str| {
+        key.strip_suffix(ITERATION).filter(|name| name.is_empty() || name.ends_with('/')).map(str::to_owned)
+    };
+    let Some(prefix) = file.names().find_map(of_optimizer) else {
+        return Err(Error::checkpoint(ITERATION, "a tensor", "none"));
+    };
+    let key = format!("{prefix}{ITERATION}");
+    let iteration = count(&key, &file.take(&key)?)?;
+    let key = format!("{prefix}{LEARNING_RATE}");
+    let learning_rate = file.has(&key).then(|| scalar(&key, &file.take(&key)?)).transpose()?;
+    let mut vars = BTreeMap::new();
+    for &name in names {
+        let mut take = |part: Part| {
+            let (key, spelled) = (prefix.clone() + &part.key(name), prefix.clone() + &part.key(&spelled(name)));
+            file.take(if file.has(&key) || !file.has(&spelled) { &key } else { &spelled })
+        };
+        let var = PlainVar {
+            exp_avg: take(Part::Momentum)?,
+            exp_inf: take(Part::Norm)?,
+            step: 0,
+            ema: extras.averages.then(|| take(Part::Average)).transpose()?,
+            accumulated: extras.accumulators.then(|| Ok::<_, Error>((take(Part::Accumulator)?, 0))).transpose()?,
+        };
+        vars.insert(name.to_owned(), var);
+    }
+    file.finish()?;
+    Ok(KerasState { iteration, learning_rate, vars })
+}
+
+/// Reads the variables in the legacy order, where the variables of the model are in the order of `names`.
+pub(crate) fn read_legacy(path: &Path, names: &[&str]) -> Result<KerasState> {
+    let count_of_tensors = 1 + 2 * names.len();
+    let is_tensor = |key: &str| {
+        let position = key.parse().ok().filter(|position: &usize| position.to_string() == key);
+        position.is_some_and(|position| position < count_of_tensors)
+    };
+    let wanted = Wanted { text: None, is_tensor: &is_tensor, room: room(names.iter().copied()) };
+    let mut file = TensorFile::open(path, &wanted)?;
+    let mut take = |position: usize| file.take(&position.to_string());
+    let iteration = count("0", &take(0)?)?;
+    let vars = names.iter().enumerate().map(|(nth, &name)| {
+        let (exp_avg, exp_inf) = (take(1 + nth)?, take(1 + names.len() + nth)?);
+        Ok((name.to_owned(), PlainVar { exp_avg, exp_inf, step: 0, ema: None, accumulated: None }))
+    });
+    let vars = vars.collect::<Result<_>>()?;
+    file.finish()?;
+    Ok(KerasState { iteration, learning_rate: None, vars })
+}

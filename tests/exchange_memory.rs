@@ -1,0 +1,115 @@
+//! Reading a file takes no more memory than the file has bytes, whatever its header says: a program of its own, whose
+//! allocator counts.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+use candle_adamax::{Adamax, ParamsAdamax};
+use candle_core::{DType, Device, Var};
+
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+/// The system's allocator, with a count of the bytes that are taken.
+struct Counting;
+
+// SAFETY: every call is passed on to the system's allocator as it came; counting touches nothing of it.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        PEAK.fetch_max(LIVE.fetch_add(layout.size(), Relaxed) + layout.size(), Relaxed);
+        // SAFETY: the caller's promises about `layout` are passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), Relaxed);
+        // SAFETY: `ptr` came from `alloc` above, so from the system's allocator, with this layout.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// What names, paths and errors take.
+const SMALL: usize = 64 << 10;
+
+/// The most memory that `f` takes at once beside what is there already.
+fn peak<R>(f: impl FnOnce() -> R) -> (R, usize) {
+    let before = LIVE.load(Relaxed);
+    PEAK.store(before, Relaxed);
+    let result = f();
+    (result, PEAK.load(Relaxed) - before)
+}
+
+fn file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("exchange-memory-{name}"))
+}
+
+fn with_header(header: &str, data: usize) -> Vec<u8> {
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    bytes.resize(bytes.len() + data, 0);
+    bytes
+}
+
+fn entry(name: &str, shape: &str, end: u64) -> String {
+    format!("\"{name}\":{{\"dtype\":\"F32\",\"shape\":{shape},\"data_offsets\":[0,{end}]}}")
+}
+
+type Load = fn(&mut Adamax, &Path) -> candle_adamax::Result<()>;
+
+#[test]
+fn no_more_than_the_file() {
+    let var = || Var::ones((1000, 64), DType::F32, &Device::Cpu).unwrap();
+    let mut torch = Adamax::from_named([("w", var())], ParamsAdamax::pytorch()).unwrap();
+    let mut keras = Adamax::from_named([("w", var())], ParamsAdamax::default()).unwrap();
+    let [torch_file, keras_file, native_file] = ["torch", "keras", "native"].map(file);
+    torch.save_torch(&torch_file).unwrap();
+    keras.save_keras(&keras_file).unwrap();
+    torch.save(&native_file).unwrap();
+    let ways: [(&mut Adamax, &Path, &str, Load); 3] = [
+        (&mut torch, &torch_file, "w.exp_avg", |optimizer, path| optimizer.load_torch(path)),
+        (&mut keras, &keras_file, "w_momentum", |optimizer, path| optimizer.load_keras(path)),
+        (&mut Adamax::from_named([("w", var())], ParamsAdamax::pytorch()).unwrap(), &native_file, "w.exp_avg", {
+            |optimizer, path| optimizer.load(path)
+        }),
+    ];
+    let bad = file("bad");
+    for (optimizer, good, name, load) in ways {
+        let many = |of: &dyn Fn(usize) -> String| (0..50_000).map(of).collect::<Vec<_>>().join(",");
+        let good = std::fs::read(good).unwrap();
+        let mut long_header = good.clone();
+        long_header[..8].copy_from_slice(&(1u64 << 40).to_le_bytes());
+        let mut last_byte_missing = good.clone();
+        last_byte_missing.pop();
+        let files = [
+            ("a header of a terabyte", long_header),
+            ("a file cut short", last_byte_missing),
+            ("a tensor of a terabyte", with_header(&format!("{{{}}}", entry(name, "[1099511627776]", 1 << 42)), 4)),
+            ("no elements, huge dimensions", {
+                with_header(&format!("{{{}}}", entry(name, "[0,9223372036854775807,9223372036854775807]", 0)), 0)
+            }),
+            (
+                "a million dimensions",
+                with_header(&format!("{{{}}}", entry(name, &format!("[{}1]", "1,".repeat(1 << 20)), 4)), 4),
+            ),
+            ("many names", with_header(&format!("{{{}}}", many(&|i| entry(&format!("t{i}"), "[0]", 0))), 0)),
+            ("many texts", with_header(&format!("{{\"__metadata__\":{{{}}}}}", many(&|i| format!("\"{i}\":\"\""))), 0)),
+            ("deep", with_header(&"[".repeat(1 << 20), 0)),
+            ("spaces", with_header(&" ".repeat(64 << 20), 0)),
+        ];
+        for (what, bytes) in files {
+            std::fs::write(&bad, &bytes).unwrap();
+            let length = bytes.len();
+            drop(bytes);
+            let (loaded, peak) = peak(|| load(optimizer, &bad));
+            let error = loaded.unwrap_err();
+            assert!(peak <= length + SMALL, "{what}: {peak} bytes of memory for {length} of a file: {error}");
+        }
+    }
+    std::fs::remove_file(&bad).unwrap();
+}

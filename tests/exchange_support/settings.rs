@@ -1,0 +1,139 @@
+//! Examples of the README and of the scripts, as a user runs them: what PyTorch's settings become.
+
+use anyhow::Result;
+use candle_adamax::{Adamax, ErrorKind, ParamsAdamax, Rounding};
+use candle_core::{DType, Device, Tensor, Var};
+use serde_json::{Value, json};
+
+use crate::files::{Parts, group};
+use crate::run::left;
+
+/// One variable, and a file for it with edited settings.
+fn load(edit: impl FnOnce(&mut Value)) -> Result<(Adamax, Result<(), candle_adamax::Error>)> {
+    let var = Var::new(&[1f32, 2.0], &Device::Cpu)?;
+    let mut optimizer = Adamax::from_named([("w", var)], ParamsAdamax::pytorch())?;
+    let mut parts = Parts::of_one("w", &[2])?;
+    let mut groups = json!([group(&["w"])]);
+    edit(&mut groups);
+    parts.text = Some(("param_groups".into(), groups.to_string()));
+    let file = left(&format!("settings-{:?}.safetensors", std::thread::current().id()))?;
+    parts.write(&file)?;
+    let loaded = optimizer.load_torch(&file);
+    std::fs::remove_file(&file)?;
+    Ok((optimizer, loaded))
+}
+
+#[test]
+fn all_numbers_are_taken_over() -> Result<()> {
+    let (optimizer, loaded) = load(|groups| {
+        groups[0]["lr"] = json!(0.25);
+        groups[0]["betas"] = json!([0.5, 0.75]);
+        groups[0]["eps"] = json!(1e-3);
+        groups[0]["weight_decay"] = json!(0.125);
+        groups[0]["maximize"] = json!(true);
+        // Known, and without a meaning.
+        groups[0]["foreach"] = json!(true);
+        groups[0]["capturable"] = json!(true);
+        groups[0]["differentiable"] = json!(true);
+        groups[0]["initial_lr"] = json!(0.5);
+    })?;
+    loaded?;
+    let ParamsAdamax { beta1, beta2, eps, weight_decay, maximize, .. } = optimizer.params();
+    assert_eq!((*beta1, *beta2, *eps, *maximize), (0.5, 0.75, 1e-3, true));
+    assert_eq!(*weight_decay, candle_adamax::WeightDecay::L2(0.125));
+    Ok(())
+}
+
+#[test]
+fn what_is_not_allowed_is_refused() -> Result<()> {
+    type Edit = fn(&mut Value);
+    let edits: [(&str, Edit); 15] = [
+        ("lr", |groups| groups[0]["lr"] = json!(-0.5)),
+        ("beta1", |groups| groups[0]["betas"] = json!([1.0, 0.5])),
+        ("beta2", |groups| groups[0]["betas"] = json!([0.5, -0.5])),
+        ("eps", |groups| groups[0]["eps"] = json!(-1e-8)),
+        ("weight_decay", |groups| groups[0]["weight_decay"] = json!(-1)),
+        ("invalid length 1", |groups| groups[0]["betas"] = json!([0.5])),
+        ("missing field `eps`", |groups| drop(groups[0].as_object_mut().unwrap().remove("eps"))),
+        ("missing field `params`", |groups| drop(groups[0].as_object_mut().unwrap().remove("params"))),
+        ("unknown field `amsgrad`", |groups| groups[0]["amsgrad"] = json!(false)),
+        ("invalid type", |groups| groups[0]["lr"] = json!("0.5")),
+        ("invalid type", |groups| groups[0] = json!(7)),
+        ("invalid type", |groups| *groups = json!({"groups": []})),
+        ("expected `w` in one group", |groups| groups[0]["params"] = json!(["w", "w"])),
+        ("expected no parameter `v`", |groups| groups[0]["params"] = json!(["w", "v"])),
+        ("expected a group of `w`", |groups| groups[0]["params"] = json!([])),
+    ];
+    for (part, edit) in edits {
+        let (optimizer, loaded) = load(edit)?;
+        let error = loaded.unwrap_err().to_string();
+        assert!(error.contains(part), "`{part}` in: {error}");
+        assert_eq!((optimizer.updates(), optimizer.params().beta1), (0, 0.9), "{error}");
+    }
+    let maximize = |groups: &mut Value| {
+        let mut other = group(&["w"]);
+        groups[0]["params"] = json!([]);
+        groups[0]["maximize"] = json!(true);
+        other["maximize"] = json!(false);
+        groups.as_array_mut().unwrap().push(other);
+    };
+    // A group without parameters says nothing.
+    let (optimizer, loaded) = load(maximize)?;
+    loaded?;
+    assert!(!optimizer.params().maximize);
+    Ok(())
+}
+
+#[test]
+fn groups_that_differ_in_maximize_are_refused() -> Result<()> {
+    let vars = ["v", "w"].map(|name| (name, Var::zeros(2, DType::F32, &Device::Cpu).unwrap()));
+    let mut optimizer = Adamax::from_named(vars, ParamsAdamax::pytorch())?;
+    let mut parts = Parts::of_one("w", &[2])?;
+    parts.tensors.extend(Parts::of_one("v", &[2])?.tensors);
+    let (up, mut down) = (group(&["v"]), group(&["w"]));
+    down["maximize"] = json!(true);
+    parts.text = Some(("param_groups".into(), json!([up, down]).to_string()));
+    let file = left("maximize.safetensors")?;
+    parts.write(&file)?;
+    let error = optimizer.load_torch(&file).unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Checkpoint { entry, .. } if entry == "param_groups.maximize"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn state_of_halves_is_widened_and_written_in_f32() -> Result<()> {
+    for (dtype, of_file) in [
+        (DType::F16, DType::F16),
+        (DType::BF16, DType::BF16),
+        (DType::F16, DType::F32),
+        (DType::F64, DType::F64),
+        (DType::F32, DType::F32),
+    ] {
+        let var = Var::zeros((2, 3), dtype, &Device::Cpu)?;
+        let params = ParamsAdamax { rounding: Rounding::Master, ..ParamsAdamax::pytorch() };
+        let mut optimizer = Adamax::from_named([("w", var)], params)?;
+        let mut parts = Parts::of_one("w", &[2, 3])?;
+        let values = Tensor::new(&[[0.1f64, -0.2, 0.3], [0.0, 1.5, -2.5]], &Device::Cpu)?.to_dtype(of_file)?;
+        parts.set("w.exp_avg", &values)?;
+        parts.set("w.exp_inf", &values.abs()?)?;
+        parts.text = Some(("param_groups".into(), json!([group(&["w"])]).to_string()));
+        let file = left(&format!("halves-{dtype:?}-{of_file:?}.safetensors"))?;
+        parts.write(&file)?;
+        optimizer.load_torch(&file)?;
+        optimizer.save_torch(&file)?;
+        let saved = crate::run::load(&file)?;
+        let exact = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+        assert_eq!(saved["w.exp_avg"].dtype(), exact);
+        assert_eq!(crate::run::difference(&saved["w.exp_avg"], &values)?, 0.0, "{dtype:?} {of_file:?}");
+        // No other dtype fits.
+        for wrong in [DType::F16, DType::BF16, DType::F32, DType::F64].into_iter().filter(|&d| d != dtype && d != exact)
+        {
+            parts.set("w.exp_avg", &values.to_dtype(wrong)?)?;
+            parts.write(&file)?;
+            let error = optimizer.load_torch(&file).unwrap_err();
+            assert!(matches!(error.kind(), ErrorKind::DTypeMismatch { what: "exp_avg", .. }), "{error}");
+        }
+        std::fs::remove_file(&file)?;
+    }
+    Ok(())
+}
