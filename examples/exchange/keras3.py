@@ -18,10 +18,10 @@ Back: optimizer.save_keras("adamax.safetensors")?; varmap.save("model.safetensor
 
 which puts them into a copy of the model.
 
-Variables are called by their paths in Keras, such as "sequential/dense/kernel". Where they have other names in Rust, or
-lie there in another order of dimensions, --names says so: a JSON file such as
+Variables are called by their paths in the Keras model as it is loaded from the file, such as "dense/kernel". Where they
+have other names in Rust, or lie there in another order of dimensions, --names says so: a JSON file such as
 
-    {"sequential/dense/kernel": ["fc1.weight", [1, 0]], "sequential/dense/bias": "fc1.bias"}
+    {"dense/kernel": ["fc1.weight", [1, 0]], "dense/bias": "fc1.bias"}
 
 for a candle_nn::Linear, whose weight is the transpose of a kernel of Keras. The moments are turned as the weights are.
 
@@ -153,6 +153,10 @@ def main():
     model = keras.saving.load_model(args.model)
     optimizer, variables = model.optimizer, model.trainable_variables
     names = json.load(open(args.names)) if args.names else {}
+    unknown = set(names) - {variable.path for variable in model.weights}
+    if unknown:
+        paths = [variable.path for variable in model.weights]
+        raise SystemExit(f"names of variables that are not in the model: {sorted(unknown)}; it has {paths}")
     axes = [renaming(names, variable.path)[1] for variable in variables]
     if args.command == "export":
         if args.legacy:

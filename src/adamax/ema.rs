@@ -1,10 +1,12 @@
 //! The moving average of the weights, as Keras 3 keeps it.
 
+use candle_core::DType;
+
 use super::{Adamax, Param};
 use crate::error::{Error, Result};
 use crate::kernel::{Average, Context, Task};
 use crate::params::Ema;
-use crate::state::Buffer;
+use crate::state::{Buffer, arithmetic};
 
 /// What the averages of a call need, allocated before anything is written.
 pub(super) struct Averages {
@@ -37,13 +39,24 @@ impl Averages {
         let mut tasks = Vec::with_capacity(params.len());
         for (nth, (param, fresh)) in params.iter_mut().zip(self.fresh).enumerate() {
             let place = param.place();
-            let momentum = if update == 0 || fresh.is_some() { 0.0 } else { momentum };
+            let momentum = if update == 0 || fresh.is_some() { 0.0 } else { rounded(momentum, param.var.dtype()) };
             param.ema = fresh.or(param.ema.take());
             let Some(average) = &mut param.ema else { continue };
             let kind = Average { momentum, overwrite, average };
             tasks.push(Task { place, nth, lent: Some(param.var.as_tensor()), read: None, kind });
         }
         context.average(tasks)
+    }
+}
+
+/// The momentum as the arithmetic on `dtype` has it, before `1 - momentum` is made of it, as in Keras.
+///
+/// If each were rounded for itself, the two shares would not add up to 1: with 0.9 in f32 every call would take 2e-8 of
+/// the average away, and with `overwrite_frequency` of the weights.
+fn rounded(momentum: f64, dtype: DType) -> f64 {
+    match arithmetic(dtype) {
+        DType::F64 => momentum,
+        _ => f64::from(momentum as f32),
     }
 }
 

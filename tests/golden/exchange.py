@@ -286,6 +286,19 @@ def check(case, make, folder):
     return worst
 
 
+def check_schedules(folder):
+    """Keras reads the schedules that the crate wrote, and has the same rates up to its rounding to f32."""
+    import keras
+
+    for case in json.loads((folder / "keras_schedules.json").read_text()):
+        schedule = keras.optimizers.deserialize(case["optimizer"])._learning_rate
+        rates = np.array([float(schedule(step)) for step in range(len(case["rates"]))])
+        difference = float(np.abs(rates - case["rates"]).max())
+        print(f"{type(schedule).__name__}: rates differ by up to {difference:.2e} of {rates.max():.2g}")
+        if not difference <= 1e-6 * rates.max():
+            raise SystemExit("other rates than in the crate")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -298,6 +311,8 @@ def main():
             record(case, make)
         return
     worst = max(check(case, make, args.folder) for case, make in runs().items())
+    if importlib.util.find_spec("keras"):
+        check_schedules(args.folder)
     if not worst <= TOLERANCE:
         raise SystemExit(f"{worst:.2e} is more than {TOLERANCE:.0e}")
 
