@@ -55,7 +55,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    if let Some(threads) = args.threads {
+    if let Some(threads) = args.threads() {
         // candle and rayon ask the environment, once, how many threads to use.
         // SAFETY: this is the only thread, so nobody reads the environment meanwhile.
         unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };

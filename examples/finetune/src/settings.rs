@@ -35,12 +35,22 @@ pub(crate) struct Args {
     #[arg(long, value_name = "STEP", value_parser = at_least_one)]
     pub(crate) stop_after: Option<usize>,
 
-    /// Threads to compute with. By default as many as `RAYON_NUM_THREADS` says, or as the machine has.
+    /// Threads to compute with. By default as many as `RAYON_NUM_THREADS` says; else with --model as many as the machine
+    /// has, and with the small encoder one: it gains nothing from a second, and loses much where another program has
+    /// its core, since candle's threads wait for each other at every operation.
     #[arg(long, value_parser = at_least_one)]
     pub(crate) threads: Option<usize>,
 
     #[command(flatten)]
     pub(crate) settings: Settings,
+}
+
+impl Args {
+    /// How many threads to compute with, where that is not left to candle.
+    pub(crate) fn threads(&self) -> Option<usize> {
+        let is_said = std::env::var_os("RAYON_NUM_THREADS").is_some();
+        self.threads.or((!is_said && self.model.is_none()).then_some(1))
+    }
 }
 
 /// What a trained model depends on, apart from the model and the data.

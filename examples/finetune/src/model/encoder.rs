@@ -12,11 +12,11 @@
 
 use anyhow::Result;
 use candle_core::{D, Tensor};
-use candle_nn::{Linear, Module};
+use candle_nn::Module;
 
 use super::config::{Activation, Config};
-use super::graft::softmax;
-use super::layers::{Norm, Pass, attention_bias};
+use super::graft::{gelu, softmax};
+use super::layers::{Linear, Norm, Pass, attention_bias};
 use super::weights::{Fresh, Weights};
 
 /// The encoder.
@@ -38,7 +38,7 @@ impl Encoder {
         let words = table("word_embeddings", config.vocab_size)?;
         let positions = table("position_embeddings", config.max_position_embeddings)?;
         let types = table("token_type_embeddings", config.type_vocab_size)?;
-        let norm = Norm::new(weights.norm("bert.embeddings.LayerNorm", size)?, config.layer_norm_eps);
+        let norm = weights.norm("bert.embeddings.LayerNorm", size, config.layer_norm_eps)?;
         let layers = (0..config.num_hidden_layers).map(|index| Layer::new(config, index, weights));
         Ok(Self {
             words: match sparse {
@@ -56,15 +56,16 @@ impl Encoder {
     /// What the tokens `ids`, `[texts, tokens]`, become: `[texts, tokens, hidden]`. `mask` is 1 for a token and 0 for
     /// padding.
     pub(super) fn forward(&self, ids: &Tensor, mask: &Tensor, pass: &mut Pass<'_>) -> candle_core::Result<Tensor> {
-        let (_, tokens) = ids.dims2()?;
+        let (texts, tokens) = ids.dims2()?;
         let places = self.positions.narrow(0, 0, tokens)?.broadcast_add(&self.types.narrow(0, 0, 1)?)?;
-        let x = self.words.forward(ids)?.broadcast_add(&places)?;
+        // From here on a row for each token, since all layers but attention take each by itself.
+        let x = self.words.forward(ids)?.broadcast_add(&places)?.flatten(0, 1)?;
         let mut x = pass.dropout(&self.norm.forward(&x)?, self.dropout)?;
         let bias = attention_bias(mask)?;
         for layer in &self.layers {
-            x = layer.forward(&x, &bias, pass)?;
+            x = layer.forward(&x, (texts, tokens), &bias, pass)?;
         }
-        Ok(x)
+        x.reshape((texts, tokens, ()))
     }
 }
 
@@ -92,21 +93,27 @@ impl Layer {
                 dropout: config.attention_probs_dropout_prob,
             },
             attention_out: weights.linear(&name("attention.output.dense"), size, size)?,
-            attention_norm: Norm::new(weights.norm(&name("attention.output.LayerNorm"), size)?, eps),
+            attention_norm: weights.norm(&name("attention.output.LayerNorm"), size, eps)?,
             up: weights.linear(&name("intermediate.dense"), size, inner)?,
             activation: config.hidden_act,
             down: weights.linear(&name("output.dense"), inner, size)?,
-            norm: Norm::new(weights.norm(&name("output.LayerNorm"), size)?, eps),
+            norm: weights.norm(&name("output.LayerNorm"), size, eps)?,
             dropout: config.hidden_dropout_prob,
         })
     }
 
-    fn forward(&self, x: &Tensor, bias: &Tensor, pass: &mut Pass<'_>) -> candle_core::Result<Tensor> {
-        let attended = self.attention_out.forward(&self.attention.forward(x, bias, pass)?)?;
+    fn forward(
+        &self,
+        x: &Tensor,
+        shape: (usize, usize),
+        bias: &Tensor,
+        pass: &mut Pass<'_>,
+    ) -> candle_core::Result<Tensor> {
+        let attended = self.attention_out.forward(&self.attention.forward(x, shape, bias, pass)?)?;
         let x = self.attention_norm.forward(&(x + pass.dropout(&attended, self.dropout)?)?)?;
         let inner = self.up.forward(&x)?;
         let inner = match self.activation {
-            Activation::Gelu => inner.gelu_erf()?,
+            Activation::Gelu => gelu(&inner)?,
             Activation::GeluTanh => inner.gelu()?,
             Activation::Relu => inner.relu()?,
         };
@@ -124,15 +131,21 @@ struct Attention {
 }
 
 impl Attention {
-    fn forward(&self, x: &Tensor, bias: &Tensor, pass: &mut Pass<'_>) -> candle_core::Result<Tensor> {
-        let (texts, tokens, size) = x.dims3()?;
+    /// `x` has a row for each of the `tokens` of each of the `texts`.
+    fn forward(
+        &self,
+        x: &Tensor,
+        (texts, tokens): (usize, usize),
+        bias: &Tensor,
+        pass: &mut Pass<'_>,
+    ) -> candle_core::Result<Tensor> {
+        let size = x.dim(1)? / self.heads;
         let by_heads = |layer: &Linear| {
-            let shape = (texts, tokens, self.heads, size / self.heads);
-            layer.forward(x)?.reshape(shape)?.transpose(1, 2)?.contiguous()
+            layer.forward(x)?.reshape((texts, tokens, self.heads, size))?.transpose(1, 2)?.contiguous()
         };
         let (query, key, value) = (by_heads(&self.query)?, by_heads(&self.key)?, by_heads(&self.value)?);
-        let scores = (query / ((size / self.heads) as f64).sqrt())?.matmul(&key.transpose(D::Minus1, D::Minus2)?)?;
+        let scores = (query / (size as f64).sqrt())?.matmul(&key.transpose(D::Minus1, D::Minus2)?)?;
         let shares = pass.dropout(&softmax(&scores, bias)?, self.dropout)?;
-        shares.matmul(&value)?.transpose(1, 2)?.contiguous()?.reshape((texts, tokens, size))
+        shares.matmul(&value)?.transpose(1, 2)?.contiguous()?.reshape((texts * tokens, ()))
     }
 }

@@ -1,24 +1,32 @@
-//! The parts of an encoder that candle has without a backward pass, or without a seed.
+//! The layers of an encoder, each with a backward pass, and dropout with a seed.
 
 use candle_core::{DType, Result, Tensor};
 use rand::{Rng, rngs::StdRng};
 
-use super::graft::{graft, normalize};
+use super::graft::{self, graft};
 
-/// Layer normalization: `normalize(x) * weight + bias` over the last dimension.
+/// A linear layer on matrices; its weight is `[outputs, inputs]`.
+pub(super) struct Linear {
+    pub(super) weight: Tensor,
+    pub(super) bias: Tensor,
+}
+
+impl Linear {
+    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        graft::linear(x, &self.weight, &self.bias)
+    }
+}
+
+/// Layer normalization of the rows of a matrix.
 pub(super) struct Norm {
-    weight: Tensor,
-    bias: Tensor,
-    eps: f64,
+    pub(super) weight: Tensor,
+    pub(super) bias: Tensor,
+    pub(super) eps: f64,
 }
 
 impl Norm {
-    pub(super) fn new((weight, bias): (Tensor, Tensor), eps: f64) -> Self {
-        Self { weight, bias, eps }
-    }
-
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        normalize(x, self.eps)?.broadcast_mul(&self.weight)?.broadcast_add(&self.bias)
+        graft::layer_norm(x, &self.weight, &self.bias, self.eps)
     }
 }
 

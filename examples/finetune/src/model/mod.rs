@@ -20,10 +20,11 @@ use std::sync::PoisonError;
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Tensor};
-use candle_nn::{Linear, Module, VarMap};
+use candle_nn::VarMap;
 
 pub(crate) use self::config::{Config, Pooling};
 use self::encoder::Encoder;
+use self::layers::Linear;
 pub(crate) use self::layers::Pass;
 pub(crate) use self::weights::{IsTrained, WEIGHTS, Weights};
 use crate::batch::Batch;

@@ -10,8 +10,10 @@ use std::sync::PoisonError;
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor, Var};
-use candle_nn::{Linear, VarMap};
+use candle_nn::VarMap;
 use rand::{Rng, rngs::StdRng};
+
+use super::layers::{Linear, Norm};
 
 /// The file's name.
 pub(crate) const WEIGHTS: &str = "model.safetensors";
@@ -109,16 +111,15 @@ impl Weights {
     }
 
     /// A linear layer.
-    pub(crate) fn linear(&mut self, name: &str, inputs: usize, outputs: usize) -> Result<Linear> {
+    pub(super) fn linear(&mut self, name: &str, inputs: usize, outputs: usize) -> Result<Linear> {
         let weight = self.get(&format!("{name}.weight"), &[outputs, inputs], Fresh::Random)?;
-        let bias = self.get(&format!("{name}.bias"), &[outputs], Fresh::Zeros)?;
-        Ok(Linear::new(weight, Some(bias)))
+        Ok(Linear { weight, bias: self.get(&format!("{name}.bias"), &[outputs], Fresh::Zeros)? })
     }
 
-    /// The weights of a layer normalization; see [`super::layers::Norm`].
-    pub(crate) fn norm(&mut self, name: &str, size: usize) -> Result<(Tensor, Tensor)> {
+    /// A layer normalization.
+    pub(super) fn norm(&mut self, name: &str, size: usize, eps: f64) -> Result<Norm> {
         let weight = self.get(&format!("{name}.weight"), &[size], Fresh::Ones)?;
-        Ok((weight, self.get(&format!("{name}.bias"), &[size], Fresh::Zeros)?))
+        Ok(Norm { weight, bias: self.get(&format!("{name}.bias"), &[size], Fresh::Zeros)?, eps })
     }
 
     fn random(&mut self, shape: &[usize]) -> Result<Tensor> {
