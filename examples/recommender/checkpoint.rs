@@ -1,17 +1,14 @@
 //! Checkpoints: the weights, the optimizer's state and the progress of the same moment, together or not at all.
 //!
-//! A checkpoint is a folder `checkpoint-N` with three files. It is written under another name, synced, and renamed:
-//! whoever finds a folder of this name finds all of it. Only then are the others removed, so that at any moment the
-//! one with the highest number is complete and the newest.
+//! How a checkpoint is complete or not there is the business of `folders.rs`.
 //!
 //! Nothing else has to be saved for a resumed run to end with the same bits as an unbroken one. The learning rate
 //! follows from the optimizer's count of calls, the split and the data from the settings; and the random numbers of an
 //! epoch depend on nothing but the seed and the epoch.
 
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::fs;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, ensure};
 use candle_adamax::Adamax;
 use candle_nn::VarMap;
 use serde::{Deserialize, Serialize};
@@ -19,6 +16,7 @@ use serde_json::Value;
 
 use crate::data::Ratings;
 use crate::evaluate::Epoch;
+use crate::folders::Folders;
 use crate::settings::Settings;
 
 const WEIGHTS: &str = "weights.safetensors";
@@ -58,81 +56,29 @@ impl Progress {
     }
 }
 
-/// The checkpoints of one output folder.
-pub(crate) struct Checkpoints {
-    folder: PathBuf,
+/// Saves a checkpoint and removes those before it.
+pub(crate) fn save(folders: &Folders, progress: &Progress, varmap: &VarMap, optimizer: &Adamax) -> Result<()> {
+    folders.save(|folder| {
+        // Rows of tables may owe updates; whoever reads the weights from the file will not know of that.
+        optimizer.catch_up()?;
+        varmap.save(folder.join(WEIGHTS))?;
+        optimizer.save(folder.join(OPTIMIZER))?;
+        Ok(fs::write(folder.join(PROGRESS), serde_json::to_string_pretty(progress)?)?)
+    })
 }
 
-impl Checkpoints {
-    pub(crate) fn new(folder: &Path) -> Self {
-        Self { folder: folder.to_owned() }
-    }
-
-    /// Saves a checkpoint and removes those before it.
-    pub(crate) fn save(&self, progress: &Progress, varmap: &VarMap, optimizer: &Adamax) -> Result<()> {
-        let number = self.numbers()?.into_iter().max().unwrap_or(0) + 1;
-        let path = self.path(number);
-        let write = || -> Result<()> {
-            fs::create_dir_all(&self.folder)?;
-            let partial = path.with_extension("partial");
-            if partial.exists() {
-                fs::remove_dir_all(&partial)?; // of a run that was killed
-            }
-            fs::create_dir(&partial)?;
-            // Rows of tables may owe updates; whoever reads the weights from the file will not know of that.
-            optimizer.catch_up()?;
-            varmap.save(partial.join(WEIGHTS))?;
-            optimizer.save(partial.join(OPTIMIZER))?;
-            fs::write(partial.join(PROGRESS), serde_json::to_string_pretty(progress)?)?;
-            for file in [WEIGHTS, OPTIMIZER, PROGRESS] {
-                File::options().write(true).open(partial.join(file))?.sync_all()?;
-            }
-            sync_folder(&partial)?;
-            fs::rename(&partial, &path)?;
-            sync_folder(&self.folder)?;
-            self.numbers()?
-                .into_iter()
-                .filter(|&other| other != number)
-                .try_for_each(|other| Ok(fs::remove_dir_all(self.path(other))?))
-        };
-        write().with_context(|| format!("cannot save the checkpoint {}", path.display()))
-    }
-
-    /// Takes weights and optimizer back to the last checkpoint of the run that `progress` is the beginning of.
-    pub(crate) fn load(&self, progress: Progress, varmap: &mut VarMap, optimizer: &mut Adamax) -> Result<Progress> {
-        let Some(number) = self.numbers()?.into_iter().max() else {
-            bail!("there is no checkpoint in {} to resume from", self.folder.display());
-        };
-        let path = self.path(number);
-        let read = || -> Result<Progress> {
-            let saved: Progress = serde_json::from_slice(&fs::read(path.join(PROGRESS))?)?;
-            progress.check_continues(&saved)?;
-            varmap.load(path.join(WEIGHTS))?;
-            optimizer.load(path.join(OPTIMIZER))?;
-            Ok(Progress { history: saved.history, ..progress })
-        };
-        read().with_context(|| format!("cannot resume from {}", path.display()))
-    }
-
-    fn path(&self, number: u64) -> PathBuf {
-        self.folder.join(format!("checkpoint-{number}"))
-    }
-
-    /// The numbers of the complete checkpoints.
-    fn numbers(&self) -> Result<Vec<u64>> {
-        let mut numbers = Vec::new();
-        if !self.folder.exists() {
-            return Ok(numbers);
-        }
-        for entry in fs::read_dir(&self.folder)? {
-            let name = entry?.file_name();
-            numbers.extend(name.to_str().and_then(|name| name.strip_prefix("checkpoint-")?.parse::<u64>().ok()));
-        }
-        Ok(numbers)
-    }
-}
-
-/// Makes renames in a folder last, on systems where one has to ask for that.
-fn sync_folder(folder: &Path) -> std::io::Result<()> {
-    if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
+/// Takes weights and optimizer back to the last checkpoint of the run that `progress` is the beginning of.
+pub(crate) fn load(
+    folders: &Folders,
+    progress: Progress,
+    varmap: &mut VarMap,
+    optimizer: &mut Adamax,
+) -> Result<Progress> {
+    folders.load(|folder| {
+        let saved: Progress = serde_json::from_slice(&fs::read(folder.join(PROGRESS))?)?;
+        progress.check_continues(&saved)?;
+        varmap.load(folder.join(WEIGHTS))?;
+        optimizer.load(folder.join(OPTIMIZER))?;
+        Ok(Progress { history: saved.history, ..progress })
+    })
 }

@@ -45,7 +45,7 @@
 //! | `train.rs` | one epoch: batches, loss, step |
 //! | `compare.rs` | the time of a step, with the rows of its batch and with dense tables |
 //! | `evaluate.rs` | RMSE, HR@10, NDCG@10, and the baselines |
-//! | `checkpoint.rs` | weights and optimizer, together or not at all |
+//! | `checkpoint.rs`, `folders.rs` | weights and optimizer, together or not at all |
 //! | `report.rs`, `chart.rs` | what is printed, and the learning curves |
 
 mod chart;
@@ -55,6 +55,7 @@ mod data;
 #[path = "../throughput/device.rs"]
 mod device;
 mod evaluate;
+mod folders;
 mod model;
 mod report;
 mod settings;
@@ -70,9 +71,10 @@ use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use rand::{SeedableRng, rngs::StdRng};
 
-use crate::checkpoint::{Checkpoints, Progress};
+use crate::checkpoint::Progress;
 use crate::data::Ratings;
 use crate::evaluate::{Baselines, Epoch};
+use crate::folders::Folders;
 use crate::settings::Args;
 use crate::split::Split;
 use crate::train::Trainer;
@@ -109,10 +111,10 @@ fn run(args: &Args) -> Result<()> {
     report::data(args.data.as_deref(), &ratings, &split);
 
     let mut trainer = Trainer::new(settings, &device, &ratings, &split)?;
-    let checkpoints = Checkpoints::new(&args.out);
+    let folders = Folders::new(&args.out);
     let mut progress = Progress::new(settings, &ratings);
     if args.resume {
-        progress = checkpoints.load(progress, &mut trainer.varmap, &mut trainer.optimizer)?;
+        progress = checkpoint::load(&folders, progress, &mut trainer.varmap, &mut trainer.optimizer)?;
         println!("resumed after epoch {} from {}", progress.history.len(), args.out.display());
     }
     println!("{}\n", trainer.optimizer);
@@ -128,7 +130,7 @@ fn run(args: &Args) -> Result<()> {
         let train_rmse = trainer.epoch(epoch, &bar)?;
         let lr = trainer.last_lr();
         progress.history.push(Epoch { epoch, lr, train_rmse, quality: trainer.evaluate()? });
-        checkpoints.save(&progress, &trainer.varmap, &trainer.optimizer)?;
+        checkpoint::save(&folders, &progress, &trainer.varmap, &trainer.optimizer)?;
         bar.suspend(|| report::epoch(&progress.history[epoch - 1], Some(start.elapsed())));
     }
     bar.finish_and_clear();

@@ -1,0 +1,159 @@
+//! Fine-tunes a BERT encoder for text classification with Adamax; README.md beside `Cargo.toml` says what to do with it.
+//!
+//! | file | what it does |
+//! | --- | --- |
+//! | `settings.rs` | the options of the command line |
+//! | `setup.rs` | what they ask for: texts, tokenizer, model, optimizer |
+//! | `data/` | texts and their classes, from a file or from the crate's own tree; the split |
+//! | `tokenizer.rs`, `batch.rs` | texts become numbers, and batches of about the same length |
+//! | `model/` | the encoder with a backward pass for every part, and its weights by name |
+//! | `optim.rs` | the optimizer's settings: warm-up and decay, a group for each layer |
+//! | `train.rs` | one step: batches, loss, gradients, update |
+//! | `evaluate.rs` | loss and accuracy on the texts that were kept |
+//! | `checkpoint.rs`, `../../recommender/folders.rs` | weights, optimizer and progress, together or not at all |
+//! | `memory.rs`, `report.rs`, `chart.rs` | what is kept in memory, what is printed, the learning curves |
+//! | `../../throughput/device.rs` | the CPU or a GPU |
+
+mod batch;
+mod chart;
+mod checkpoint;
+mod data;
+#[path = "../../throughput/device.rs"]
+mod device;
+mod evaluate;
+#[path = "../../recommender/folders.rs"]
+mod folders;
+mod memory;
+mod model;
+mod optim;
+mod report;
+mod settings;
+mod setup;
+#[cfg(test)]
+mod tests;
+mod tokenizer;
+mod train;
+
+use std::fs;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use indicatif::{ProgressBar, ProgressStyle};
+use rand::{SeedableRng, rngs::StdRng};
+
+use crate::folders::Folders;
+use crate::settings::Args;
+use crate::setup::{Setup, setup};
+use crate::train::Step;
+
+/// candle allocates every intermediate result anew, and most systems' allocators give large ones back to the kernel at
+/// once, so that each step pays for page faults.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    if let Some(threads) = args.threads() {
+        // candle and rayon ask the environment, once, how many threads to use.
+        // SAFETY: this is the only thread, so nobody reads the environment meanwhile.
+        unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
+    }
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}"); // on one line, with all its causes
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
+    let settings = &args.settings;
+    if let (Some(model), true) = (&args.model, args.out.exists()) {
+        let same = model.canonicalize().is_ok_and(|model| args.out.canonicalize().is_ok_and(|out| out == model));
+        ensure!(!same, "--out: expected another folder than that of --model, which would be overwritten");
+    }
+    let Setup { data, tokenizer, config, mut trainer, mut progress } = setup(args)?;
+    let (folders, length) = (Folders::new(&args.out), trainer.length);
+    if args.resume {
+        progress = checkpoint::load(&folders, &progress, &mut trainer.varmap, &mut trainer.optimizer)?;
+        println!("resumed after step {} from {}", progress.steps.len(), args.out.display());
+    }
+
+    let bar = ProgressBar::new(length.steps as u64).with_position(progress.steps.len() as u64);
+    bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} steps, {eta} left, {msg}")?);
+    report::evaluation_header();
+    (0..progress.evaluations.len()).for_each(|index| report::evaluation(&progress, index, length, None));
+    let every = settings.evaluate_every.unwrap_or(length.steps_per_epoch);
+    let last = args.stop_after.unwrap_or(length.steps).min(length.steps);
+    let mut start = Instant::now();
+    for done in progress.steps.len() + 1..=last {
+        let step = trainer.step(done - 1)?;
+        progress.steps.push(step);
+        bar.set_message(message(&step));
+        bar.inc(1);
+        if done.is_multiple_of(every) || done == length.steps {
+            progress.evaluations.push(trainer.evaluate(done)?);
+            let index = progress.evaluations.len() - 1;
+            bar.suspend(|| report::evaluation(&progress, index, length, Some(start.elapsed())));
+            start = Instant::now();
+        } else if done != last {
+            continue;
+        }
+        checkpoint::save(&folders, &progress, &trainer.varmap, &trainer.optimizer)?;
+    }
+    bar.finish_and_clear();
+    if progress.steps.len() < length.steps {
+        println!("\nstopped after step {}: --resume goes on from {}", progress.steps.len(), args.out.display());
+        return Ok(());
+    }
+
+    let evaluation = progress.evaluations.last().context("there is no evaluation to report")?;
+    report::confusion(&data, evaluation);
+    report::time(&trainer.laps);
+    let (parts, total) = memory::measure(&trainer.varmap, &trainer.optimizer, &trainer.gradient_bytes)?;
+    report::memory(settings, &parts, &total);
+
+    fs::create_dir_all(&args.out)?;
+    trainer.optimizer.catch_up()?;
+    model::save_weights(&trainer.varmap, &args.out)?;
+    config.save(&args.out, settings.dtype.torch())?;
+    tokenizer::save(&tokenizer, &args.out)?;
+    let curves = args.out.join("learning-curves.svg");
+    chart::draw(&curves, &progress, length, data.largest_class())?;
+    println!("\nmodel: {}, learning curves: {}", args.out.display(), curves.display());
+    Ok(())
+}
+
+/// What the progress bar says of a step.
+fn message(step: &Step) -> String {
+    let norm = step.norm.map_or("skipped".to_owned(), |norm| format!("gradient norm {norm:.2}"));
+    format!("loss {:.3}, lr {:.1e}, {norm}", step.loss, step.lr)
+}
+
+/// What random numbers are for. Each purpose has a stream of its own, and each epoch and step, so that they draw the
+/// same numbers whether or not those before them ran in the same process.
+#[derive(Clone, Copy)]
+enum Stream {
+    Split,
+    Weights,
+    Epoch(usize),
+    Dropout(usize),
+}
+
+/// The random numbers of one purpose. candle's own on the CPU cannot be seeded.
+fn random(seed: u64, stream: Stream) -> StdRng {
+    let (purpose, number) = match stream {
+        Stream::Split => (0u64, 0),
+        Stream::Weights => (1, 0),
+        Stream::Epoch(epoch) => (2, epoch as u64),
+        Stream::Dropout(step) => (3, step as u64),
+    };
+    let mut key = [0; 32];
+    key[..8].copy_from_slice(&seed.to_le_bytes());
+    key[8..16].copy_from_slice(&purpose.to_le_bytes());
+    key[16..24].copy_from_slice(&number.to_le_bytes());
+    StdRng::from_seed(key)
+}

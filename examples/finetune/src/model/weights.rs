@@ -1,0 +1,156 @@
+//! Where weights come from: the file of a Hugging Face directory, or random numbers of a seed.
+//!
+//! Invariant: every weight is a variable in the `VarMap`, under the name that `BertForSequenceClassification` has for
+//! it. Layers get the variable itself where it is trained, and where it is not, a tensor on the same memory that no
+//! graph knows of.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::PoisonError;
+
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::VarMap;
+use rand::{Rng, rngs::StdRng};
+
+use super::layers::{Linear, Norm};
+
+/// The file's name.
+pub(crate) const WEIGHTS: &str = "model.safetensors";
+/// What stands before the names of the encoder and the pooler.
+const ENCODER: &str = "bert.";
+
+/// Which weights are trained, by name.
+pub(crate) type IsTrained = fn(&str) -> bool;
+
+/// Hands out weights by name.
+pub(crate) struct Weights {
+    /// What was read; `None` if all weights are fresh.
+    file: Option<HashMap<String, Tensor>>,
+    varmap: VarMap,
+    dtype: DType,
+    device: Device,
+    rng: StdRng,
+    deviation: f64,
+    is_trained: IsTrained,
+    /// The names of weights that the file did not have.
+    pub(crate) fresh: Vec<String>,
+}
+
+/// What a fresh weight begins with.
+#[derive(Clone, Copy)]
+pub(crate) enum Fresh {
+    /// Uniform random numbers of the standard deviation that the configuration says.
+    Random,
+    Zeros,
+    Ones,
+}
+
+impl Weights {
+    /// Fresh weights, but for those that `model` has, a folder.
+    pub(crate) fn new(
+        model: Option<&Path>,
+        varmap: &VarMap,
+        (dtype, device): (DType, &Device),
+        (rng, deviation): (StdRng, f64),
+        is_trained: IsTrained,
+    ) -> Result<Self> {
+        let read = |model: &Path| {
+            let path = model.join(WEIGHTS);
+            candle_core::safetensors::load(&path, &Device::Cpu)
+                .with_context(|| format!("cannot read the weights of the model, {}", path.display()))
+        };
+        Ok(Self {
+            file: model.map(read).transpose()?,
+            varmap: varmap.clone(),
+            dtype,
+            device: device.clone(),
+            rng,
+            deviation,
+            is_trained,
+            fresh: Vec::new(),
+        })
+    }
+
+    /// Forgets a weight that the file has, so that it is fresh.
+    pub(crate) fn forget(&mut self, name: &str) {
+        if let Some(file) = &mut self.file {
+            file.remove(name);
+        }
+    }
+
+    /// The weight `name`. One of the encoder has to be in the file, if there is one; those on top of it need not.
+    pub(crate) fn get(&mut self, name: &str, shape: &[usize], fresh: Fresh) -> Result<Tensor> {
+        let found = match &mut self.file {
+            None => None,
+            Some(file) => spellings(name).into_iter().find_map(|spelling| file.remove(&spelling)),
+        };
+        let tensor = match found {
+            Some(tensor) => {
+                let got = tensor.dims();
+                ensure!(got == shape, "{name}: expected the shape {shape:?}, got {got:?}");
+                ensure!(tensor.dtype().is_float(), "{name}: expected floating point, got {:?}", tensor.dtype());
+                tensor
+            }
+            None if self.file.is_some() && !super::is_on_top(name) => {
+                bail!("{WEIGHTS} of the model: expected a tensor `{name}`, with or without `{ENCODER}`, got none")
+            }
+            None => {
+                self.fresh.push(name.to_owned());
+                match fresh {
+                    Fresh::Random => self.random(shape)?,
+                    Fresh::Zeros => Tensor::zeros(shape, DType::F32, &Device::Cpu)?,
+                    Fresh::Ones => Tensor::ones(shape, DType::F32, &Device::Cpu)?,
+                }
+            }
+        };
+        let var = Var::from_tensor(&tensor.to_dtype(self.dtype)?.to_device(&self.device)?)?;
+        let weight = if (self.is_trained)(name) { var.as_tensor().clone() } else { var.as_tensor().detach() };
+        self.varmap.data().lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), var);
+        Ok(weight)
+    }
+
+    /// A linear layer.
+    pub(super) fn linear(&mut self, name: &str, inputs: usize, outputs: usize) -> Result<Linear> {
+        let weight = self.get(&format!("{name}.weight"), &[outputs, inputs], Fresh::Random)?;
+        Ok(Linear { weight, bias: self.get(&format!("{name}.bias"), &[outputs], Fresh::Zeros)? })
+    }
+
+    /// A layer normalization.
+    pub(super) fn norm(&mut self, name: &str, size: usize, eps: f64) -> Result<Norm> {
+        let weight = self.get(&format!("{name}.weight"), &[size], Fresh::Ones)?;
+        Ok(Norm { weight, bias: self.get(&format!("{name}.bias"), &[size], Fresh::Zeros)?, eps })
+    }
+
+    fn random(&mut self, shape: &[usize]) -> Result<Tensor> {
+        let bound = 3f64.sqrt() * self.deviation;
+        let numbers = (0..shape.iter().product()).map(|_| (bound * self.rng.random_range(-1.0..1.0)) as f32);
+        Ok(Tensor::from_iter(numbers, &Device::Cpu)?.reshape(shape)?)
+    }
+}
+
+/// How files spell a name: models without a head leave `bert.` out, and the oldest files call the weights of layer
+/// normalizations gamma and beta.
+fn spellings(name: &str) -> Vec<String> {
+    let old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta");
+    let without = |name: &str| name.strip_prefix(ENCODER).unwrap_or(name).to_owned();
+    vec![name.to_owned(), without(name), without(&old), old]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_have_four_spellings() {
+        assert_eq!(
+            spellings("bert.embeddings.LayerNorm.bias"),
+            [
+                "bert.embeddings.LayerNorm.bias",
+                "embeddings.LayerNorm.bias",
+                "embeddings.LayerNorm.beta",
+                "bert.embeddings.LayerNorm.beta"
+            ]
+        );
+    }
+}

@@ -1,0 +1,190 @@
+//! The optimizer's settings: a learning rate that rises and falls, and one group of weights for each layer.
+
+use std::collections::BTreeMap;
+use std::sync::PoisonError;
+
+use anyhow::Result;
+use candle_adamax::{
+    Adamax, CosineDecay, Join, LearningRate, LinearWarmup, ParamGroup, ParamsAdamax, PolynomialDecay,
+    Schedule as Decay, WeightDecay,
+};
+use candle_core::Var;
+use candle_nn::VarMap;
+
+use crate::model::IsTrained;
+use crate::settings::{Float, Schedule, Settings};
+
+/// The optimizer of the trained weights, for `steps` steps. `pretrained` weights are moved less, and those near the text
+/// least.
+pub(crate) fn adamax(
+    settings: &Settings,
+    varmap: &VarMap,
+    is_trained: IsTrained,
+    (steps, layers, pretrained): (usize, usize, bool),
+) -> Result<Adamax> {
+    let decay = settings.layer_lr_decay.unwrap_or(if pretrained { 0.9 } else { 1.0 });
+    let mut groups: BTreeMap<usize, Vec<(String, Var)>> = BTreeMap::new();
+    let vars = varmap.data().lock().unwrap_or_else(PoisonError::into_inner);
+    for (name, var) in vars.iter().filter(|(name, _)| is_trained(name)) {
+        groups.entry(height(name, layers)).or_default().push((name.clone(), var.clone()));
+    }
+    let groups = groups.into_iter().map(|(height, vars)| {
+        let name = match height {
+            0 => "embeddings".to_owned(),
+            top if top == layers + 1 => "head".to_owned(),
+            layer => format!("layer.{}", layer - 1),
+        };
+        let group = ParamGroup::new(name).vars(vars).lr_factor(decay.powi((layers + 1 - height) as i32));
+        match settings.sparse_embeddings.filter(|_| height == 0) {
+            Some(sparse) => group.sparse_update(sparse.update()),
+            None => group,
+        }
+    });
+    Ok(Adamax::from_groups(groups, params(settings, steps, pretrained))?)
+}
+
+/// How far above the text a weight is: 0 for the embeddings, 1 for the first layer, `layers + 1` for the head.
+fn height(name: &str, layers: usize) -> usize {
+    if name.starts_with("bert.embeddings.") {
+        return 0;
+    }
+    let layer = name.strip_prefix("bert.encoder.layer.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+    layer.map_or(layers + 1, |layer| layer + 1)
+}
+
+fn params(settings: &Settings, steps: usize, pretrained: bool) -> ParamsAdamax {
+    let loss_scale = settings.loss_scale.or((settings.dtype == Float::F16).then_some(1024.0));
+    ParamsAdamax {
+        lr: learning_rate(settings, steps, settings.lr.unwrap_or(if pretrained { 2e-4 } else { 2e-3 })),
+        weight_decay: WeightDecay::Decoupled(settings.weight_decay),
+        no_decay: vec!["bias".into(), "LayerNorm".into()],
+        clip_global_norm: Some(settings.clip_norm),
+        gradient_accumulation_steps: settings.accumulate as u64,
+        loss_scale_factor: loss_scale,
+        // A scaled loss may overflow now and then.
+        skip_nonfinite: loss_scale.is_some_and(|scale| scale != 1.0),
+        state_dtype: settings.state.dtype(),
+        rounding: settings.rounding.rounding(),
+        seed: settings.seed,
+        ..Default::default()
+    }
+}
+
+/// From 0 to `peak` and back. A schedule counts calls, which are batches: `accumulate` of them are a step.
+fn learning_rate(settings: &Settings, steps: usize, peak: f64) -> LearningRate {
+    let calls = |steps: usize| (steps * settings.accumulate) as u64;
+    let warmup = ((settings.warmup * steps as f64).round() as usize).min(steps.saturating_sub(1));
+    let rest = calls(steps - warmup);
+    let decay: Decay = match settings.schedule {
+        Schedule::Linear => PolynomialDecay { end_learning_rate: 0.0, ..PolynomialDecay::new(peak, rest) }.into(),
+        Schedule::Cosine => CosineDecay::new(peak, rest).into(),
+        Schedule::Constant => LinearWarmup::new(peak, peak, 0).into(),
+    };
+    Join::new([LinearWarmup::new(0.0, peak, calls(warmup)).into(), decay], [calls(warmup)]).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_adamax::GroupLr;
+    use candle_core::{DType, Device};
+    use clap::Parser;
+
+    use super::*;
+    use crate::model::is_on_top;
+    use crate::settings::Args;
+
+    fn settings(options: &[&str]) -> Result<Settings> {
+        Ok(Args::try_parse_from([&["finetune"], options].concat())?.settings)
+    }
+
+    fn vars(names: &[&str]) -> Result<VarMap> {
+        let varmap = VarMap::new();
+        for name in names {
+            let var = Var::zeros(4, DType::F32, &Device::Cpu)?;
+            varmap.data().lock().unwrap_or_else(PoisonError::into_inner).insert((*name).to_owned(), var);
+        }
+        Ok(varmap)
+    }
+
+    const NAMES: [&str; 5] = [
+        "bert.embeddings.LayerNorm.bias",
+        "bert.encoder.layer.0.output.dense.weight",
+        "bert.encoder.layer.11.attention.output.LayerNorm.weight",
+        "bert.pooler.dense.bias",
+        "classifier.weight",
+    ];
+
+    fn factors(optimizer: &Adamax) -> Vec<(&str, f64)> {
+        let factor = |lr: &GroupLr| if let GroupLr::Factor(factor) = lr { *factor } else { f64::NAN };
+        let groups = optimizer.groups().iter().filter(|group| group.name != "default");
+        groups.map(|group| (group.name.as_str(), factor(&group.lr))).collect()
+    }
+
+    #[test]
+    fn the_learning_rate_falls_from_the_head_to_the_embeddings() -> Result<()> {
+        let (varmap, length) = (vars(&NAMES)?, (10, 12, true));
+        let optimizer = adamax(&settings(&["--layer-lr-decay", "0.5"])?, &varmap, |_| true, length)?;
+        let expected =
+            [("embeddings", 0.5f64.powi(13)), ("layer.0", 0.5f64.powi(12)), ("layer.11", 0.5), ("head", 1.0)];
+        assert_eq!(factors(&optimizer), expected);
+
+        let optimizer = adamax(&settings(&[])?, &varmap, is_on_top, length)?;
+        assert_eq!(factors(&optimizer), [("head", 1.0)]);
+        assert_eq!(optimizer.names().collect::<Vec<_>>(), NAMES[3..]);
+        Ok(())
+    }
+
+    #[test]
+    fn warm_up_and_decay_count_steps_whatever_a_step_is_made_of() -> Result<()> {
+        for accumulate in [1, 4] {
+            let options = ["--lr", "0.5", "--warmup", "0.2", "--accumulate", &accumulate.to_string()];
+            let lr = |schedule: &str, step: u64| -> Result<f64> {
+                let settings = settings(&[&options[..], &["--schedule", schedule]].concat())?;
+                Ok(learning_rate(&settings, 10, 0.5).at(step * accumulate)?)
+            };
+            for (schedule, expected) in [
+                ("linear", [0.0, 0.25, 0.5, 0.25, 0.0]),
+                ("cosine", [0.0, 0.25, 0.5, 0.25, 0.0]),
+                ("constant", [0.0, 0.25, 0.5, 0.5, 0.5]),
+            ] {
+                let lrs = [0, 1, 2, 6, 10].into_iter().map(|step| lr(schedule, step)).collect::<Result<Vec<_>>>()?;
+                lrs.iter().zip(expected).for_each(|(lr, expected)| assert!((lr - expected).abs() < 1e-12, "{lrs:?}"));
+            }
+        }
+        // Even a single step has a learning rate.
+        assert_eq!(learning_rate(&settings(&["--warmup", "0.9"])?, 1, 0.5).at(0)?, 0.5);
+        Ok(())
+    }
+
+    #[test]
+    fn biases_and_normalizations_do_not_decay() -> Result<()> {
+        let varmap = vars(&NAMES)?;
+        for var in varmap.all_vars() {
+            var.set(&var.ones_like()?)?;
+        }
+        let options = ["--lr", "0.5", "--weight-decay", "0.1", "--warmup", "0", "--layer-lr-decay", "1"];
+        let mut optimizer = adamax(&settings(&options)?, &varmap, |_| true, (10, 12, true))?;
+        let vars = varmap.data().lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let zeros = vars.values().map(|var| Ok((var, var.zeros_like()?))).collect::<Result<Vec<_>>>()?;
+        optimizer.apply_gradients(zeros.iter().map(|(var, grad)| (*var, grad)))?;
+        for name in NAMES {
+            let expected = if name.contains("bias") || name.contains("LayerNorm") { 1.0 } else { 0.95 };
+            let weights = vars[name].to_vec1::<f32>()?;
+            assert!(weights.iter().all(|weight| (weight - expected).abs() < 1e-6), "{name}: {weights:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_mistake_names_the_setting() -> Result<()> {
+        let refused = |options: &[&str]| -> Result<String> {
+            let optimizer = adamax(&settings(options)?, &vars(&NAMES)?, |_| true, (10, 12, true));
+            Ok(optimizer.err().map(|error| error.to_string()).unwrap_or_default())
+        };
+        assert!(refused(&["--clip-norm", "-1"])?.contains("`clip_global_norm`"));
+        assert!(refused(&["--layer-lr-decay", "-1"])?.contains("groups.embeddings.lr_factor"));
+        assert!(refused(&["--lr", "-1"])?.contains("got -1"));
+        assert!(refused(&["--loss-scale", "0"])?.contains("`loss_scale_factor`"));
+        Ok(())
+    }
+}

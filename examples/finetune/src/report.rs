@@ -1,0 +1,146 @@
+//! What is printed.
+
+use std::path::Path;
+use std::time::Duration;
+
+use candle_adamax::Adamax;
+
+use crate::checkpoint::Progress;
+use crate::data::Data;
+use crate::evaluate::Evaluation;
+use crate::memory::{Memory, PARTS};
+use crate::model::{Config, Pooling};
+use crate::settings::Settings;
+use crate::train::{Laps, Length};
+
+/// What there is to train on.
+pub(crate) fn data(path: Option<&Path>, data: &Data) {
+    let source = path.map_or("lines of the crate's own files".to_owned(), |path| path.display().to_string());
+    let Data { labels, train, test, repeated, ambiguous } = data;
+    println!(
+        "{} texts to train on, {} to test with, without {} that were repeated and {} of more than one class: {source}",
+        grouped(train.len()),
+        grouped(test.len()),
+        grouped(*repeated),
+        grouped(*ambiguous),
+    );
+    let counts = data.counts(train).into_iter().zip(data.counts(test));
+    let classes: Vec<String> =
+        labels.iter().zip(counts).map(|(label, (train, test))| format!("{label} {train} + {test}")).collect();
+    println!("classes: {}", classes.join(", "));
+}
+
+/// What is trained.
+pub(crate) fn model(path: Option<&Path>, config: &Config, fresh: &[String]) {
+    let source = path.map_or("fresh weights".to_owned(), |path| path.display().to_string());
+    println!(
+        "an encoder of {} layers of {}, {} words, {}: {source}",
+        config.num_hidden_layers,
+        config.hidden_size,
+        grouped(config.vocab_size),
+        match config.pooling() {
+            Pooling::Cls => "the first token is classified",
+            Pooling::Mean => "the mean of the tokens is classified",
+        }
+    );
+    if path.is_some() && !fresh.is_empty() {
+        println!("not in the model, so fresh: {}", fresh.join(", "));
+    }
+}
+
+/// How it is trained.
+pub(crate) fn optimizer(settings: &Settings, optimizer: &Adamax, length: Length) {
+    println!("{optimizer}");
+    println!(
+        "{} steps of {} texts, {} to an epoch\n",
+        grouped(length.steps),
+        grouped(settings.batch * settings.accumulate),
+        grouped(length.steps_per_epoch)
+    );
+}
+
+pub(crate) fn evaluation_header() {
+    println!(
+        "{:>6}  {:>6}  {:>8}  {:>10}  {:>9}  {:>8}  {:>7}",
+        "step", "epoch", "lr", "train loss", "test loss", "accuracy", "time"
+    );
+}
+
+/// One line an evaluation; one of an earlier run has no `time`.
+pub(crate) fn evaluation(progress: &Progress, index: usize, length: Length, time: Option<Duration>) {
+    let Evaluation { step, loss, .. } = progress.evaluations[index];
+    let before = index.checked_sub(1).map_or(0, |before| progress.evaluations[before].step);
+    let steps = &progress.steps[before..step];
+    let train: f64 = steps.iter().map(|step| step.loss).sum::<f64>() / steps.len() as f64;
+    let lr = steps.last().map_or(0.0, |step| step.lr);
+    let time = time.map_or("earlier".to_owned(), |time| format!("{:.1} s", time.as_secs_f64()));
+    println!(
+        "{step:>6}  {:>6.2}  {lr:>8.1e}  {train:>10.4}  {loss:>9.4}  {:>8.4}  {time:>7}",
+        step as f64 / length.steps_per_epoch as f64,
+        progress.evaluations[index].accuracy(),
+    );
+}
+
+/// The result: which classes were taken for which.
+pub(crate) fn confusion(data: &Data, evaluation: &Evaluation) {
+    let width = data.labels.iter().map(|label| label.chars().count()).max().unwrap_or(0).clamp(8, 24);
+    let name = |label: &str| label.chars().take(width).collect::<String>();
+    print!("\n{:<width$}", "");
+    data.labels.iter().for_each(|label| print!("  {:>width$}", name(label)));
+    println!("  {:>8}", "found");
+    for (class, row) in evaluation.confusion.iter().enumerate() {
+        print!("{:<width$}", name(&data.labels[class]));
+        row.iter().for_each(|count| print!("  {:>width$}", grouped(*count)));
+        println!("  {:>6.1} %", 100.0 * row[class] as f64 / row.iter().sum::<usize>() as f64);
+    }
+    println!(
+        "\naccuracy {:.4} after {} steps; of always naming the largest class {:.4}",
+        evaluation.accuracy(),
+        grouped(evaluation.step),
+        data.largest_class()
+    );
+}
+
+/// Where the time of the steps went.
+pub(crate) fn time(laps: &Laps) {
+    let parts = [
+        ("batch", &laps.batch),
+        ("forward", &laps.forward),
+        ("backward", &laps.backward),
+        ("step (Adamax)", &laps.step),
+    ];
+    let total: Duration = parts.iter().flat_map(|(_, laps)| laps.iter()).sum();
+    if total.is_zero() {
+        return; // resumed after the last step
+    }
+    println!("\n{:<24}  {:>9}  {:>8}  {:>8}", "a batch", "median ms", "total s", "share");
+    for (name, laps) in parts {
+        let mut sorted = laps.clone();
+        sorted.sort_unstable();
+        let median = sorted[sorted.len() / 2].as_secs_f64() * 1e3;
+        let sum = laps.iter().sum::<Duration>().as_secs_f64();
+        println!("{name:<24}  {median:>9.2}  {sum:>8.2}  {:>6.1} %", 100.0 * sum / total.as_secs_f64());
+    }
+}
+
+/// What is kept in memory, beside the activations.
+pub(crate) fn memory(settings: &Settings, parts: &[Memory], total: &Memory) {
+    let kib = |bytes: usize| format!("{} KiB", grouped(bytes.div_ceil(1024)));
+    println!("\n{:<24}  {:>12}  {:>12}  {:>12}  {:>12}", "memory", "numbers", "weights", "gradients", "moments");
+    let lines = PARTS.into_iter().zip(parts).chain([("together", total)]);
+    for (name, Memory { numbers, weights, gradients, moments }) in lines {
+        let [weights, gradients, moments] = [*weights, *gradients, *moments].map(kib);
+        println!("{name:<24}  {:>12}  {weights:>12}  {gradients:>12}  {moments:>12}", grouped(*numbers));
+    }
+    if settings.accumulate > 1 {
+        println!("With --accumulate the optimizer also keeps the sums of gradients, in f32.");
+    }
+}
+
+/// `1234567` as `1,234,567`.
+fn grouped(number: usize) -> String {
+    let digits = number.to_string();
+    let groups: Vec<&str> =
+        digits.as_bytes().rchunks(3).rev().filter_map(|group| std::str::from_utf8(group).ok()).collect();
+    groups.join(",")
+}

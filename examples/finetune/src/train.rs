@@ -1,0 +1,156 @@
+//! Training: a model, its optimizer, and one step after another.
+
+use std::collections::HashMap;
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use candle_adamax::Adamax;
+use candle_core::Tensor;
+use candle_core::backprop::GradStore;
+use candle_nn::{Optimizer, VarMap, loss};
+use serde::{Deserialize, Serialize};
+
+use crate::batch::{self, Batch, Batcher};
+use crate::evaluate::{Evaluation, evaluate};
+use crate::model::{Classifier, Pass, WORDS};
+use crate::settings::Settings;
+use crate::tokenizer::Encoded;
+use crate::{Stream, random};
+
+/// A model in training.
+pub(crate) struct Trainer {
+    pub(crate) settings: Settings,
+    pub(crate) model: Classifier,
+    pub(crate) varmap: VarMap,
+    pub(crate) optimizer: Adamax,
+    pub(crate) batcher: Batcher,
+    pub(crate) train: Vec<Encoded>,
+    pub(crate) test: Vec<Encoded>,
+    pub(crate) labels: usize,
+    pub(crate) length: Length,
+    pub(crate) laps: Laps,
+    /// The bytes of the gradient of each weight: the most that there were in any batch.
+    pub(crate) gradient_bytes: HashMap<String, usize>,
+    /// An epoch, and its batches.
+    pub(crate) order: Option<(usize, Vec<Vec<usize>>)>,
+}
+
+/// How many steps there are.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Length {
+    pub(crate) steps: usize,
+    pub(crate) steps_per_epoch: usize,
+}
+
+impl Length {
+    /// Of `texts`. Batches at the end of an epoch that are too few for a step are left out.
+    pub(crate) fn new(settings: &Settings, texts: usize) -> Result<Self> {
+        let batches = texts.div_ceil(settings.batch);
+        let steps_per_epoch = batches / settings.accumulate;
+        ensure!(
+            steps_per_epoch > 0,
+            "--accumulate: expected at most the {batches} batches of an epoch, got {}",
+            settings.accumulate
+        );
+        let steps = (steps_per_epoch * settings.epochs).min(settings.max_steps.unwrap_or(usize::MAX));
+        Ok(Self { steps, steps_per_epoch })
+    }
+}
+
+/// What one step did.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Step {
+    /// The mean cross-entropy of its texts, before they were trained on.
+    pub(crate) loss: f64,
+    /// The learning rate of the head.
+    pub(crate) lr: f64,
+    /// The norm of all gradients together, before it was clipped; none if the step was skipped, since something was not
+    /// finite.
+    pub(crate) norm: Option<f64>,
+}
+
+/// How long each part of each step took. A GPU is waited for at the end of each, so that every part has its own time.
+#[derive(Default)]
+pub(crate) struct Laps {
+    pub(crate) batch: Vec<Duration>,
+    pub(crate) forward: Vec<Duration>,
+    pub(crate) backward: Vec<Duration>,
+    pub(crate) step: Vec<Duration>,
+}
+
+impl Trainer {
+    /// Step `step`, counted from 0: its batches, and the update.
+    pub(crate) fn step(&mut self, step: usize) -> Result<Step> {
+        let (epoch, first) = (step / self.length.steps_per_epoch, step % self.length.steps_per_epoch);
+        if self.order.as_ref().is_none_or(|(of, _)| *of != epoch) {
+            let rng = &mut random(self.settings.seed, Stream::Epoch(epoch));
+            self.order = Some((epoch, batch::epoch(&self.train, self.settings.batch, rng)));
+        }
+        let order = self.order.as_ref().map_or(&[][..], |(_, batches)| batches);
+        let accumulate = self.settings.accumulate;
+        let batches: Vec<Vec<usize>> = order.iter().skip(first * accumulate).take(accumulate).cloned().collect();
+
+        let rng = &mut random(self.settings.seed, Stream::Dropout(step));
+        let mut losses = 0.0;
+        for texts in &batches {
+            let start = Instant::now();
+            let texts: Vec<&Encoded> = texts.iter().map(|&index| &self.train[index]).collect();
+            let batch = self.batcher.batch(&texts)?;
+            let batched = Instant::now();
+            let loss = loss::cross_entropy(&self.model.forward(&batch, Pass::Training(rng))?, &batch.labels)?;
+            let value = f64::from(loss.to_scalar::<f32>()?);
+            ensure!(
+                value.is_finite(),
+                "the loss is {value} in step {}: try a lower --lr, or with --dtype f16 a lower --loss-scale",
+                step + 1
+            );
+            let forwarded = Instant::now();
+            let grads = self.scaled(&loss)?.backward()?;
+            self.batcher.device.synchronize()?;
+            let differentiated = Instant::now();
+            self.optimizer.step(&grads)?;
+            self.batcher.device.synchronize()?;
+            self.laps.step.push(differentiated.elapsed());
+            self.laps.backward.push(differentiated - forwarded);
+            self.laps.forward.push(forwarded - batched);
+            self.laps.batch.push(batched - start);
+            losses += value;
+            self.measure(&grads, &batch);
+        }
+        let report = self.optimizer.report();
+        Ok(Step { loss: losses / batches.len() as f64, lr: report.lr(), norm: report.total_norm() })
+    }
+
+    /// What is differentiated: the loss, times the factor by which the optimizer divides the gradients. A scale that
+    /// changes from step to step would be asked for here.
+    fn scaled(&self, loss: &Tensor) -> candle_core::Result<Tensor> {
+        match self.optimizer.params().loss_scale_factor {
+            Some(factor) => loss * factor,
+            None => Ok(loss.clone()),
+        }
+    }
+
+    /// How good the model is after `step` steps, on what was kept out of training.
+    pub(crate) fn evaluate(&self, step: usize) -> Result<Evaluation> {
+        evaluate(&self.model, &self.batcher, &self.test, self.labels, step)
+    }
+
+    /// Notes how many bytes the gradients take.
+    fn measure(&mut self, grads: &GradStore, batch: &Batch) {
+        let vars = self.varmap.data().lock().unwrap_or_else(PoisonError::into_inner);
+        for name in self.optimizer.names() {
+            let Some(var) = vars.get(name) else { continue };
+            let numbers = match grads.get(var) {
+                Some(grad) => grad.elem_count(),
+                // A row for each token; they are in the store under another name, that of the lookup's result.
+                None if name == WORDS && self.settings.sparse_embeddings.is_some() => {
+                    batch.ids.elem_count() * var.elem_count() / var.dims()[0]
+                }
+                None => 0,
+            };
+            let most = self.gradient_bytes.entry(name.to_owned()).or_default();
+            *most = numbers.saturating_mul(var.dtype().size_in_bytes()).max(*most);
+        }
+    }
+}
