@@ -24,7 +24,7 @@
 //!
 //! Invariant: a row that pays in several parts, or later, ends where it would have in one, but for rounding. What is
 //! all zero stays as it is, bit for bit. What depends on a row is mirrored in `cuda/ledger.cuh`, statement for statement;
-//! what does not is computed here, for kernels too, which read [`Record`]s.
+//! what does not is computed here, for kernels too, which read its entries.
 
 use crate::element::Arithmetic;
 use crate::rule::{self, Coefficients, Epsilon, Hyperparameters};

@@ -12,8 +12,8 @@ use std::path::Path;
 use std::sync::LazyLock;
 
 use candle_adamax::{
-    Adamax, ClipGradNorm, CosineDecay, Ema, Embedding, Epsilon, Kernel, NormType, ParamsAdamax, Rounding, SparseGrad,
-    SparseUpdate, StateDType, StepCount, Table, WeightDecay,
+    Adamax, ClipGradNorm, CosineDecay, Ema, Embedding, Epsilon, GradScaler, Kernel, NormType, ParamsAdamax, Rounding,
+    SparseGrad, SparseUpdate, StateDType, StepCount, Table, WeightDecay,
 };
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor, Var};
@@ -186,8 +186,8 @@ fn calls_that_only_the_gpu_knows_to_be_skipped_have_the_bits_of_the_cpu() {
                 if t.is_multiple_of(13) {
                     let report = optimizer.report();
                     let norm = report.total_norm().map(f64::to_bits);
-                    let rate = optimizer.learning_rate();
-                    reports.push((report.updated(), report.skipped(), norm, optimizer.calls(), rate));
+                    let rates = (optimizer.learning_rate(), optimizer.loss_scale());
+                    reports.push((report.updated(), report.skipped(), norm, optimizer.calls(), rates));
                 }
             }
             (Fingerprint::of(&optimizer, &vars), optimizer.skipped(), optimizer.updates(), reports)
@@ -200,9 +200,12 @@ fn calls_that_only_the_gpu_knows_to_be_skipped_have_the_bits_of_the_cpu() {
         state_dtype: StateDType::Q8,
         ..Default::default()
     };
+    let grad_scaler = Some(GradScaler { growth_factor: 1.7, growth_interval: 3, ..GradScaler::default() });
     for params in [
         base.clone(),
         ParamsAdamax { clip_global_norm: Some(0.5), step_count: StepCount::PerVar, ..base.clone() },
+        ParamsAdamax { skip_nonfinite: false, grad_scaler, ..base.clone() },
+        ParamsAdamax { grad_scaler, gradient_accumulation_steps: 2, ..base.clone() },
         ParamsAdamax { clip_norm: Some(0.5), gradient_accumulation_steps: 2, ..base.clone() },
         ParamsAdamax { ema: Some(Ema { momentum: 0.9, overwrite_frequency: None }), measure_norm: true, ..base },
     ] {
