@@ -36,6 +36,7 @@
 //! | what a step did | [`StepReport`] |
 //! | what is kept, and how many bytes of it | [`StateBytes`], [`MomentStatistics`] |
 //! | state in memory | [`Snapshot`], [`State`] |
+//! | moving in from PyTorch or Keras, and out | [`Adamax::load_torch`], [`Adamax::load_keras`], [`ParamsAdamax::from_keras_json`] |
 //! | what goes wrong | [`Error`], [`ErrorKind`] |
 //!
 //! # Numerics
@@ -62,7 +63,7 @@
 //! | `adamax` | the optimizer; `step` reads as the list of what it does |
 //! | `embedding` | layers on tables |
 //! | `table` | one weight with rows: its lookups, which gradients are theirs, and what its rows owe |
-//! | `checkpoint` | a snapshot of all state, and its way into a file and back |
+//! | `checkpoint` | a snapshot of all state, and its way into a file and back; the files of PyTorch and Keras |
 //! | `gradient` | norms of gradients, and what clipping makes of them; gradients of rows, in their order |
 //! | `group`, `params` | settings, presets, what is allowed |
 //! | `schedule` | learning rates: pure functions of the count of calls, and one that follows a metric |

@@ -112,4 +112,26 @@ fn no_more_than_the_file() {
         }
     }
     std::fs::remove_file(&bad).unwrap();
+    settings_of_many_values(
+        &mut torch,
+        "param_groups",
+        &format!("[{}]", "\"\",".repeat(200_000)),
+        |optimizer, path| optimizer.load_torch(path),
+    );
+    let lr = format!("{{\"format_version\":1,\"params\":{{\"lr\":[{}0]}}}}", "0,".repeat(400_000));
+    settings_of_many_values(&mut torch, "candle_adamax", &lr, |optimizer, path| optimizer.load(path));
+}
+
+/// A text of settings, whose values take far more memory than their digits, is refused by their number.
+fn settings_of_many_values(optimizer: &mut Adamax, key: &str, text: &str, load: Load) {
+    let header = format!("{{\"__metadata__\":{{\"{key}\":\"{}\"}}}}", text.replace('"', "\\\""));
+    let bad = file("settings");
+    let length = header.len();
+    std::fs::write(&bad, with_header(&header, 0)).unwrap();
+    let (loaded, peak) = peak(|| load(optimizer, &bad));
+    let error = loaded.unwrap_err().to_string();
+    assert!(error.contains("values of settings"), "{error}");
+    // The header, the text that is being unescaped, and the text.
+    assert!(peak <= 4 * length + SMALL, "{peak} bytes of memory for {length} of a file");
+    std::fs::remove_file(&bad).unwrap();
 }

@@ -104,7 +104,8 @@ impl Adamax {
     ///
     /// # Errors
     ///
-    /// Variables that were given without names, by which another process could not know them; the system's errors.
+    /// Variables that were given without names, by which another process could not know them; settings of more than a
+    /// mebibyte, or of more than some 16,000 values; the system's errors.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         self.require_names()?;
         checkpoint::native::write(&self.snapshot()?, path.as_ref()).map_err(|error| self.own(error))

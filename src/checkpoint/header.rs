@@ -8,6 +8,8 @@ use safetensors::tensor::TensorInfo;
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
+use super::reading::Room;
+
 /// The most dimensions that a tensor may have.
 const DIMENSIONS: usize = 64;
 /// The key of the texts in a header.
@@ -19,8 +21,8 @@ pub(super) struct Wanted<'w> {
     pub(super) text: Option<&'static str>,
     /// Whether a tensor of this name may be there.
     pub(super) is_tensor: &'w dyn Fn(&str) -> bool,
-    /// How long texts about the names may be: [`room`](super::reading::room).
-    pub(super) room: usize,
+    /// How much the text may hold.
+    pub(super) room: Room,
 }
 
 /// What of a header is kept.

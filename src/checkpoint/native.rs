@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::header::Wanted;
-use super::reading::{TensorFile, room};
+use super::reading::{Room, TensorFile};
 use super::{AccumulatedGrad, Counters, Snapshot, VarSnapshot, write_tensors};
 use crate::error::{Error, Result};
 use crate::gradient::SparseGrad;
@@ -107,7 +107,7 @@ pub(crate) fn write(snapshot: &Snapshot, path: &Path) -> Result<()> {
     };
     let json = serde_json::to_string(&header)
         .map_err(|error| Error::checkpoint(METADATA, "settings that JSON can hold", error))?;
-    require_room(&json, room(vars.keys().map(String::as_str)))?;
+    Room::of(vars.keys().map(String::as_str)).check(METADATA, &json)?;
     write_tensors(path, tensors, Some((METADATA, json)))
 }
 
@@ -120,12 +120,11 @@ pub(crate) fn read(path: &Path, names: &[&str]) -> Result<Snapshot> {
             name.is_some_and(is_var)
         })
     };
-    let room = room(names.iter().copied());
+    let room = Room::of(names.iter().copied());
     let mut file = TensorFile::open(path, &Wanted { text: Some(METADATA), is_tensor: &is_tensor, room })?;
     let Some(json) = file.text() else {
         return Err(Error::checkpoint(METADATA, "metadata of a checkpoint of this crate", "none"));
     };
-    require_room(json, room)?;
     let header = parse(json)?;
     if let Some(surplus) = header.vars.keys().find(|name| !is_var(name)) {
         return Err(Error::checkpoint(surplus, "no such var", "a surplus one"));
@@ -175,14 +174,6 @@ fn parse(json: &str) -> Result<Header> {
         require_fields("groups", group, &GroupSettings::new(""))?;
     }
     serde_json::from_str(json).map_err(malformed)
-}
-
-/// Refuses a text that is longer than any settings need.
-fn require_room(json: &str, room: usize) -> Result<()> {
-    if json.len() <= room {
-        return Ok(());
-    }
-    Err(Error::checkpoint(METADATA, format!("at most {room} bytes of settings"), json.len()))
 }
 
 /// Refuses settings in which something is left out. Elsewhere that means its default; here, that something was lost.

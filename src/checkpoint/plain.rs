@@ -38,11 +38,19 @@ pub(crate) fn widened(name: &str, what: &'static str, tensor: &Tensor, var: &Ten
 
 /// Makes sure that a norm is one: a maximum of magnitudes. (NaN is what a gradient that was NaN leaves.)
 pub(crate) fn check_norm(entry: &str, norm: &Tensor) -> Result<()> {
-    let values = norm.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
-    match values.into_iter().find(|&u| u < 0.0) {
-        Some(u) => Err(Error::checkpoint(entry, "numbers that are not negative", u)),
+    let negative = norm.lt(0.0)?.flatten_all()?.to_vec1::<u8>()?;
+    match negative.iter().position(|&is_negative| is_negative != 0) {
+        Some(index) => {
+            let got = norm.flatten_all()?.get(index)?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+            Err(Error::checkpoint(entry, "numbers that are not negative", got))
+        }
         None => Ok(()),
     }
+}
+
+/// Whether all elements are zero, which NaN is not.
+pub(crate) fn is_zero(tensor: &Tensor) -> Result<bool> {
+    Ok(tensor.ne(0.0)?.flatten_all()?.to_vec1::<u8>()?.iter().all(|&differs| differs == 0))
 }
 
 /// The number in a tensor of one element and no dimensions.

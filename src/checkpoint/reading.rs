@@ -3,7 +3,7 @@
 //! Invariant: nothing is allocated because a header says so. A header can be as long as the names that are looked for
 //! need; of what is in it only what was looked for is kept; and a tensor's memory is allocated once it is known that
 //! the file has that many bytes. So the memory that reading takes is that of the tensors, less than the file's size,
-//! and that of a header of limited length.
+//! and a few times that of a header of limited length.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -22,9 +22,35 @@ use super::header::{Header, Wanted};
 use super::unreadable;
 use crate::error::{Error, Result};
 
-/// How long a JSON text about variables of these names may be: far longer than those that are written.
-pub(super) fn room<'n>(names: impl IntoIterator<Item = &'n str>) -> usize {
-    (1 << 20) + names.into_iter().map(|name| 2048 + 64 * name.len()).sum::<usize>()
+/// How much a JSON text in a header may hold: far more than settings of variables with certain names need.
+#[derive(Clone, Copy)]
+pub(super) struct Room {
+    bytes: usize,
+    /// A value takes far more memory than its text.
+    values: usize,
+}
+
+impl Room {
+    pub(super) fn of<'n>(names: impl IntoIterator<Item = &'n str>) -> Self {
+        let mut room = Self { bytes: 1 << 20, values: 1 << 14 };
+        for name in names {
+            room.bytes += 2048 + 64 * name.len();
+            // Commas in the name count, too.
+            room.values += 64 + name.len();
+        }
+        room
+    }
+
+    /// Makes sure that the text `entry` is no longer.
+    pub(super) fn check(self, entry: &str, text: &str) -> Result<()> {
+        let values = text.bytes().filter(|&byte| byte == b',').count();
+        for (what, limit, got) in [("bytes", self.bytes, text.len()), ("values", self.values, values)] {
+            if got > limit {
+                return Err(Error::checkpoint(entry, format!("at most {limit} {what} of settings"), got));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A safetensors file whose header has been read and checked against the file's length.
@@ -48,6 +74,9 @@ impl TensorFile {
         let parsed = Header::parse(&header, wanted);
         let Header { text, tensors, surplus } =
             parsed.map_err(|error| unreadable(path, SafeTensorError::InvalidHeaderDeserialization(error)))?;
+        if let (Some(key), Some(text)) = (wanted.text, &text) {
+            wanted.room.check(key, text)?;
+        }
         // What is surplus was not kept, so the rest has gaps; nothing is taken from such a file.
         if surplus.is_none() {
             let mut by_offset: Vec<_> = tensors.iter().map(|(name, info)| (name.clone(), info.clone())).collect();
@@ -138,7 +167,7 @@ fn surplus(name: &str) -> Error {
 }
 
 /// The bytes of the header, the file, and how many bytes that has.
-fn read_header(path: &Path, room: usize) -> Result<(Vec<u8>, File, u64)> {
+fn read_header(path: &Path, room: Room) -> Result<(Vec<u8>, File, u64)> {
     let failed = || failed("reading", path);
     let mut file = File::open(path).map_err(failed())?;
     let metadata = file.metadata().map_err(failed())?;
@@ -155,7 +184,7 @@ fn read_header(path: &Path, room: usize) -> Result<(Vec<u8>, File, u64)> {
         return Err(unreadable(path, SafeTensorError::InvalidHeaderLength));
     }
     // A text is at most twice as long as a string of JSON, and the entries of tensors are short.
-    if claimed > 4 * room as u64 {
+    if claimed > 4 * room.bytes as u64 {
         return Err(unreadable(path, SafeTensorError::HeaderTooLarge));
     }
     let mut header = vec![0; claimed as usize];

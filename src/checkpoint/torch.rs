@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::header::Wanted;
 use super::plain::{PlainVar, count, of_scalar};
-use super::reading::{TensorFile, room};
+use super::reading::{Room, TensorFile};
 use super::write_tensors;
 use crate::error::{Error, Result};
 
@@ -96,6 +96,7 @@ pub(crate) fn write(state: &TorchState, path: &Path) -> Result<()> {
         .flat_map(|(name, var)| [(format!("{name}.exp_avg"), &var.exp_avg), (format!("{name}.exp_inf"), &var.exp_inf)]);
     let groups = serde_json::to_string(&state.groups)
         .map_err(|error| Error::checkpoint(PARAM_GROUPS, "settings that JSON can hold", error))?;
+    Room::of(state.vars.keys().map(String::as_str)).check(PARAM_GROUPS, &groups)?;
     let tensors = moments.chain(steps.iter().map(|(key, step)| (key.clone(), step)));
     write_tensors(path, tensors, Some((PARAM_GROUPS, groups)))
 }
@@ -105,7 +106,7 @@ pub(crate) fn read(path: &Path, names: &[&str]) -> Result<TorchState> {
     let is_var = |name: &str| names.binary_search(&name).is_ok();
     let is_tensor =
         |key: &str| key.rsplit_once('.').is_some_and(|(name, what)| TENSORS.contains(&what) && is_var(name));
-    let wanted = Wanted { text: Some(PARAM_GROUPS), is_tensor: &is_tensor, room: room(names.iter().copied()) };
+    let wanted = Wanted { text: Some(PARAM_GROUPS), is_tensor: &is_tensor, room: Room::of(names.iter().copied()) };
     let mut file = TensorFile::open(path, &wanted)?;
     let groups = parse_groups(file.text(), names)?;
     file.no_surplus()?;

@@ -1,4 +1,4 @@
-//! Examples of the README and of the scripts, as a user runs them: what PyTorch's settings become.
+//! What becomes of PyTorch's settings and of its dtypes, and which of them are refused.
 
 use anyhow::Result;
 use candle_adamax::{Adamax, ErrorKind, ParamsAdamax, Rounding};

@@ -2,11 +2,10 @@
 
 use std::path::Path;
 
-use candle_core::{DType, Tensor};
-
 use super::super::Adamax;
 use crate::checkpoint::Counters;
 use crate::checkpoint::keras::{self, Extras, KerasState};
+use crate::checkpoint::plain::is_zero;
 use crate::error::{Error, ErrorKind, Result};
 use crate::group::{GroupLr, GroupSettings};
 use crate::params::{ParamsAdamax, StepCount};
@@ -196,9 +195,4 @@ impl Adamax {
             None => Ok(order),
         }
     }
-}
-
-/// Whether all elements are zero, which NaN is not.
-fn is_zero(tensor: &Tensor) -> Result<bool> {
-    Ok(tensor.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?.iter().all(|&x| x == 0.0))
 }
