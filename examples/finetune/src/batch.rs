@@ -1,7 +1,6 @@
 //! Batches of texts of about the same length, since the shorter ones are filled up to the longest.
 
-use anyhow::Result;
-use candle_core::{Device, Tensor};
+use candle_core::{Device, Result, Tensor};
 use rand::{rngs::StdRng, seq::SliceRandom};
 
 use crate::tokenizer::Encoded;

@@ -110,8 +110,8 @@ pub(crate) struct Settings {
     #[arg(long, value_name = "TOKENS", default_value_t = 128, value_parser = at_least_three)]
     pub(crate) max_length: usize,
 
-    /// The share of the texts that is kept for the evaluation, of each class.
-    #[arg(long, default_value_t = 0.2, value_parser = share)]
+    /// The share of the texts that is kept for the evaluation, of each class; one of each at least.
+    #[arg(long, default_value_t = 0.2, value_parser = share, allow_negative_numbers = true)]
     pub(crate) test_share: f64,
 
     /// Evaluate and save a checkpoint after every so many steps. By default after each epoch.
@@ -128,7 +128,7 @@ pub(crate) struct Settings {
     pub(crate) layer_lr_decay: Option<f64>,
 
     /// The share of the steps in which the learning rate rises to its peak.
-    #[arg(long, value_name = "SHARE", default_value_t = 0.1, value_parser = share)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.1, value_parser = share, allow_negative_numbers = true)]
     pub(crate) warmup: f64,
 
     /// How the learning rate falls to 0 afterwards.
@@ -145,7 +145,7 @@ pub(crate) struct Settings {
 
     /// The share of activations that dropout sets to 0 in training. By default what the model's config.json says, or
     /// 0.1.
-    #[arg(long, value_name = "SHARE", value_parser = share)]
+    #[arg(long, value_name = "SHARE", value_parser = share, allow_negative_numbers = true)]
     pub(crate) dropout: Option<f64>,
 
     /// Multiply the loss by this, so that small gradients do not vanish in f16, and divide the gradients by it. By

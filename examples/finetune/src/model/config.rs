@@ -44,12 +44,12 @@ pub(crate) struct Config {
     pub(crate) classifier_pooling: Option<Pooling>,
     /// The classes, by their numbers as text.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    id2label: BTreeMap<String, String>,
+    pub(super) id2label: BTreeMap<String, String>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    label2id: BTreeMap<String, u32>,
+    pub(super) label2id: BTreeMap<String, u32>,
     /// What else the file has, which is kept.
     #[serde(flatten)]
-    other: Map<String, Value>,
+    pub(super) other: Map<String, Value>,
 }
 
 /// The function between the two layers of a feed-forward block.

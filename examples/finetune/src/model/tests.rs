@@ -45,7 +45,7 @@ fn named(varmap: &VarMap) -> HashMap<String, Var> {
 }
 
 /// Texts of several lengths.
-fn batch() -> Result<Batch> {
+fn batch() -> candle_core::Result<Batch> {
     let text = |label, length: u32| Encoded { label, ids: (0..length).map(|i| 1 + (5 * i + length) % 18).collect() };
     let texts = [text(0, 7), text(1, 3), text(2, 10), text(1, 5)];
     Batcher { padding: 0, device: Device::Cpu, ids: Device::Cpu }.batch(&texts.iter().collect::<Vec<_>>())
