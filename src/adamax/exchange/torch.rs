@@ -37,7 +37,7 @@ impl Adamax {
     ///   it rounds. Masters are a part of the weights, and left out.
     /// - A group becomes one of PyTorch's, or two where [`no_decay`](crate::ParamsAdamax::no_decay) spares some of its
     ///   variables. The learning rate is that of the next call, as a number.
-    /// - With [`StepCount::Shared`](crate::StepCount::Shared) every parameter's `step` is the number of updates, with
+    /// - With [`StepCount::Shared`] every parameter's `step` is the number of updates, with
     ///   which the next bias correction is the same.
     /// - Clipping, accumulation and skipping belong to the training loop in PyTorch, and are left out.
     ///
@@ -61,7 +61,7 @@ impl Adamax {
     ///   it has more, such as the running means of `BatchNorm`, choose with [`from_named`](Self::from_named).) Each
     ///   variable has its three tensors, in its shape and in its dtype or f32. m and u are encoded as
     ///   [`state_dtype`](crate::ParamsAdamax::state_dtype) says.
-    /// - `lr`, `betas`, `eps`, `weight_decay` (as [`WeightDecay::L2`](crate::WeightDecay::L2)) and `maximize` are taken
+    /// - `lr`, `betas`, `eps`, `weight_decay` (as [`WeightDecay::L2`]) and `maximize` are taken
     ///   over, as by PyTorch's `load_state_dict`, into the settings and, where they differ, into the groups. A learning
     ///   rate that is a schedule or comes from outside stays, as does a scheduler in PyTorch. Change settings afterwards.
     /// - What PyTorch's optimizer does not know stays as it is: clipping, accumulation, averages (which begin anew), how
