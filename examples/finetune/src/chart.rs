@@ -8,6 +8,7 @@ use plotters::element::DashedPathElement;
 use plotters::prelude::*;
 
 use crate::checkpoint::Progress;
+use crate::evaluate::Evaluation;
 use crate::train::{Length, Step};
 
 const BLUE: RGBColor = RGBColor(31, 105, 173);
@@ -42,9 +43,9 @@ enum Look {
 struct Panel {
     title: &'static str,
     unit: &'static str,
-    /// The values that it shows, if they do not follow from the curves.
-    range: Option<(f64, f64)>,
-    digits: usize,
+    range: (f64, f64),
+    /// How its values are written.
+    written: fn(&f64) -> String,
     curves: Vec<Curve>,
 }
 
@@ -71,50 +72,62 @@ fn panels(progress: &Progress, epoch: impl Fn(usize) -> f64, last: f64, largest_
     };
     let losses = of_steps(|step| Some(step.loss));
     let norms = of_steps(|step| step.norm);
-    let tests = |value: fn(&crate::evaluate::Evaluation) -> f64| -> Vec<(f64, f64)> {
+    let tests = |value: fn(&Evaluation) -> f64| -> Vec<(f64, f64)> {
         progress.evaluations.iter().map(|evaluation| (epoch(evaluation.step), value(evaluation))).collect()
     };
     let curve = |label, color, look, points| Curve { label, color, look, points };
+    let from_zero = |curves: &[Curve]| (0.0, 1.05 * values(curves).fold(1e-9, f64::max));
+    let loss = vec![
+        curve("", PALE_ORANGE, Look::Thin, losses.clone()),
+        curve("train, smoothed", ORANGE, Look::Thick, smoothed(&losses)),
+        curve("test", BLUE, Look::Dotted, tests(|evaluation| evaluation.loss)),
+    ];
+    let accuracy = vec![
+        curve("test", BLUE, Look::Dotted, tests(Evaluation::accuracy)),
+        curve("largest class", GRAY, Look::Dashed, vec![(0.0, largest_class), (last, largest_class)]),
+    ];
+    let lr = vec![curve("", BLUE, Look::Thick, of_steps(|step| Some(step.lr)))];
+    let norm = vec![
+        curve("", PALE_ORANGE, Look::Thin, norms.clone()),
+        curve("smoothed", ORANGE, Look::Thick, smoothed(&norms)),
+    ];
+    // A whole tenth below all of them.
+    let lowest = (10.0 * values(&accuracy).fold(1.0, f64::min)).floor() / 10.0;
     [
         Panel {
             title: "Loss: lower is better",
             unit: "cross-entropy",
-            range: None,
-            digits: 2,
-            curves: vec![
-                curve("", PALE_ORANGE, Look::Thin, losses.clone()),
-                curve("train, smoothed", ORANGE, Look::Thick, smoothed(&losses)),
-                curve("test", BLUE, Look::Dotted, tests(|evaluation| evaluation.loss)),
-            ],
+            range: from_zero(&loss),
+            written: |loss| format!("{loss:.2}"),
+            curves: loss,
         },
         Panel {
             title: "Accuracy: higher is better",
             unit: "share of the test",
-            range: Some((0.0, 1.0)),
-            digits: 1,
-            curves: vec![
-                curve("test", BLUE, Look::Dotted, tests(crate::evaluate::Evaluation::accuracy)),
-                curve("largest class", GRAY, Look::Dashed, vec![(0.0, largest_class), (last, largest_class)]),
-            ],
+            range: (lowest, 1.0),
+            written: |accuracy| format!("{accuracy:.2}"),
+            curves: accuracy,
         },
         Panel {
             title: "Learning rate",
             unit: "of the head",
-            range: None,
-            digits: 5,
-            curves: vec![curve("", BLUE, Look::Thick, of_steps(|step| Some(step.lr)))],
+            range: from_zero(&lr),
+            written: |lr| format!("{lr:.1e}"),
+            curves: lr,
         },
         Panel {
             title: "Norm of the gradients before clipping",
             unit: "L2, all together",
-            range: None,
-            digits: 1,
-            curves: vec![
-                curve("", PALE_ORANGE, Look::Thin, norms.clone()),
-                curve("smoothed", ORANGE, Look::Thick, smoothed(&norms)),
-            ],
+            range: from_zero(&norm),
+            written: |norm| format!("{norm:.1}"),
+            curves: norm,
         },
     ]
+}
+
+/// The values of all points.
+fn values(curves: &[Curve]) -> impl Iterator<Item = f64> {
+    curves.iter().flat_map(|curve| &curve.points).map(|&(_, value)| value)
 }
 
 /// The mean of each point and those around it, a twentieth of them all.
@@ -148,8 +161,7 @@ fn draw_panel(area: &Area<'_>, panel: &Panel, last: f64) -> Drawn {
         x += 66 + 10 * curve.label.len() as i32;
     }
 
-    let (low, high) = panel.range.unwrap_or_else(|| (0.0, 1.05 * highest(panel).max(1e-9)));
-    let digits = panel.digits;
+    let (low, high) = panel.range;
     let mut chart = ChartBuilder::on(&plot)
         .margin_left(16)
         .margin_right(28)
@@ -166,7 +178,7 @@ fn draw_panel(area: &Area<'_>, panel: &Panel, last: f64) -> Drawn {
         .x_labels(8)
         .y_labels(6)
         .x_label_formatter(&|epoch| format!("{epoch}"))
-        .y_label_formatter(&|value| format!("{value:.digits$}"))
+        .y_label_formatter(&panel.written)
         .label_style(("sans-serif", 19).into_font().color(&TEXT))
         .axis_desc_style(("sans-serif", 21).into_font().color(&TEXT))
         .x_desc("epoch")
@@ -188,10 +200,6 @@ fn draw_panel(area: &Area<'_>, panel: &Panel, last: f64) -> Drawn {
         }
     }
     Ok(())
-}
-
-fn highest(panel: &Panel) -> f64 {
-    panel.curves.iter().flat_map(|curve| &curve.points).map(|&(_, value)| value).fold(0.0, f64::max)
 }
 
 #[cfg(test)]
