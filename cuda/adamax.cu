@@ -8,16 +8,7 @@
 
 // One unit of one tensor that is updated.
 template <typename F, typename P, typename G> struct Unit : Stored<F, P> {
-    using typename Stored<F, P>::A;
-    using Stored<F, P>::count;
-    using Stored<F, P>::key;
-    using Stored<F, P>::lanes;
-    using Stored<F, P>::len;
-    using Stored<F, P>::log;
-    using Stored<F, P>::moments;
-    using Stored<F, P>::norm;
-    using Stored<F, P>::norms;
-    using Stored<F, P>::params;
+    USE_STORED(F, P)
 
     const G* grads;
     bool is_whole;

@@ -33,18 +33,9 @@ DEVICE u32 claim(const PayArgs& args, u64 place) {
 
 // One row that pays.
 template <typename F, typename P> struct Row : Stored<F, P> {
-    using typename Stored<F, P>::A;
-    using Stored<F, P>::count;
-    using Stored<F, P>::is_whole;
-    using Stored<F, P>::key;
-    using Stored<F, P>::lanes;
-    using Stored<F, P>::len;
-    using Stored<F, P>::log;
-    using Stored<F, P>::moments;
-    using Stored<F, P>::norm;
-    using Stored<F, P>::norms;
-    using Stored<F, P>::params;
+    USE_STORED(F, P)
     using Stored<F, P>::Stored;
+    using Stored<F, P>::is_whole;
 
     // Moments as they are.
     __device__ __forceinline__ void pay_full(const Debt<A>& debt) const {

@@ -95,3 +95,17 @@ template <typename F, typename P> struct Stored {
     // How many elements of the group at `at` there are.
     __device__ __forceinline__ u32 count(u32 at) const { return len - at < GROUP ? len - at : GROUP; }
 };
+
+// Names of `Stored` in a class that derives from it: the compiler looks for none of its own accord in a base that depends on
+// types.
+#define USE_STORED(F, P)                                                                                                 \
+    using typename Stored<F, P>::A;                                                                                      \
+    using Stored<F, P>::count;                                                                                           \
+    using Stored<F, P>::key;                                                                                             \
+    using Stored<F, P>::lanes;                                                                                           \
+    using Stored<F, P>::len;                                                                                             \
+    using Stored<F, P>::log;                                                                                             \
+    using Stored<F, P>::moments;                                                                                         \
+    using Stored<F, P>::norm;                                                                                            \
+    using Stored<F, P>::norms;                                                                                           \
+    using Stored<F, P>::params;

@@ -33,11 +33,10 @@
 //! by looking at the results.
 //!
 //! **A run can be killed** at any moment, and the same command with `--resume` ends with the same bits as one that
-//! was left alone. See `checkpoint.rs` for what this takes.
+//! was left alone. See `progress.rs` for what this takes.
 //!
 //! | file | what it does |
 //! | --- | --- |
-//! | `../throughput/device.rs` | the CPU or a GPU |
 //! | `settings.rs` | the options, and the optimizer's settings that follow from them |
 //! | `data.rs`, `synthetic.rs` | ratings, read from a file or made up |
 //! | `split.rs` | what is trained on and what is kept for the evaluation |
@@ -45,18 +44,28 @@
 //! | `train.rs` | one epoch: batches, loss, step |
 //! | `compare.rs` | the time of a step, with the rows of its batch and with dense tables |
 //! | `evaluate.rs` | RMSE, HR@10, NDCG@10, and the baselines |
-//! | `checkpoint.rs`, `folders.rs` | weights and optimizer, together or not at all |
-//! | `report.rs`, `chart.rs` | what is printed, and the learning curves |
+//! | `progress.rs`, `../common/checkpoints.rs` | weights and optimizer, together or not at all |
+//! | `report.rs`, `curves.rs` | what is printed, and the learning curves |
+//! | `../common/` | what other programs have, too: the device, options, charts, times |
 
+#[path = "../common/chart.rs"]
 mod chart;
-mod checkpoint;
+#[path = "../common/checkpoints.rs"]
+mod checkpoints;
 mod compare;
+mod curves;
 mod data;
-#[path = "../throughput/device.rs"]
+#[path = "../common/device.rs"]
 mod device;
 mod evaluate;
-mod folders;
+#[path = "../common/laps.rs"]
+mod laps;
 mod model;
+#[path = "../common/options.rs"]
+mod options;
+#[path = "../common/program.rs"]
+mod program;
+mod progress;
 mod report;
 mod settings;
 mod split;
@@ -69,34 +78,19 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
-use rand::{SeedableRng, rngs::StdRng};
+use rand::rngs::StdRng;
 
-use crate::checkpoint::Progress;
+use crate::checkpoints::Checkpoints;
 use crate::data::Ratings;
 use crate::evaluate::{Baselines, Epoch};
-use crate::folders::Folders;
+use crate::progress::Progress;
 use crate::settings::Args;
 use crate::split::Split;
 use crate::train::Trainer;
 
-/// candle allocates every intermediate result anew, and most systems' allocators give large ones back to the kernel at
-/// once, so that each step pays for page faults: a backward pass takes 5.1 ms here, and 3.6 ms with mimalloc, which
-/// keeps them.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> ExitCode {
     let args = Args::parse();
-    // candle and rayon ask the environment, once, how many threads to use.
-    // SAFETY: this is the only thread, so nobody reads the environment meanwhile.
-    unsafe { std::env::set_var("RAYON_NUM_THREADS", args.threads.to_string()) };
-    match run(&args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}"); // on one line, with all its causes
-            ExitCode::FAILURE
-        }
-    }
+    program::start(Some(args.threads), || run(&args))
 }
 
 fn run(args: &Args) -> Result<()> {
@@ -111,10 +105,10 @@ fn run(args: &Args) -> Result<()> {
     report::data(args.data.as_deref(), &ratings, &split);
 
     let mut trainer = Trainer::new(settings, &device, &ratings, &split)?;
-    let folders = Folders::new(&args.out);
+    let checkpoints = Checkpoints::new(&args.out);
     let mut progress = Progress::new(settings, &ratings);
     if args.resume {
-        progress = checkpoint::load(&folders, progress, &mut trainer.varmap, &mut trainer.optimizer)?;
+        progress = progress.resume(&checkpoints, &mut trainer.varmap, &mut trainer.optimizer)?;
         println!("resumed after epoch {} from {}", progress.history.len(), args.out.display());
     }
     println!("{}\n", trainer.optimizer);
@@ -130,7 +124,7 @@ fn run(args: &Args) -> Result<()> {
         let train_rmse = trainer.epoch(epoch, &bar)?;
         let lr = trainer.last_lr();
         progress.history.push(Epoch { epoch, lr, train_rmse, quality: trainer.evaluate()? });
-        checkpoint::save(&folders, &progress, &trainer.varmap, &trainer.optimizer)?;
+        checkpoints.save(&progress, &trainer.varmap, &trainer.optimizer)?;
         bar.suspend(|| report::epoch(&progress.history[epoch - 1], Some(start.elapsed())));
     }
     bar.finish_and_clear();
@@ -142,11 +136,11 @@ fn run(args: &Args) -> Result<()> {
         quality = trainer.evaluate()?;
     }
     report::quality(&baselines, quality, settings.ema);
-    report::time(&trainer.laps);
+    trainer.laps.print("", 30);
     report::comparison(compare::compare(settings, &device, &ratings, &split)?);
     report::memory(&trainer.optimizer, &trainer.varmap)?;
     let curves = args.out.join("learning-curves.svg");
-    chart::draw(&curves, &progress.history, &baselines)?;
+    curves::draw_all(&curves, &progress.history, &baselines)?;
     println!("\nlearning curves: {}", curves.display());
     Ok(())
 }
@@ -160,17 +154,14 @@ enum Stream {
     Epoch(usize),
 }
 
-/// The random numbers of one purpose. candle's own on the CPU cannot be seeded.
+/// The random numbers of one purpose.
 fn random(seed: u64, stream: Stream) -> StdRng {
     let stream = match stream {
         Stream::Split => 0,
         Stream::Weights => 1,
         Stream::Epoch(epoch) => 1 + epoch as u64,
     };
-    let mut key = [0; 32];
-    key[..8].copy_from_slice(&seed.to_le_bytes());
-    key[8..16].copy_from_slice(&stream.to_le_bytes());
-    StdRng::from_seed(key)
+    program::random(&[seed, stream])
 }
 
 #[cfg(test)]

@@ -11,8 +11,8 @@ use candle_nn::VarMap;
 use crate::compare::Comparison;
 use crate::data::Ratings;
 use crate::evaluate::{Baselines, Epoch, Quality, RankingQuality};
+use crate::program::grouped;
 use crate::split::Split;
-use crate::train::Laps;
 
 /// What there is to train on.
 pub(crate) fn data(path: Option<&Path>, ratings: &Ratings, split: &Split) {
@@ -52,28 +52,6 @@ pub(crate) fn quality(baselines: &Baselines, quality: Quality, ema: Option<f64>)
     println!("{model:<30}  {:>9.4}  {}", quality.test_rmse, ranking(quality.ranking));
 }
 
-/// Where the time of the steps went.
-pub(crate) fn time(laps: &Laps) {
-    let parts = [
-        ("batch", &laps.batch),
-        ("forward", &laps.forward),
-        ("backward", &laps.backward),
-        ("step (Adamax)", &laps.step),
-    ];
-    let total: Duration = parts.iter().flat_map(|(_, laps)| laps.iter()).sum();
-    if total.is_zero() {
-        return; // resumed after the last epoch
-    }
-    println!("\n{:<30}  {:>9}  {:>8}  {:>8}", "", "median ms", "total s", "share");
-    for (name, laps) in parts {
-        let mut sorted = laps.clone();
-        sorted.sort_unstable();
-        let median = sorted[sorted.len() / 2].as_secs_f64() * 1e3;
-        let sum = laps.iter().sum::<Duration>().as_secs_f64();
-        println!("{name:<30}  {median:>9.2}  {sum:>8.2}  {:>6.1} %", 100.0 * sum / total.as_secs_f64());
-    }
-}
-
 /// What a training step costs with tables of rows and with dense ones.
 pub(crate) fn comparison(comparison: Option<Comparison>) {
     let Some(Comparison { rows, dense, candle }) = comparison else {
@@ -105,12 +83,4 @@ pub(crate) fn memory(optimizer: &Adamax, varmap: &VarMap) -> Result<()> {
         println!("{part:<30}  {:>9}  {:>8}  {:>8}  {each:>6.2} B", grouped(numbers), kib(weights), kib(moments));
     }
     Ok(())
-}
-
-/// `1234567` as `1,234,567`.
-fn grouped(number: usize) -> String {
-    let digits = number.to_string();
-    let groups: Vec<&str> =
-        digits.as_bytes().rchunks(3).rev().filter_map(|group| std::str::from_utf8(group).ok()).collect();
-    groups.join(",")
 }

@@ -2,14 +2,12 @@
 
 use std::path::PathBuf;
 
-use candle_adamax::{
-    CosineDecay, Ema, ExponentialDecay, LearningRate, ParamsAdamax, PolynomialDecay, SparseUpdate, StateDType,
-    WeightDecay,
-};
+use candle_adamax::{CosineDecay, Ema, ExponentialDecay, LearningRate, ParamsAdamax, PolynomialDecay, WeightDecay};
 use clap::{Parser, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 use crate::device::Place;
+use crate::options::{Sparse, State, at_least_one};
 use crate::synthetic;
 
 /// Trains a neural recommender with Adamax: embeddings of users and items, an MLP, and two heads, one for ratings and
@@ -117,26 +115,6 @@ pub(crate) struct Settings {
     pub(crate) interaction_weight: f64,
 }
 
-/// How moments are stored, in bytes a weight: 8, 4, 4, 2.
-#[derive(Clone, Copy, Debug, PartialEq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum State {
-    F32,
-    Bf16,
-    F16,
-    Q8,
-}
-
-/// What becomes of rows without a gradient.
-#[derive(Clone, Copy, Debug, PartialEq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Sparse {
-    /// Nothing.
-    Lazy,
-    /// What an optimizer of dense tables would do to them.
-    Exact,
-}
-
 /// How the learning rate changes.
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -177,16 +155,8 @@ impl Settings {
             // Also part of the names of the tables of biases.
             no_decay: vec!["bias".into()],
             clip_global_norm: self.clip_norm,
-            state_dtype: match self.state {
-                State::F32 => StateDType::F32,
-                State::Bf16 => StateDType::BF16,
-                State::F16 => StateDType::F16,
-                State::Q8 => StateDType::Q8,
-            },
-            sparse_update: match self.sparse {
-                Sparse::Lazy => SparseUpdate::Lazy,
-                Sparse::Exact => SparseUpdate::Exact,
-            },
+            state_dtype: self.state.dtype(),
+            sparse_update: self.sparse.update(),
             ema: self.ema.map(|momentum| Ema { momentum, overwrite_frequency: None }),
             ..Default::default()
         }
@@ -203,13 +173,5 @@ fn enough_items(text: &str) -> Result<usize, String> {
         Ok(number @ synthetic::ITEMS..=100_000_000) => Ok(number),
         Ok(_) => Err(format!("expected {} to 100000000", synthetic::ITEMS)),
         Err(error) => Err(format!("expected a whole number: {error}")),
-    }
-}
-
-fn at_least_one(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(0) => Err("expected at least 1".into()),
-        Ok(number) => Ok(number),
-        Err(error) => Err(format!("expected a whole number, at least 1: {error}")),
     }
 }

@@ -1,6 +1,6 @@
 //! Training: an epoch of batches, each of a few ratings and some items that the users have not rated.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use candle_adamax::Adamax;
@@ -11,6 +11,7 @@ use rand::{rngs::StdRng, seq::SliceRandom};
 
 use crate::data::{Rating, Ratings};
 use crate::evaluate::{self, Quality};
+use crate::laps::Laps;
 use crate::model::{Prediction, Recommender};
 use crate::settings::Settings;
 use crate::split::Split;
@@ -28,15 +29,6 @@ pub(crate) struct Trainer<'a> {
     pub(crate) varmap: VarMap,
     pub(crate) optimizer: Adamax,
     pub(crate) laps: Laps,
-}
-
-/// How long each part of each step took. A GPU is waited for at the end of each, so that every part has its own time.
-#[derive(Default)]
-pub(crate) struct Laps {
-    pub(crate) batch: Vec<Duration>,
-    pub(crate) forward: Vec<Duration>,
-    pub(crate) backward: Vec<Duration>,
-    pub(crate) step: Vec<Duration>,
 }
 
 /// The first of the pairs of `users` and `items` are those of `ratings`; the others have not been rated.

@@ -24,6 +24,7 @@ use candle_adamax::{Rounding, StateDType};
 use candle_core::DType;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+#[path = "../common/device.rs"]
 mod device;
 mod gpu;
 mod machine;

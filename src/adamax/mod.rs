@@ -8,6 +8,7 @@ mod accumulate;
 mod collect;
 mod ema;
 mod exchange;
+mod gradients;
 mod held;
 mod inspect;
 mod late;
@@ -25,8 +26,9 @@ use candle_core::{Tensor, Var};
 use candle_nn::{Optimizer, VarMap};
 
 use self::accumulate::{Accumulated, Sum};
-use self::collect::{Collected, Found, Grad, collect};
+use self::collect::{Found, collect};
 use self::ema::Averages;
+use self::gradients::{GradRef, Gradients};
 use self::held::Held;
 pub use self::inspect::{MomentStatistics, StateBytes, Statistics};
 use self::late::Unsettled;
@@ -39,7 +41,7 @@ use crate::codec::shrinkage;
 use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::{Gradient, SparseGrad, Summary};
 use crate::group::{DEFAULT_GROUP, GroupSettings, ParamGroup};
-use crate::kernel::{Context, Kernel, Orders, RowGrad, RowTask, RowValues, Source, Task, Update, all_on_one_gpu};
+use crate::kernel::{Context, Kernel, Orders, RowTask, Task, Update, all_on_one_gpu};
 use crate::params::{ParamsAdamax, SparseUpdate, StepCount};
 use crate::rounding::derive;
 use crate::rule::Coefficients;
@@ -416,75 +418,5 @@ impl Adamax {
             Ok(Some(Orders { coefficients, encoding, shrink, rounding: plan.keeping.rounding, key }))
         });
         orders.collect()
-    }
-}
-
-/// Which gradients an update is made of.
-#[derive(Clone, Copy)]
-enum Gradients<'c> {
-    /// Those of this call.
-    OfThisCall(&'c Collected<'c>),
-    /// The sums of the last `steps` calls.
-    Accumulated { steps: u64 },
-}
-
-/// One of them.
-#[derive(Clone, Copy)]
-enum GradRef<'s> {
-    Dense(Source<'s>),
-    Rows(&'s RowGrad<'s>),
-}
-
-impl<'c> Gradients<'c> {
-    /// The gradient of variable `index`, for which `accumulated` was accumulated.
-    fn of<'s>(self, index: usize, accumulated: Option<&'s Accumulated>) -> Option<GradRef<'s>>
-    where
-        'c: 's,
-    {
-        match self {
-            Self::OfThisCall(collected) => collected.get(index).map(|grad| match grad {
-                Grad::Dense(grad) => GradRef::Dense(Source::Tensor(grad)),
-                Grad::Rows(rows) => GradRef::Rows(rows),
-            }),
-            Self::Accumulated { .. } => accumulated.and_then(Accumulated::sum),
-        }
-    }
-
-    /// The indices of the variables with a gradient.
-    fn indices<'s>(self, vars: &'s [Param]) -> impl Iterator<Item = usize>
-    where
-        'c: 's,
-    {
-        let with_gradient = move |&index: &usize| self.of(index, vars[index].accumulated.as_ref()).is_some();
-        (0..vars.len()).filter(with_gradient)
-    }
-
-    /// The variables with a gradient, and where their state lives.
-    fn places<'s>(self, vars: &'s [Param]) -> impl Iterator<Item = (&'s Tensor, Place)>
-    where
-        'c: 's,
-    {
-        let with_gradient =
-            move |(index, param): &(usize, &Param)| self.of(*index, param.accumulated.as_ref()).is_some();
-        vars.iter().enumerate().filter(with_gradient).map(|(_, param)| (param.var.as_tensor(), param.place()))
-    }
-
-    /// All there are, with the place of what they are measured from; rows have been summed up.
-    fn sources<'s>(self, vars: &'s [Param]) -> Result<Vec<(Source<'s>, Place)>>
-    where
-        'c: 's,
-    {
-        let mut sources = Vec::with_capacity(vars.len());
-        for (index, param) in vars.iter().enumerate() {
-            sources.push(match self.of(index, param.accumulated.as_ref()) {
-                None => continue,
-                Some(GradRef::Dense(source)) => (source, param.place()),
-                Some(GradRef::Rows(RowGrad { values: RowValues::Summed(sums), .. })) => {
-                    (Source::Buffer(sums), Place::Host)
-                }
-                Some(GradRef::Rows(_)) => return Err(candle_core::Error::msg("rows are not summed up yet").into()),
-            });
-        }
-        Ok(sources)
     }
 }

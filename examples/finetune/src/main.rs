@@ -10,22 +10,30 @@
 //! | `optim.rs` | the optimizer's settings: warm-up and decay, a group for each layer |
 //! | `train.rs` | one step: batches, loss, gradients, update |
 //! | `evaluate.rs` | loss and accuracy on the texts that were kept |
-//! | `checkpoint.rs`, `../../recommender/folders.rs` | weights, optimizer and progress, together or not at all |
-//! | `memory.rs`, `report.rs`, `chart.rs` | what is kept in memory, what is printed, the learning curves |
-//! | `../../throughput/device.rs` | the CPU or a GPU |
+//! | `progress.rs`, `../../common/checkpoints.rs` | weights, optimizer and progress, together or not at all |
+//! | `memory.rs`, `report.rs`, `curves.rs` | what is kept in memory, what is printed, the learning curves |
+//! | `../../common/` | what other programs have, too: the device, options, charts, times |
 
 mod batch;
+#[path = "../../common/chart.rs"]
 mod chart;
-mod checkpoint;
+#[path = "../../common/checkpoints.rs"]
+mod checkpoints;
+mod curves;
 mod data;
-#[path = "../../throughput/device.rs"]
+#[path = "../../common/device.rs"]
 mod device;
 mod evaluate;
-#[path = "../../recommender/folders.rs"]
-mod folders;
+#[path = "../../common/laps.rs"]
+mod laps;
 mod memory;
 mod model;
 mod optim;
+#[path = "../../common/options.rs"]
+mod options;
+#[path = "../../common/program.rs"]
+mod program;
+mod progress;
 mod report;
 mod settings;
 mod setup;
@@ -41,32 +49,16 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
-use rand::{SeedableRng, rngs::StdRng};
+use rand::rngs::StdRng;
 
-use crate::folders::Folders;
+use crate::checkpoints::Checkpoints;
 use crate::settings::Args;
 use crate::setup::{Setup, setup};
 use crate::train::Step;
 
-/// candle allocates every intermediate result anew, and most systems' allocators give large ones back to the kernel at
-/// once, so that each step pays for page faults.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> ExitCode {
     let args = Args::parse();
-    if let Some(threads) = args.threads() {
-        // candle and rayon ask the environment, once, how many threads to use.
-        // SAFETY: this is the only thread, so nobody reads the environment meanwhile.
-        unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
-    }
-    match run(&args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}"); // on one line, with all its causes
-            ExitCode::FAILURE
-        }
-    }
+    program::start(args.threads(), || run(&args))
 }
 
 fn run(args: &Args) -> Result<()> {
@@ -76,9 +68,10 @@ fn run(args: &Args) -> Result<()> {
         ensure!(!same, "--out: expected another folder than that of --model, which would be overwritten");
     }
     let Setup { data, tokenizer, config, mut trainer, mut progress } = setup(args)?;
-    let (folders, length) = (Folders::new(&args.out), trainer.length);
+    let (checkpoints, length) = (Checkpoints::new(&args.out), trainer.length);
     if args.resume {
-        progress = checkpoint::load(&folders, &progress, &mut trainer.varmap, &mut trainer.optimizer)?;
+        progress =
+            checkpoints.load(|saved| progress.check_continues(saved), &mut trainer.varmap, &mut trainer.optimizer)?;
         println!("resumed after step {} from {}", progress.steps.len(), args.out.display());
     }
 
@@ -102,7 +95,7 @@ fn run(args: &Args) -> Result<()> {
         } else if done != last {
             continue;
         }
-        checkpoint::save(&folders, &progress, &trainer.varmap, &trainer.optimizer)?;
+        checkpoints.save(&progress, &trainer.varmap, &trainer.optimizer)?;
     }
     bar.finish_and_clear();
     if progress.steps.len() < length.steps {
@@ -112,7 +105,7 @@ fn run(args: &Args) -> Result<()> {
 
     let evaluation = progress.evaluations.last().context("there is no evaluation to report")?;
     report::confusion(&data, evaluation);
-    report::time(&trainer.laps);
+    trainer.laps.print("a batch", 24);
     let (parts, total) = memory::measure(&trainer.varmap, &trainer.optimizer, &trainer.gradient_bytes)?;
     report::memory(settings, &parts, &total);
 
@@ -122,7 +115,7 @@ fn run(args: &Args) -> Result<()> {
     config.save(&args.out, settings.dtype.torch())?;
     tokenizer::save(&tokenizer, &args.out)?;
     let curves = args.out.join("learning-curves.svg");
-    chart::draw(&curves, &progress, length, data.largest_class())?;
+    curves::draw_all(&curves, &progress, length, data.largest_class())?;
     println!("\nmodel: {}, learning curves: {}", args.out.display(), curves.display());
     Ok(())
 }
@@ -143,17 +136,13 @@ enum Stream {
     Dropout(usize),
 }
 
-/// The random numbers of one purpose. candle's own on the CPU cannot be seeded.
+/// The random numbers of one purpose.
 fn random(seed: u64, stream: Stream) -> StdRng {
     let (purpose, number) = match stream {
-        Stream::Split => (0u64, 0),
+        Stream::Split => (0, 0),
         Stream::Weights => (1, 0),
         Stream::Epoch(epoch) => (2, epoch as u64),
         Stream::Dropout(step) => (3, step as u64),
     };
-    let mut key = [0; 32];
-    key[..8].copy_from_slice(&seed.to_le_bytes());
-    key[8..16].copy_from_slice(&purpose.to_le_bytes());
-    key[16..24].copy_from_slice(&number.to_le_bytes());
-    StdRng::from_seed(key)
+    program::random(&[seed, purpose, number])
 }

@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use candle_adamax::Adamax;
 
-use crate::checkpoint::Progress;
 use crate::data::Data;
 use crate::evaluate::Evaluation;
 use crate::memory::{Memory, PARTS};
 use crate::model::{Config, Pooling};
+use crate::program::grouped;
+use crate::progress::Progress;
 use crate::settings::Settings;
-use crate::train::{Laps, Length};
+use crate::train::Length;
 
 /// What there is to train on.
 pub(crate) fn data(path: Option<&Path>, data: &Data) {
@@ -101,28 +102,6 @@ pub(crate) fn confusion(data: &Data, evaluation: &Evaluation) {
     );
 }
 
-/// Where the time of the steps went.
-pub(crate) fn time(laps: &Laps) {
-    let parts = [
-        ("batch", &laps.batch),
-        ("forward", &laps.forward),
-        ("backward", &laps.backward),
-        ("step (Adamax)", &laps.step),
-    ];
-    let total: Duration = parts.iter().flat_map(|(_, laps)| laps.iter()).sum();
-    if total.is_zero() {
-        return; // resumed after the last step
-    }
-    println!("\n{:<24}  {:>9}  {:>8}  {:>8}", "a batch", "median ms", "total s", "share");
-    for (name, laps) in parts {
-        let mut sorted = laps.clone();
-        sorted.sort_unstable();
-        let median = sorted[sorted.len() / 2].as_secs_f64() * 1e3;
-        let sum = laps.iter().sum::<Duration>().as_secs_f64();
-        println!("{name:<24}  {median:>9.2}  {sum:>8.2}  {:>6.1} %", 100.0 * sum / total.as_secs_f64());
-    }
-}
-
 /// What is kept in memory, beside the activations.
 pub(crate) fn memory(settings: &Settings, parts: &[Memory], total: &Memory) {
     let kib = |bytes: usize| format!("{} KiB", grouped(bytes.div_ceil(1024)));
@@ -135,12 +114,4 @@ pub(crate) fn memory(settings: &Settings, parts: &[Memory], total: &Memory) {
     if settings.accumulate > 1 {
         println!("With --accumulate the optimizer also keeps the sums of gradients, in f32.");
     }
-}
-
-/// `1234567` as `1,234,567`.
-fn grouped(number: usize) -> String {
-    let digits = number.to_string();
-    let groups: Vec<&str> =
-        digits.as_bytes().rchunks(3).rev().filter_map(|group| std::str::from_utf8(group).ok()).collect();
-    groups.join(",")
 }

@@ -2,13 +2,14 @@
 
 use std::path::PathBuf;
 
-use candle_adamax::{Rounding, SparseUpdate, StateDType};
+use candle_adamax::Rounding;
 use candle_core::DType;
 use clap::{Parser, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 use crate::device::Place;
 use crate::model::Pooling;
+use crate::options::{Sparse, State, at_least, at_least_one};
 
 /// Fine-tunes a BERT encoder for text classification with Adamax.
 #[derive(Parser)]
@@ -147,11 +148,6 @@ pub(crate) struct Settings {
     /// 0.1.
     #[arg(long, value_name = "SHARE", value_parser = share, allow_negative_numbers = true)]
     pub(crate) dropout: Option<f64>,
-
-    /// Multiply the loss by this, so that small gradients do not vanish in f16, and divide the gradients by it. By
-    /// default 1, with --dtype f16 1024.
-    #[arg(long, value_name = "FACTOR", allow_negative_numbers = true)]
-    pub(crate) loss_scale: Option<f64>,
 }
 
 /// The type of weights.
@@ -182,27 +178,6 @@ impl Float {
     }
 }
 
-/// How moments are stored.
-#[derive(Clone, Copy, Debug, PartialEq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum State {
-    F32,
-    Bf16,
-    F16,
-    Q8,
-}
-
-impl State {
-    pub(crate) fn dtype(self) -> StateDType {
-        match self {
-            Self::F32 => StateDType::F32,
-            Self::Bf16 => StateDType::BF16,
-            Self::F16 => StateDType::F16,
-            Self::Q8 => StateDType::Q8,
-        }
-    }
-}
-
 /// How weights are rounded.
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -221,23 +196,6 @@ impl Round {
             Self::Nearest => Rounding::Nearest,
             Self::Stochastic => Rounding::Stochastic,
             Self::Master => Rounding::Master,
-        }
-    }
-}
-
-/// What becomes of the rows of words that a batch does not have.
-#[derive(Clone, Copy, Debug, PartialEq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Sparse {
-    Lazy,
-    Exact,
-}
-
-impl Sparse {
-    pub(crate) fn update(self) -> SparseUpdate {
-        match self {
-            Self::Lazy => SparseUpdate::Lazy,
-            Self::Exact => SparseUpdate::Exact,
         }
     }
 }
@@ -262,21 +220,9 @@ pub(crate) enum Schedule {
     Constant,
 }
 
-fn at_least_one(text: &str) -> Result<usize, String> {
-    at_least(text, 1)
-}
-
 /// A text is at least one token between the first and the last one.
 fn at_least_three(text: &str) -> Result<usize, String> {
     at_least(text, 3)
-}
-
-fn at_least(text: &str, least: usize) -> Result<usize, String> {
-    match text.parse::<usize>() {
-        Ok(number) if number >= least => Ok(number),
-        Ok(_) => Err(format!("expected at least {least}")),
-        Err(error) => Err(format!("expected a whole number, at least {least}: {error}")),
-    }
 }
 
 fn share(text: &str) -> Result<f64, String> {

@@ -6,11 +6,12 @@ use candle_nn::VarMap;
 use tokenizers::Tokenizer;
 
 use crate::batch::Batcher;
-use crate::checkpoint::Progress;
 use crate::data::{self, Data};
+use crate::laps::Laps;
 use crate::model::{Classifier, Config, IsTrained, Weights, is_on_top};
+use crate::progress::Progress;
 use crate::settings::{Args, Train};
-use crate::train::{Laps, Length, Trainer};
+use crate::train::{Length, Trainer};
 use crate::{Stream, optim, random, report, tokenizer};
 
 /// A run that has not begun.

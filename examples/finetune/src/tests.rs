@@ -10,7 +10,7 @@ use crate::memory::{self, Memory};
 use crate::settings::Args;
 use crate::setup::setup;
 use crate::train::Length;
-use crate::{checkpoint, run};
+use crate::{progress, run};
 
 /// A folder for one test, with texts of two classes that a word tells apart.
 struct Folder(PathBuf);
@@ -62,7 +62,7 @@ impl Folder {
     }
 
     /// What the newest checkpoint says of the run.
-    fn progress(&self, out: &str) -> Result<checkpoint::Progress> {
+    fn progress(&self, out: &str) -> Result<progress::Progress> {
         Ok(serde_json::from_slice(&self.read(self.checkpoint(out)?.join("progress.json"))?)?)
     }
 }
@@ -130,7 +130,7 @@ fn a_run_learns_and_its_model_is_a_model_to_begin_with() -> Result<()> {
     let folder = Folder::new("learns")?;
     folder.run("first", &["--epochs", "6"])?;
     let first = folder.progress("first")?;
-    let accuracy = |progress: &checkpoint::Progress| progress.evaluations.last().map_or(0.0, |last| last.accuracy());
+    let accuracy = |progress: &progress::Progress| progress.evaluations.last().map_or(0.0, |last| last.accuracy());
     assert!(accuracy(&first) > 0.95, "{}", accuracy(&first));
     assert!(first.steps.iter().all(|step| step.norm.is_some_and(|norm| norm > 0.0)));
 

@@ -2,17 +2,17 @@
 
 use std::collections::HashMap;
 use std::sync::PoisonError;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use candle_adamax::Adamax;
-use candle_core::Tensor;
 use candle_core::backprop::GradStore;
 use candle_nn::{Optimizer, VarMap, loss};
 use serde::{Deserialize, Serialize};
 
 use crate::batch::{self, Batch, Batcher};
 use crate::evaluate::{Evaluation, evaluate};
+use crate::laps::Laps;
 use crate::model::{Classifier, Pass, WORDS};
 use crate::settings::Settings;
 use crate::tokenizer::Encoded;
@@ -70,15 +70,6 @@ pub(crate) struct Step {
     pub(crate) norm: Option<f64>,
 }
 
-/// How long each part of each step took. A GPU is waited for at the end of each, so that every part has its own time.
-#[derive(Default)]
-pub(crate) struct Laps {
-    pub(crate) batch: Vec<Duration>,
-    pub(crate) forward: Vec<Duration>,
-    pub(crate) backward: Vec<Duration>,
-    pub(crate) step: Vec<Duration>,
-}
-
 impl Trainer {
     /// Step `step`, counted from 0: its batches, and the update.
     pub(crate) fn step(&mut self, step: usize) -> Result<Step> {
@@ -100,13 +91,9 @@ impl Trainer {
             let batched = Instant::now();
             let loss = loss::cross_entropy(&self.model.forward(&batch, Pass::Training(rng))?, &batch.labels)?;
             let value = f64::from(loss.to_scalar::<f32>()?);
-            ensure!(
-                value.is_finite(),
-                "the loss is {value} in step {}: try a lower --lr, or with --dtype f16 a lower --loss-scale",
-                step + 1
-            );
+            ensure!(value.is_finite(), "the loss is {value} in step {}: try a lower --lr", step + 1);
             let forwarded = Instant::now();
-            let grads = self.scaled(&loss)?.backward()?;
+            let grads = self.optimizer.scale(&loss)?.backward()?;
             self.batcher.device.synchronize()?;
             let differentiated = Instant::now();
             self.optimizer.step(&grads)?;
@@ -120,15 +107,6 @@ impl Trainer {
         }
         let report = self.optimizer.report();
         Ok(Step { loss: losses / batches.len() as f64, lr: report.lr(), norm: report.total_norm() })
-    }
-
-    /// What is differentiated: the loss, times the factor by which the optimizer divides the gradients. A scale that
-    /// changes from step to step would be asked for here.
-    fn scaled(&self, loss: &Tensor) -> candle_core::Result<Tensor> {
-        match self.optimizer.params().loss_scale_factor {
-            Some(factor) => loss * factor,
-            None => Ok(loss.clone()),
-        }
     }
 
     /// How good the model is after `step` steps, on what was kept out of training.

@@ -83,8 +83,7 @@ fn prose(text: &str, is_fenced: bool) -> impl Iterator<Item = String> {
 
 /// The files of a folder in the order of their names, and with those of the folders in it if `all`.
 fn files_in(folder: &Path, all: bool) -> Result<Vec<PathBuf>> {
-    let list =
-        || -> Result<Vec<PathBuf>> { Ok(fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?) };
+    let list = || -> Result<Vec<PathBuf>> { fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect() };
     let mut paths = list().with_context(|| {
         format!("cannot list {}, beside which this program was built: give texts with --data", folder.display())
     })?;

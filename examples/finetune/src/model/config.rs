@@ -39,7 +39,7 @@ pub(crate) struct Config {
     pub(crate) pad_token_id: u32,
     #[serde(default = "absolute")]
     pub(crate) position_embedding_type: String,
-    /// What the classifier sees of a text; ModernBERT's name for it. BERT itself has [`Pooling::Cls`] only.
+    /// What the classifier sees of a text; `ModernBERT`'s name for it. BERT itself has [`Pooling::Cls`] only.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) classifier_pooling: Option<Pooling>,
     /// The classes, by their numbers as text.

@@ -1,4 +1,4 @@
-//! The option `--device`, of this example and of `recommender`.
+//! The option `--device`.
 
 use anyhow::{Context, Result, ensure};
 use candle_core::Device;

@@ -1,0 +1,107 @@
+//! Norms of gradients, and what clipping and skipping make of them.
+
+use candle_core::{DType, Result, Tensor};
+
+use super::*;
+use crate::clip::Clip;
+use crate::kernel::Source;
+use crate::kernel::cuda::abi::{Control, Gradient, JoinArgs, LeavesArgs, NormsArgs};
+use crate::kernel::cuda::plan::{LEAVES, chunks_of_leaves};
+use crate::reduce::{LEAF, NormType};
+use crate::state::Place;
+
+/// The norms of gradients by the kernels, and the orders that they leave.
+fn summarize(
+    grads: &[Tensor],
+    norm: NormType,
+    clip: Clip,
+    skips: bool,
+    reversed: bool,
+) -> Result<(Vec<f64>, Control, Vec<f64>)> {
+    let dtype = grads.first().map_or(DType::F32, Tensor::dtype);
+    let mut values = grads.iter().map(|grad| memory(grad, 0)).collect::<Result<Vec<_>>>()?;
+    let (mut gradients, mut first) = (Vec::new(), 0);
+    for (values, grad) in values.iter_mut().zip(grads) {
+        let len = grad.elem_count() as u64;
+        gradients.push(Gradient { values: values.address(), count: 0, len, first });
+        first += len.div_ceil(LEAF as u64);
+    }
+    let chunks = chunks_of_leaves(gradients.iter().map(|g| g.len)).expect("little work");
+    let blocks = chunks.len();
+    let (mut gradients, mut chunks) = (Memory::of(&gradients, 0), Memory::of(&chunks, 0));
+    let (mut leaves, mut folded) = (Memory::zeros::<f64>(first as usize), Memory::zeros::<f64>(first as usize));
+    let (mut norms, mut squares) = (Memory::zeros::<f64>(grads.len()), Memory::zeros::<f64>(2 * grads.len()));
+    let base = orders(&PLAIN, 1, Encoding::of(&hyper(&PLAIN)));
+    let mut all = Memory::of(&vec![abi::Orders::new(&base); grads.len()], 0);
+    let mut control = Memory::of(&[Control { skipped: 2, ..Control::default() }], 0);
+    let args = LeavesArgs {
+        gradients: gradients.address(),
+        chunks: chunks.address(),
+        leaves: leaves.address(),
+        norm: abi::norm(norm),
+        chunk_units: LEAVES,
+    };
+    launch(&format!("summary_leaves_{}", name(dtype)), blocks, &args, reversed);
+    let args = NormsArgs {
+        gradients: gradients.address(),
+        leaves: leaves.address(),
+        folded: folded.address(),
+        norms: norms.address(),
+        unscale: 1.0,
+        norm: abi::norm(norm),
+        padding: 0,
+    };
+    launch("summary_norms", grads.len(), &args, reversed);
+    let (clip, limit) = abi::clip(clip);
+    let args = JoinArgs {
+        norms: norms.address(),
+        squares: squares.address(),
+        orders: all.address(),
+        control: control.address(),
+        limit,
+        n: grads.len() as u32,
+        orders_n: grads.len() as u32,
+        norm: abi::norm(norm),
+        clip,
+        skips: u32::from(skips),
+        padding: 0,
+    };
+    launch("summary_join", 1, &args, reversed);
+    let scales = all.read::<abi::Orders>();
+    for orders in &scales {
+        assert!(orders.wide.grad_scale.is_nan() || orders.narrow.grad_scale == orders.wide.grad_scale as f32);
+    }
+    Ok((norms.read(), control.read()[0], scales.iter().map(|orders| orders.wide.grad_scale).collect()))
+}
+
+#[test]
+fn norms_and_factors_have_the_bits_of_the_cpu() -> Result<()> {
+    let same = |a: f64, b: f64| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
+    let sizes = [0, 1, 31, 32, 33, 1023, 1024, 1025, 40_000, 1_100_000];
+    for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
+        for (span, sizes) in [(3, &sizes[..]), (41, &sizes[..8])] {
+            let grads = sizes.iter().map(|&n| tensor(&[n], n as u64, span, dtype)).collect::<Result<Vec<_>>>()?;
+            for norm in [NormType::L1, NormType::L2, NormType::Inf] {
+                let place = Place::Host;
+                let sources: Vec<_> = grads.iter().map(|grad| (Source::Tensor(grad), place)).collect();
+                let expected =
+                    crate::kernel::Context::default().measure(&sources, norm).map_err(candle_core::Error::from)?;
+                let total = norm.join(&expected);
+                for clip in [Clip::None, Clip::Each(0.5), Clip::Global(2.0), Clip::Torch(1.0)] {
+                    let reversed = clip == Clip::None;
+                    let (norms, control, scales) = summarize(&grads, norm, clip, true, reversed)?;
+                    assert!(norms.iter().zip(&expected).all(|(a, b)| same(*a, *b)), "{dtype:?} {norm:?}");
+                    assert!(same(control.total_norm, total), "{dtype:?} {norm:?}");
+                    let skip = !total.is_finite();
+                    assert_eq!((control.skip, control.skipped), (u32::from(skip), 2 + u64::from(skip)));
+                    for (scale, own) in scales.iter().zip(&expected) {
+                        assert!(same(*scale, clip.factor(*own, total)), "{clip:?} {own}");
+                    }
+                }
+            }
+        }
+    }
+    let none = summarize(&[], NormType::L2, Clip::Global(1.0), true, false)?;
+    assert_eq!((none.1.total_norm, none.1.skip), (0.0, 0));
+    Ok(())
+}

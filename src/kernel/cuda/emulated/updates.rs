@@ -1,0 +1,234 @@
+//! Updates of whole tensors, of late ones, sums and averages.
+
+use candle_core::{DType, Result, Var};
+
+use super::*;
+use crate::kernel::cuda::abi::{Control, Late, Pair, PairArgs, UpdateArgs};
+use crate::kernel::cuda::plan::{LEAVES, chunks, chunks_of_leaves, units_of_chunk};
+use crate::kernel::{Source, Task, Update, cpu};
+use crate::state::{Layout, Place};
+
+/// Several updates of tensors of these shapes by both, compared after each.
+fn check(shapes: &[Vec<usize>], keep: Keep) -> Result<()> {
+    let encoding = Encoding::of(&hyper(&keep));
+    let mut vars = Vec::new();
+    for (i, shape) in shapes.iter().enumerate() {
+        let var = Var::from_tensor(&tensor(shape, i as u64, keep.span, keep.dtypes.0)?)?;
+        let layout = Layout::of(&var, keep.state, keep.by_rows, keep.rowwise, encoding);
+        let state = ParamState::zeros(&var, Place::Host, &layout, keep.rounding).map_err(candle_core::Error::from)?;
+        vars.push((var, state));
+    }
+    for t in 1..=4u64 {
+        let grads =
+            shapes.iter().map(|shape| tensor(shape, 99 + t, keep.span, keep.dtypes.1)).collect::<Result<Vec<_>>>()?;
+        let orders = orders(&keep, t, encoding);
+        let mut devices =
+            vars.iter().map(|(var, state)| arrays(var, state, keep.offset)).collect::<Result<Vec<_>>>()?;
+        let tasks = vars.iter_mut().zip(&grads).map(|((var, state), grad)| Task {
+            place: Place::Host,
+            nth: 0,
+            lent: Some(var.as_tensor()),
+            read: Some(Source::Tensor(grad)),
+            kind: Update { orders, state },
+        });
+        cpu::run(tasks.collect())?;
+
+        let mut grads = grads
+            .iter()
+            .map(|grad| memory(grad, keep.offset * grad.dtype().size_in_bytes()))
+            .collect::<Result<Vec<_>>>()?;
+        let tensors: Vec<abi::Tensor> = devices
+            .iter_mut()
+            .zip(&mut grads)
+            .zip(&vars)
+            .map(|((arrays, grad), (var, state))| {
+                let mut address = |i: usize| arrays[i].as_mut().map_or(0, |(memory, _)| memory.address());
+                let unit = state.moments.layout.unit as u64;
+                abi::Tensor {
+                    param: address(0),
+                    grad: grad.address(),
+                    exp_avg: address(1),
+                    exp_inf: address(2),
+                    units: address(3),
+                    master: address(4),
+                    len: var.elem_count() as u64,
+                    unit,
+                    chunk: units_of_chunk(unit),
+                    ..abi::Tensor::default()
+                }
+            })
+            .collect();
+        let chunks = chunks(tensors.iter().map(|t| (t.len.div_ceil(t.unit), t.chunk))).expect("little work");
+        let (mut tensors, mut orders) = (Memory::of(&tensors, 0), Memory::of(&[abi::Orders::new(&orders)], 0));
+        let blocks = chunks.len();
+        let mut chunks = Memory::of(&chunks, 0);
+        let args = UpdateArgs {
+            tensors: tensors.address(),
+            orders: orders.address(),
+            chunks: chunks.address(),
+            late: Late::default(),
+        };
+        launch(&kernel_of(&keep), blocks, &args, keep.reversed);
+
+        for ((var, state), got) in vars.iter().zip(&devices) {
+            let expected = arrays(var, state, keep.offset)?;
+            for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
+                if let (Some((got, dtype)), Some((expected, _))) = (got, expected) {
+                    let (got, expected) = (numbers(got, *dtype), numbers(expected, *dtype));
+                    let first = got.iter().zip(&expected).position(|(a, b)| a != b);
+                    assert_eq!(first, None, "{keep:?}, shape {:?}, array {i}, update {t}", var.dims());
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn flat_shapes() -> Vec<Vec<usize>> {
+    [0, 1, 7, 8, 9, 15, 31, 33, 255, 256, 257, 1000, 1023, 1024, 1025, 2500, 17_000].map(|n| vec![n]).to_vec()
+}
+
+fn row_shapes() -> Vec<Vec<usize>> {
+    [[1, 1], [40, 1], [7, 3], [5, 8], [33, 24], [9, 64], [3, 100], [2, 256], [2, 1000], [70, 2]].map(Vec::from).to_vec()
+}
+
+#[test]
+fn updates_have_the_bits_of_the_cpu() -> Result<()> {
+    for dtypes in DTYPES {
+        for state in STATES {
+            let states = if dtypes.0 == DType::F64 && state != StateDType::F32 { continue } else { state };
+            for (span, decay) in [
+                (2, WeightDecay::None),
+                (2, WeightDecay::Decoupled(0.1)),
+                (2, WeightDecay::L2(0.1)),
+                (41, WeightDecay::None),
+                (41, WeightDecay::L2(0.1)),
+            ] {
+                check(&flat_shapes(), Keep { dtypes, state: states, span, decay, ..PLAIN })?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn epsilon_clamps_and_roundings_too() -> Result<()> {
+    for (dtypes, state) in [(DTYPES[1], StateDType::F32), (DTYPES[3], StateDType::F16), (DTYPES[4], StateDType::Q8)] {
+        for span in [3, 41] {
+            let keep = Keep { dtypes, state, span, ..PLAIN };
+            check(&flat_shapes(), Keep { epsilon: Epsilon::Inside, ..keep })?;
+            check(&flat_shapes(), Keep { clamp: 0.25, ..keep })?;
+            for rounding in [Rounding::Stochastic, Rounding::Master] {
+                check(&flat_shapes(), Keep { rounding, decay: WeightDecay::Decoupled(0.01), ..keep })?;
+                check(&row_shapes(), Keep { rounding, rowwise: true, ..keep })?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn rows_norms_of_rows_and_unaligned_starts_too() -> Result<()> {
+    for dtypes in DTYPES {
+        for state in STATES {
+            let states = if dtypes.0 == DType::F64 && state != StateDType::F32 { continue } else { state };
+            for (rowwise, span) in [(false, 2), (true, 2), (true, 41)] {
+                let keep = Keep { dtypes, state: states, rowwise, by_rows: !rowwise, span, ..PLAIN };
+                check(&row_shapes(), Keep { decay: WeightDecay::L2(0.1), ..keep })?;
+                check(&row_shapes(), Keep { offset: 3, ..keep })?;
+                check(&row_shapes(), Keep { reversed: true, ..keep })?;
+            }
+            check(&flat_shapes(), Keep { dtypes, state: states, offset: 1, reversed: true, ..PLAIN })?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn late_orders_and_skipped_calls() -> Result<()> {
+    let encoding = Encoding::of(&hyper(&PLAIN));
+    let all: Vec<abi::Orders> = (1..=3).map(|t| abi::Orders::new(&orders(&PLAIN, t, encoding))).collect();
+    let run = |control: Control, heard: u64| {
+        let (mut w, mut g) = (Memory::of(&[1.0f32, -2.0], 0), Memory::of(&[0.5f32, 0.25], 0));
+        let (mut m, mut u) = (Memory::zeros::<f32>(2), Memory::zeros::<f32>(2));
+        let tensor = abi::Tensor {
+            param: w.address(),
+            grad: g.address(),
+            exp_avg: m.address(),
+            exp_inf: u.address(),
+            len: 2,
+            unit: 1024,
+            chunk: units_of_chunk(1024),
+            ..abi::Tensor::default()
+        };
+        let (mut tensors, mut orders) = (Memory::of(&[tensor], 0), Memory::of(&all, 0));
+        let mut chunks = Memory::of(&chunks([(1, 16)]).expect("little work"), 0);
+        let mut control = Memory::of(&[control], 0);
+        let late = Late { control: control.address(), heard, orders: 1, padding: 0 };
+        let args = UpdateArgs { tensors: tensors.address(), orders: orders.address(), chunks: chunks.address(), late };
+        launch("update_f32_f32_full", 1, &args, false);
+        w.read::<f32>()
+    };
+    let of = |skipped, skip| Control { skipped, skip, ..Control::default() };
+    assert_eq!(run(of(7, 1), 7), [1.0, -2.0]);
+    let steps: Vec<f32> = (0..3).map(|late| 1.0 - run(of(5 + late, 0), 5)[0]).collect();
+    // m / u is 0.1; the step size is 0.01 / (1 - 0.9^t) with t as many as the orders are late.
+    for (step, t) in steps.iter().zip(1..) {
+        approx::assert_relative_eq!(f64::from(*step), 1e-3 / (1.0 - 0.9f64.powi(t)), max_relative = 1e-4);
+    }
+    Ok(())
+}
+
+#[test]
+fn sums_and_averages_have_the_bits_of_the_cpu() -> Result<()> {
+    for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
+        for n in [1usize, 7, 8, 1023, 5000] {
+            let (other, to) = (tensor(&[n], 1, 41, dtype)?, tensor(&[n], 2, 3, crate::state::arithmetic(dtype))?);
+            for (kind, factor, overwrites) in
+                [("accumulate", 0.3, false), ("average", 0.99, false), ("average", 0.5, true), ("average", 0.0, false)]
+            {
+                let own = || crate::state::Buffer::from_tensor(&to, &to, Place::Host).map_err(candle_core::Error::from);
+                let (mut buffer, var) = (own()?, Var::from_tensor(&other)?);
+                match kind {
+                    "accumulate" => cpu::run(vec![Task {
+                        place: Place::Host,
+                        nth: 0,
+                        lent: None,
+                        read: Some(Source::Tensor(&other)),
+                        kind: crate::kernel::Accumulate { unscale: factor, sum: &mut buffer },
+                    }])?,
+                    _ => cpu::run(vec![Task {
+                        place: Place::Host,
+                        nth: 0,
+                        lent: Some(var.as_tensor()),
+                        read: None,
+                        kind: crate::kernel::Average { momentum: factor, overwrite: overwrites, average: &mut buffer },
+                    }])?,
+                }
+                let (mut device, mut param) = (memory(&to, 0)?, memory(&other, 2 * dtype.size_in_bytes())?);
+                let pair = Pair { to: device.address(), other: param.address(), len: n as u64 };
+                let chunks = chunks_of_leaves([n as u64]).expect("little work");
+                let (mut pairs, blocks) = (Memory::of(&[pair], 0), chunks.len());
+                let mut chunks = Memory::of(&chunks, 0);
+                let args = PairArgs {
+                    pairs: pairs.address(),
+                    chunks: chunks.address(),
+                    control: 0,
+                    factor,
+                    other_factor: 1.0 - factor,
+                    chunk_units: LEAVES,
+                    overwrites: u32::from(overwrites),
+                };
+                launch(&format!("{kind}_{}", name(dtype)), blocks, &args, false);
+                let expected = buffer.to_tensor(to.shape()).map_err(candle_core::Error::from)?;
+                assert_eq!(
+                    numbers(&device, to.dtype()),
+                    numbers(&memory(&expected, 0)?, to.dtype()),
+                    "{kind} {dtype:?}"
+                );
+                assert_eq!(numbers(&param, dtype), numbers(&memory(var.as_tensor(), 0)?, dtype), "{kind} {dtype:?}");
+            }
+        }
+    }
+    Ok(())
+}
