@@ -44,7 +44,7 @@ pub(crate) struct Account {
 /// After which update each row was up to date, and whether its moments are zero.
 pub(crate) enum Marks {
     Host(Vec<u32>),
-    Gpu(GpuMarks),
+    Gpu(Box<GpuMarks>),
 }
 
 impl Marks {
@@ -55,14 +55,23 @@ impl Marks {
         }
     }
 
-    /// From now on these rows have this mark, or all of them, with the bits `kept` of their own.
-    fn set(&mut self, rows: Option<&[u32]>, kept: u32, added: u32) -> Result<()> {
-        match (self, rows) {
-            (Self::Gpu(marks), rows) => return marks.mark(rows, kept, added),
-            (Self::Host(marks), None) => marks.iter_mut().for_each(|mark| *mark = (*mark & kept) | added),
-            (Self::Host(marks), Some(rows)) => {
-                rows.iter().for_each(|&row| marks[row as usize] = (marks[row as usize] & kept) | added);
+    /// From now on the rows that have paid last, which are these, have this mark.
+    fn set(&mut self, rows: &[u32], mark: u32) -> Result<()> {
+        match self {
+            Self::Gpu(marks) => return marks.mark_named(mark),
+            Self::Host(marks) => rows.iter().for_each(|&row| marks[row as usize] = mark),
+        }
+        Ok(())
+    }
+
+    /// From now on all rows are up to date in a ledger that begins anew, and keep these bits of their marks.
+    fn begin_anew(&mut self, kept: u32) -> Result<()> {
+        match self {
+            Self::Gpu(marks) => {
+                marks.forget();
+                return marks.mark_all(kept, 0);
             }
+            Self::Host(marks) => marks.iter_mut().for_each(|mark| *mark &= kept),
         }
         Ok(())
     }
@@ -81,7 +90,7 @@ impl Debts {
         }
         let mark = if state.step == 0 { EMPTY } else { 0 };
         Ok(match state.place() {
-            Place::Cuda => Marks::Gpu(GpuMarks::new(var, mark)?),
+            Place::Cuda => Marks::Gpu(Box::new(GpuMarks::new(var, mark)?)),
             Place::Host | Place::Device => Marks::Host(vec![mark; var.dims().first().copied().unwrap_or(1)]),
         })
     }
@@ -119,6 +128,9 @@ impl Debts {
 
     fn settle(&self, account: &mut Account, rows: Option<&[u32]>) -> Result<()> {
         let now = account.ledger.now() as u32;
+        if let (Marks::Gpu(marks), Some(rows)) = (&mut account.marks, rows) {
+            marks.name(rows)?;
+        }
         if now == 0 {
             return Ok(());
         }
@@ -127,7 +139,7 @@ impl Debts {
         let (rounding, key) = (*rounding, derive(!*key, state.step));
         let task = PayTask { var: &self.var, row_len: self.row_len, ledger, rounding, key, state };
         match marks {
-            Marks::Gpu(marks) => marks.pay(task, rows, now)?,
+            Marks::Gpu(marks) => marks.pay(task, rows.is_none(), now)?,
             Marks::Host(since) => {
                 let owing: Vec<(u32, u32)> = match rows {
                     Some(rows) => rows.iter().filter_map(|&row| owing(ledger, since, row)).collect(),
@@ -151,7 +163,7 @@ impl Debts {
         };
         account.ledger.book(&orders.coefficients, orders.shrink);
         let now = account.ledger.now();
-        account.marks.set(Some(rows), 0, now as u32)?;
+        account.marks.set(rows, now as u32)?;
         if now >= FULL { self.pay_all(account) } else { Ok(()) }
     }
 
@@ -184,8 +196,7 @@ impl Account {
     /// All rows are up to date, and keep these bits of their marks.
     fn begin_anew(&mut self, kept: u32) -> Result<()> {
         self.ledger.clear();
-        self.marks.forget();
-        self.marks.set(None, kept, 0)
+        self.marks.begin_anew(kept)
     }
 }
 

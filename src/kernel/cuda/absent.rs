@@ -64,11 +64,19 @@ impl GpuMarks {
         match *self {}
     }
 
-    pub(crate) fn pay(&mut self, _: PayTask<'_>, _: Option<&[u32]>, _: u32) -> Result<()> {
+    pub(crate) fn name(&mut self, _: &[u32]) -> Result<()> {
         match *self {}
     }
 
-    pub(crate) fn mark(&mut self, _: Option<&[u32]>, _: u32, _: u32) -> Result<()> {
+    pub(crate) fn pay(&mut self, _: PayTask<'_>, _: bool, _: u32) -> Result<()> {
+        match *self {}
+    }
+
+    pub(crate) fn mark_named(&mut self, _: u32) -> Result<()> {
+        match *self {}
+    }
+
+    pub(crate) fn mark_all(&mut self, _: u32, _: u32) -> Result<()> {
         match *self {}
     }
 

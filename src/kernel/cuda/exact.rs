@@ -1,9 +1,11 @@
 //! What rows of one table on a GPU owe: which are up to date, and their payment. Nothing here waits for the device.
+//!
+//! Invariant: rows are named before they are updated, and what comes behind the update needs no memory.
 
 use std::sync::Arc;
 
 use candle_core::{CudaDevice, Device, Tensor};
-use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
+use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
 
 use super::abi::{self, Address, MarkArgs, PayArgs};
 use super::compile::load;
@@ -11,18 +13,22 @@ use super::launcher::launch;
 use super::plan::{blocks, blocks_of_units};
 use super::source::{Module, pay_kernel};
 use super::staging::alloc;
+use super::work::on_gpu;
 use crate::error::Result;
 use crate::kernel::PayTask;
 use crate::kernel::lend::gpu::{address_to_write, written};
 use crate::ledger::Record;
 use crate::rounding::Rounding;
-use crate::state::{Master, Stored};
 
 /// A table's marks, one for each row, and the ledger's entries, on its GPU.
 pub(crate) struct GpuMarks {
     device: CudaDevice,
+    /// What sets marks.
+    kernel: CudaFunction,
     marks: CudaSlice<u32>,
     rows: u64,
+    /// The rows that were named last, and how many they are.
+    named: (CudaSlice<u32>, u64),
     entries: Option<CudaSlice<u8>>,
     /// How many entries have gone up.
     seen: usize,
@@ -36,11 +42,10 @@ impl GpuMarks {
         };
         let rows = var.dims().first().copied().unwrap_or(1);
         let stream = device.cuda_stream();
-        let marks = stream.alloc_zeros::<u32>(rows.max(1)).map_err(candle_core::Error::wrap)?;
-        let mut new = Self { device: device.clone(), marks, rows: rows as u64, entries: None, seen: 0 };
-        if mark != 0 {
-            new.mark(None, 0, mark)?;
-        }
+        let zeros = |n: usize| stream.alloc_zeros::<u32>(n).map_err(candle_core::Error::wrap);
+        let (marks, named, kernel) = (zeros(rows.max(1))?, (zeros(1)?, 0), load(device, Module::Rows, "rows_mark")?);
+        let mut new = Self { device: device.clone(), kernel, marks, rows: rows as u64, named, entries: None, seen: 0 };
+        new.mark_all(0, mark)?;
         Ok(new)
     }
 
@@ -49,18 +54,20 @@ impl GpuMarks {
         self.marks.len() * size_of::<u32>()
     }
 
-    /// Lets rows pay what they owe, or all of them; those that have paid are marked with `mark`. A row may be named more
-    /// than once.
-    pub(crate) fn pay(&mut self, task: PayTask<'_>, rows: Option<&[u32]>, mark: u32) -> Result<()> {
+    /// Says which rows the next payment and the next mark are about. A row may be named more than once.
+    pub(crate) fn name(&mut self, rows: &[u32]) -> Result<()> {
+        // A device gives no memory of no bytes.
+        if !rows.is_empty() {
+            self.named.0 = self.device.cuda_stream().clone_htod(rows).map_err(candle_core::Error::wrap)?;
+        }
+        self.named.1 = rows.len() as u64;
+        Ok(())
+    }
+
+    /// Lets the rows that were named pay what they owe, or all of them; those that have paid are marked with `mark`.
+    pub(crate) fn pay(&mut self, task: PayTask<'_>, is_all: bool, mark: u32) -> Result<()> {
         let PayTask { var, row_len, ledger, rounding, key, state } = task;
-        let Stored::Device(moments) = &state.moments.stored else {
-            return Err(candle_core::Error::msg("expected moments on the variable's GPU").into());
-        };
-        let master = match &state.master {
-            Some(Master::Device(master)) => Some(master),
-            None => None,
-            Some(_) => return Err(candle_core::Error::msg("expected a master on the variable's GPU").into()),
-        };
+        let (moments, master) = on_gpu(state)?;
         if row_len == 0 {
             return Ok(());
         }
@@ -95,26 +102,29 @@ impl GpuMarks {
             now: ledger.now() as u32,
             mark,
         };
-        // Freed when the kernel has run, in the order of the stream.
-        let named = named(&stream, rows)?;
-        if let Some((ids, n)) = &named {
-            (args.tensor.rows, args.n) = (ids.device_ptr(&stream).0, *n);
+        if !is_all {
+            (args.tensor.rows, args.n) = (self.named.0.device_ptr(&stream).0, self.named.1);
         }
         launch(&stream, &function, blocks_of_units(args.n, args.tensor.unit), args)?;
         Ok(written(var, &stream)?)
     }
 
-    /// From now on these rows have this mark, or all of them, with the bits `kept` of their own.
-    pub(crate) fn mark(&mut self, rows: Option<&[u32]>, kept: u32, added: u32) -> Result<()> {
+    /// From now on the rows that were named have this mark.
+    pub(crate) fn mark_named(&mut self, mark: u32) -> Result<()> {
         let stream = self.device.cuda_stream();
-        let function = load(&self.device, Module::Rows, "rows_mark")?;
+        let rows = self.named.0.device_ptr(&stream).0;
+        self.mark(MarkArgs { rows, n: self.named.1, added: mark, ..MarkArgs::default() })
+    }
+
+    /// From now on all rows have this mark, with the bits `kept` of their own.
+    pub(crate) fn mark_all(&mut self, kept: u32, added: u32) -> Result<()> {
+        self.mark(MarkArgs { n: self.rows, kept, added, ..MarkArgs::default() })
+    }
+
+    fn mark(&mut self, args: MarkArgs) -> Result<()> {
+        let stream = self.device.cuda_stream();
         let marks = self.marks.device_ptr_mut(&stream).0;
-        let mut args = MarkArgs { marks, rows: 0, n: self.rows, all: self.rows, kept, added };
-        let named = named(&stream, rows)?;
-        if let Some((ids, n)) = &named {
-            (args.rows, args.n) = (ids.device_ptr(&stream).0, *n);
-        }
-        launch(&stream, &function, blocks(args.n), args)
+        launch(&stream, &self.kernel, blocks(args.n), MarkArgs { marks, all: self.rows, ..args })
     }
 
     /// The ledger begins anew.
@@ -140,15 +150,5 @@ impl GpuMarks {
             stream.memcpy_htod(bytes, &mut changed).map_err(candle_core::Error::wrap)?;
         }
         Ok(entries.device_ptr(stream).0)
-    }
-}
-
-/// Rows on the device, and how many there are; none if all are meant.
-fn named(stream: &Arc<CudaStream>, rows: Option<&[u32]>) -> Result<Option<(CudaSlice<u32>, u64)>> {
-    match rows {
-        // A device gives no memory of no bytes.
-        Some([]) => Ok(Some((stream.alloc_zeros::<u32>(1).map_err(candle_core::Error::wrap)?, 0))),
-        Some(rows) => Ok(Some((stream.clone_htod(rows).map_err(candle_core::Error::wrap)?, rows.len() as u64))),
-        None => Ok(None),
     }
 }

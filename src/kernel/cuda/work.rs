@@ -123,14 +123,8 @@ impl<'a> Prepared<'a> {
     pub(super) fn new(work: &'a Work<'_>) -> Result<Self> {
         let state = work.state();
         let layout = &state.moments.layout;
-        let (Some(var), Stored::Device(moments)) = (work.var(), &state.moments.stored) else {
-            return Err(candle_core::Error::msg("expected moments on the variable's GPU").into());
-        };
-        let master = match &state.master {
-            Some(Master::Device(master)) => Some(master),
-            None => None,
-            Some(_) => return Err(candle_core::Error::msg("expected a master on the variable's GPU").into()),
-        };
+        let Some(var) = work.var() else { return Err(candle_core::Error::msg("expected a variable").into()) };
+        let (moments, master) = on_gpu(state)?;
         let (grad, unit) = match work {
             Work::Dense(task) => match task.read {
                 Some(source) => (Grad::Dense(tensor_of(source)?), layout.unit as u64),
@@ -161,6 +155,19 @@ impl<'a> Prepared<'a> {
             Grad::Rows(..) | Grad::Sums(_) if self.grad.elements() == 0 => 0,
             Grad::Rows(rows, _) | Grad::Sums(RowSums { rows, .. }) => rows.len() as u64,
         }
+    }
+}
+
+/// The moments and the master of a state that lives on its variable's GPU.
+pub(super) fn on_gpu(state: &ParamState) -> Result<(&MomentTensors, Option<&Tensor>)> {
+    let master = match &state.master {
+        Some(Master::Device(master)) => Some(master),
+        None => None,
+        Some(_) => return Err(candle_core::Error::msg("expected a master on the variable's GPU").into()),
+    };
+    match &state.moments.stored {
+        Stored::Device(moments) => Ok((moments, master)),
+        _ => Err(candle_core::Error::msg("expected moments on the variable's GPU").into()),
     }
 }
 
