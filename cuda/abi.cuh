@@ -130,6 +130,24 @@ struct Lanes {
     __device__ __forceinline__ void sync() const { __syncwarp(mask); }
 };
 
+// === Rows ===
+
+// An id that is no row of the table.
+constexpr u32 NO_ROW = 0xffffffff;
+
+// The threads that work on one row, one column each at a time; unlike `Lanes` they never wait for each other.
+struct Columns {
+    u32 count, first;
+    u64 row, rows_at_once;
+
+    DEVICE Columns of(u64 row_len) {
+        u32 count = 1;
+        while (count < WARP && count < row_len) count *= 2;
+        u64 thread = u64(blockIdx.x) * THREADS + threadIdx.x;
+        return Columns{count, u32(thread % count), thread / count, u64(gridDim.x) * THREADS / count};
+    }
+};
+
 // === Groups of elements ===
 
 // Whether groups of a tensor can be read and written as whole words.

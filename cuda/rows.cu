@@ -1,36 +1,60 @@
-// Rows of tables: gathered for lookups, and the sums of their gradients.
+// Rows of tables: ids that are checked, rows that are gathered for lookups, and which are up to date.
 //
 // Launch: blocks of 256 threads; a warp, or a part of one for short rows, takes a row at a time, neighboring threads
 // neighboring columns. Called by src/kernel/cuda.
 #include "abi.cuh"
 
-// The threads that work on one row, one column each at a time; unlike `Lanes` they never wait for each other.
-struct Columns {
-    u32 count, first;
-    u64 row, rows_at_once;
-
-    DEVICE Columns of(u64 row_len) {
-        u32 count = 1;
-        while (count < WARP && count < row_len) count *= 2;
-        u64 thread = u64(blockIdx.x) * THREADS + threadIdx.x;
-        return Columns{count, u32(thread % count), thread / count, u64(gridDim.x) * THREADS / count};
-    }
+struct IdsArgs {
+    u64 from;
+    u32* to;      // NO_ROW where it is none
+    u32* trained; // null, or the same with NO_ROW for the padding, too
+    u32* bad;     // in host memory: becomes 1 if an id is no row
+    u64 n;
+    u32 rows;
+    u32 padding;
 };
 
+// Compared before they are narrowed, so that nothing wraps around into the table.
+template <typename T> DEVICE void read_ids(const IdsArgs& args) {
+    u64 threads = u64(gridDim.x) * THREADS;
+    for (u64 i = u64(blockIdx.x) * THREADS + threadIdx.x; i < args.n; i += threads) {
+        long long id = reinterpret_cast<const T*>(args.from)[i];
+        bool is_row = id >= 0 && id < (long long)args.rows;
+        u32 row = is_row ? u32(id) : NO_ROW;
+        args.to[i] = row;
+        if (args.trained != nullptr) args.trained[i] = row == args.padding ? NO_ROW : row;
+        // Every thread that writes it writes the same.
+        if (!is_row) *args.bad = 1;
+    }
+}
+
+KERNEL(rows_ids_u8, IdsArgs) { read_ids<unsigned char>(args); }
+KERNEL(rows_ids_i16, IdsArgs) { read_ids<short>(args); }
+KERNEL(rows_ids_i32, IdsArgs) { read_ids<int>(args); }
+KERNEL(rows_ids_u32, IdsArgs) { read_ids<u32>(args); }
+KERNEL(rows_ids_i64, IdsArgs) { read_ids<long long>(args); }
+
 struct GatherArgs {
-    const u32* ids; // each one the number of a row
+    const u32* ids; // each one the number of a row, or NO_ROW
     u64 table;
     u64 out;
     u64 n;
     u64 row_len; // in words
 };
 
+DEVICE u16 ones(u16) { return 0xffff; }
+DEVICE u32 ones(u32) { return 0xffffffff; }
+DEVICE uint2 ones(uint2) { return {0xffffffff, 0xffffffff}; }
+DEVICE uint4 ones(uint4) { return {0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff}; }
+
+// A row that the table does not have is NaN, which is all ones in every type.
 template <typename W> DEVICE void gather(const GatherArgs& args) {
     Columns columns = Columns::of(args.row_len);
     for (u64 i = columns.row; i < args.n; i += columns.rows_at_once) {
-        const W* from = reinterpret_cast<const W*>(args.table) + u64(args.ids[i]) * args.row_len;
+        u32 id = args.ids[i];
+        const W* from = reinterpret_cast<const W*>(args.table) + id * args.row_len;
         W* to = reinterpret_cast<W*>(args.out) + i * args.row_len;
-        for (u64 j = columns.first; j < args.row_len; j += columns.count) to[j] = from[j];
+        for (u64 j = columns.first; j < args.row_len; j += columns.count) to[j] = id == NO_ROW ? ones(W()) : from[j];
     }
 }
 
@@ -39,59 +63,6 @@ KERNEL(rows_gather_2, GatherArgs) { gather<u16>(args); }
 KERNEL(rows_gather_4, GatherArgs) { gather<u32>(args); }
 KERNEL(rows_gather_8, GatherArgs) { gather<uint2>(args); }
 KERNEL(rows_gather_16, GatherArgs) { gather<uint4>(args); }
-
-// `scale` times row `source` of gradient `part`.
-struct Contribution {
-    u32 part;
-    u32 source;
-    double scale;
-};
-
-enum DType { F64 = 0, F32 = 1, F16_ = 2, BF16_ = 3 };
-
-// A gradient whose rows are summed.
-struct Part {
-    u64 values;
-    u32 dtype;
-    u32 padding;
-};
-
-struct SumArgs {
-    const u32* starts; // the contributions to row k are those from `starts[k]` to `starts[k + 1]`
-    const Contribution* contributions;
-    const Part* parts;
-    u64 out; // rows, one after another
-    u64 n;
-    u64 row_len;
-};
-
-DEVICE float element(const Part& part, u64 i, float) {
-    if (part.dtype == F16_) return Element<f16>::widen(reinterpret_cast<const f16*>(part.values)[i]);
-    if (part.dtype == BF16_) return Element<bf16>::widen(reinterpret_cast<const bf16*>(part.values)[i]);
-    return reinterpret_cast<const float*>(part.values)[i];
-}
-
-DEVICE double element(const Part& part, u64 i, double) { return reinterpret_cast<const double*>(part.values)[i]; }
-
-// src/kernel/rows.rs, `RowsView::row`: in order of occurrence, in the type of the arithmetic.
-template <typename A> DEVICE void sum_rows(const SumArgs& args) {
-    Columns columns = Columns::of(args.row_len);
-    for (u64 k = columns.row; k < args.n; k += columns.rows_at_once) {
-        u32 begin = args.starts[k], end = args.starts[k + 1];
-        for (u64 j = columns.first; j < args.row_len; j += columns.count) {
-            A sum = A(0);
-            for (u32 nth = begin; nth < end; nth++) {
-                const Contribution& c = args.contributions[nth];
-                A value = element(args.parts[c.part], c.source * args.row_len + j, A()) * A(c.scale);
-                sum = nth == begin ? value : sum + value;
-            }
-            reinterpret_cast<A*>(args.out)[k * args.row_len + j] = sum;
-        }
-    }
-}
-
-KERNEL(rows_sum_f32, SumArgs) { sum_rows<float>(args); }
-KERNEL(rows_sum_f64, SumArgs) { sum_rows<double>(args); }
 
 struct MarkArgs {
     u32* marks;

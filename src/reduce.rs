@@ -132,6 +132,11 @@ fn fold_lanes<S: Statistic, E: Element>(row: &[E], value: impl Fn(E) -> f64) -> 
     for (lane, &x) in lanes.iter_mut().zip(tail) {
         *lane = S::join(*lane, value(x));
     }
+    fold_halves::<S>(lanes)
+}
+
+#[inline(always)]
+fn fold_halves<S: Statistic>(mut lanes: [f64; LANES]) -> f64 {
     let mut width = LANES / 2;
     while width > 0 {
         for j in 0..width {
@@ -140,6 +145,18 @@ fn fold_lanes<S: Statistic, E: Element>(row: &[E], value: impl Fn(E) -> f64) -> 
         width /= 2;
     }
     lanes[0]
+}
+
+/// The sum of the products of two rows of the same length, by the lanes of one leaf, however long. Products of f32 are exact.
+#[inline(always)]
+pub(crate) fn dot<E: Element>(a: &[E], b: &[E]) -> f64 {
+    let mut lanes = [0.0; LANES];
+    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
+        for (lane, (a, b)) in lanes.iter_mut().zip(a.iter().zip(b)) {
+            *lane += a.widen().to_f64() * b.widen().to_f64();
+        }
+    }
+    fold_halves::<Magnitudes>(lanes)
 }
 
 #[cfg(test)]

@@ -12,8 +12,8 @@ use std::path::Path;
 use std::sync::LazyLock;
 
 use candle_adamax::{
-    Adamax, ClipGradNorm, CosineDecay, Ema, Embedding, Epsilon, GradScaler, Kernel, NormType, ParamsAdamax, Rounding,
-    SparseGrad, SparseUpdate, StateDType, StepCount, Table, WeightDecay,
+    Adamax, Bags, ClipGradNorm, CosineDecay, Ema, Embedding, EmbeddingBag, Epsilon, GradScaler, Kernel, NormType,
+    ParamsAdamax, Pooling, Rounding, SparseGrad, SparseUpdate, StateDType, StepCount, Table, WeightDecay,
 };
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor, Var};
@@ -240,7 +240,7 @@ impl CustomOp1 for Given {
     }
 }
 
-/// Trains a table by lookups, several in a step, with ids that occur several times.
+/// Trains a table by lookups, several in a step, with ids that occur several times, in host memory and where the table is.
 fn train_table(device: &Device, dtype: DType, params: &ParamsAdamax, padding: bool) -> (Fingerprint, Vec<u64>) {
     const ROWS: usize = 1000;
     const DIM: usize = 24;
@@ -255,8 +255,9 @@ fn train_table(device: &Device, dtype: DType, params: &ParamsAdamax, padding: bo
         let mut optimizer = Adamax::from_named(all.clone(), params.clone()).unwrap();
         for t in 1..=12u64 {
             let ids = |seed: u64, n: usize| -> Tensor {
-                let ids: Vec<u32> = noise(seed, n).iter().map(|x| ((x * x) * 999.0) as u32).collect();
-                Tensor::from_vec(ids, n, &Device::Cpu).unwrap()
+                let ids: Vec<i64> = noise(seed, n).iter().map(|x| ((x * x) * 999.0) as i64).collect();
+                let device = if seed.is_multiple_of(3) { Device::Cpu } else { common::device() };
+                Tensor::from_vec(ids, n, &device).unwrap()
             };
             let grads_of = |seed: u64, n: usize| {
                 let rows = layer.forward(&ids(seed, n)).unwrap();
@@ -351,16 +352,99 @@ fn a_table_in_host_memory_serves_a_model_on_the_gpu() {
     assert!(optimizer.report().missing().next().is_none());
 }
 
+/// Trains a table and weights of its rows by bags, some of which are empty.
+fn train_bags(device: &Device, dtype: DType, pooling: Pooling, weighted: bool) -> (Fingerprint, Vec<Vec<u64>>) {
+    const OFFSETS: [u32; 6] = [0, 4, 4, 5, 90, 120];
+    const IDS: usize = 120;
+    on(device, || {
+        let table = var(&noise(3, 200 * 20), &[200, 20], dtype);
+        let weights = var(&noise(4, IDS), &[IDS], dtype);
+        let layer = EmbeddingBag::new(table.as_tensor().clone(), pooling).unwrap();
+        let all = [("table".to_owned(), table), ("weights".to_owned(), weights.clone())];
+        let params = ParamsAdamax { clip_global_norm: Some(0.1), ..Default::default() };
+        let mut optimizer = Adamax::from_named(all.clone(), params).unwrap();
+        let mut forward = Vec::new();
+        for t in 1..=6u64 {
+            let ids: Vec<i32> = noise(t, IDS).iter().map(|x| (x * x * 199.0) as i32).collect();
+            let ids_on = if t.is_multiple_of(3) { Device::Cpu } else { common::device() };
+            let ids = Tensor::from_vec(ids, IDS, &ids_on).unwrap();
+            let mut bags = Bags::offsets(&ids, &Tensor::new(&OFFSETS, &Device::Cpu).unwrap()).unwrap();
+            if weighted {
+                bags = bags.weights(weights.as_tensor()).unwrap();
+            }
+            let pooled = layer.pool(&bags).unwrap();
+            forward.push(bits(&pooled));
+            let given = Given(tensor(&noise(t + 50, OFFSETS.len() * 20), &[OFFSETS.len(), 20], dtype));
+            optimizer.step(&pooled.apply_op1(given).unwrap().backward().unwrap()).unwrap();
+        }
+        (Fingerprint::of(&optimizer, &all), forward)
+    })
+}
+
 #[test]
-fn a_bad_id_is_an_error_and_changes_nothing() {
+fn bags_have_the_bits_of_the_cpu() {
+    for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
+        for (pooling, weighted) in
+            [(Pooling::Sum, false), (Pooling::Mean, false), (Pooling::Max, false), (Pooling::Sum, true)]
+        {
+            let expected = train_bags(&Device::Cpu, dtype, pooling, weighted);
+            assert!(train_bags(gpu(), dtype, pooling, weighted) == expected, "{dtype:?} {pooling:?} {weighted}");
+        }
+    }
+}
+
+#[test]
+fn a_bad_id_in_host_memory_is_an_error_of_the_lookup() {
     on(gpu(), || {
         let weight = var(&noise(1, 80), &[10, 8], DType::F32);
-        let table = Table::new(&weight).unwrap();
-        for ids in [Tensor::new(&[3u32, 12], &Device::Cpu).unwrap(), Tensor::new(&[3i64, -1], gpu()).unwrap()] {
-            let error = table.lookup(&ids).unwrap_err().to_string();
-            assert!(error.contains("out of range: the table has 10 rows, so ids are 0 to 9"), "{error}");
-        }
+        let ids = Tensor::new(&[3u32, 12], &Device::Cpu).unwrap();
+        let error = Table::new(&weight).unwrap().lookup(&ids).unwrap_err().to_string();
+        assert!(error.contains("id 12 at position [1]") && error.contains("10 rows, so ids are 0 to 9"), "{error}");
         assert_eq!(bits(&weight), bits(&tensor(&noise(1, 80), &[10, 8], DType::F32)));
+    });
+}
+
+#[test]
+fn a_bad_id_on_the_gpu_is_an_error_of_the_step() {
+    on(gpu(), || {
+        for sparse_update in [SparseUpdate::Lazy, SparseUpdate::Exact] {
+            let weight = var(&noise(1, 80), &[10, 8], DType::F32);
+            let table = Table::new(&weight).unwrap();
+            let params = ParamsAdamax { sparse_update, ..Default::default() };
+            let vars = [("w".to_owned(), weight.clone())];
+            let mut optimizer = Adamax::from_named(vars.clone(), params).unwrap();
+            let grads_of = |ids: &[i64]| {
+                let rows = table.lookup(&Tensor::new(ids, gpu()).unwrap()).unwrap();
+                let given = Given(tensor(&noise(7, 8 * ids.len()), &[ids.len(), 8], DType::F32));
+                (bits(&rows), rows.apply_op1(given).unwrap().backward().unwrap())
+            };
+            optimizer.step(&grads_of(&[1, 2]).1).unwrap();
+            let before = Fingerprint::of(&optimizer, &vars);
+            let (rows, grads) = grads_of(&[3, -1, 4]);
+            let nan = f64::NAN.to_bits();
+            assert!(rows[..8].iter().chain(&rows[16..]).all(|&x| x != nan) && rows[8..16].iter().all(|&x| x == nan));
+            for _ in 0..2 {
+                let error = optimizer.step(&grads).unwrap_err().to_string();
+                assert!(error.contains("id -1 at position [1]"), "{error}");
+                assert!(error.contains("out of range: the table has 10 rows, so ids are 0 to 9"), "{error}");
+            }
+            assert!(Fingerprint::of(&optimizer, &vars) == before);
+            optimizer.step(&grads_of(&[3, 4]).1).unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_bad_id_that_no_step_has_seen_is_an_error_of_a_later_lookup() {
+    on(gpu(), || {
+        let weight = var(&noise(1, 80), &[10, 8], DType::F32);
+        let (table, good) = (Table::new(&weight).unwrap(), Tensor::new(&[1u8], gpu()).unwrap());
+        let bad = Tensor::new(&[[1u32, 2], [10, 3]], gpu()).unwrap();
+        table.lookup(&bad).unwrap();
+        gpu().synchronize().unwrap();
+        let error = table.lookup(&good).unwrap_err().to_string();
+        assert!(error.contains("id 10 at position [1, 0]"), "{error}");
+        table.lookup(&good).unwrap();
     });
 }
 

@@ -8,10 +8,10 @@ use candle_core::{DType, Device, Tensor};
 
 use super::Param;
 use crate::error::{ErrorKind, Result};
-use crate::gradient::sparse::{IdsOf, Part, coalesce, densify, read_ids, row_len, rows_of};
+use crate::gradient::sparse::{IdsOf, densify, read_ids, row_len, rows_of};
 use crate::gradient::{SparseGrad, TouchedRows};
 use crate::kernel::lend::storage_address;
-use crate::kernel::{Occurrences, RowGrad};
+use crate::kernel::{Listed, Occurrences, Part, RowGrad, RowValues, total};
 use crate::state::{Place, arithmetic};
 
 /// What a call has for one variable.
@@ -86,7 +86,7 @@ pub(super) fn check_sparse<'g>(
     storages: &HashMap<usize, String>,
     grad: &'g SparseGrad,
 ) -> Result<RowGrad<'g>> {
-    coalesce(vec![Checker { param, storages }.sparse(grad)?], row_len(&param.var))
+    RowGrad::coalesced(&[Checker { param, storages }.sparse(grad)?], row_len(&param.var))
 }
 
 /// Checks the gradients of one variable.
@@ -105,6 +105,7 @@ impl Checker<'_> {
         }
         let mut parts = Vec::with_capacity(lookups.len() + 1);
         for Part { grad, occurrences } in lookups {
+            occurrences.check()?;
             let values = self.tensor("gradient", grad)?;
             parts.push(Part { grad: self.where_summed(values)?, occurrences });
         }
@@ -119,7 +120,13 @@ impl Checker<'_> {
         if parts.is_empty() {
             return Ok(None);
         }
-        let rows = coalesce(parts, row_len(var))?;
+        let rows = match self.param.place() {
+            Place::Cuda => {
+                total(&parts)?;
+                RowGrad { row_len: row_len(var), values: RowValues::Unsorted(parts) }
+            }
+            Place::Host | Place::Device => RowGrad::coalesced(&parts, row_len(var))?,
+        };
         Ok(Some(match dense {
             None => Grad::Rows(Box::new(rows)),
             // A weight that is used both ways gets the sum of both, and that has all rows.
@@ -157,7 +164,10 @@ impl Checker<'_> {
         }
         let ids = read_ids(IdsOf { what: "indices", of: &self.param.name }, indices, rows)?;
         let grad = self.tensor("values", Cow::Borrowed(values))?;
-        Ok(Part { grad: self.where_summed(grad)?, occurrences: Arc::new(Occurrences::new(ids, None, None)) })
+        Ok(Part {
+            grad: self.where_summed(grad)?,
+            occurrences: Arc::new(Occurrences::Host(Listed::new(ids, None, None))),
+        })
     }
 
     /// Some rows of a gradient in the shape of the variable, where they are.
@@ -175,7 +185,7 @@ impl Checker<'_> {
                 rows
             }
         };
-        let occurrences = Arc::new(Occurrences::new(rows.clone(), Some(rows), None));
+        let occurrences = Arc::new(Occurrences::Host(Listed::new(rows.clone(), Some(rows), None)));
         Ok(Part { grad: self.where_summed(grad)?, occurrences })
     }
 

@@ -6,7 +6,7 @@ use super::Param;
 use super::accumulate::Accumulated;
 use super::collect::{Collected, Grad};
 use crate::error::Result;
-use crate::kernel::{RowGrad, RowValues, Source};
+use crate::kernel::{RowGrad, RowValues, Source, SummedRows};
 use crate::state::Place;
 
 /// Which gradients an update is made of.
@@ -69,8 +69,8 @@ impl<'c> Gradients<'c> {
             sources.push(match self.of(index, param.accumulated.as_ref()) {
                 None => continue,
                 Some(GradRef::Dense(source)) => (source, param.place()),
-                Some(GradRef::Rows(RowGrad { values: RowValues::Summed(sums), .. })) => {
-                    (Source::Buffer(sums), Place::Host)
+                Some(GradRef::Rows(RowGrad { values: RowValues::Summed(SummedRows { values, .. }), .. })) => {
+                    (Source::Buffer(values), Place::Host)
                 }
                 Some(GradRef::Rows(_)) => return Err(candle_core::Error::msg("rows are not summed up yet").into()),
             });

@@ -10,7 +10,7 @@ use crate::codec::Encoding;
 use crate::error::{Error, Result};
 use crate::gradient::sparse::row_len;
 use crate::group::GroupSettings;
-use crate::kernel::{Kernel, Orders};
+use crate::kernel::{Kernel, Orders, RowGrad, Touched};
 use crate::params::{Keeping, ParamsAdamax, SparseUpdate};
 use crate::rounding::derive;
 use crate::rule::{Hyperparameters, WeightDecay};
@@ -65,8 +65,16 @@ impl StateMut<'_> {
     pub(super) fn pay(&mut self, rows: Option<&[u32]>) -> Result<()> {
         match (self, rows) {
             (Self::Own(_), _) => Ok(()),
-            (Self::Shared(debts, account), Some(rows)) => debts.pay(account, rows),
+            (Self::Shared(debts, account), Some(rows)) => debts.pay(account, &Touched::Rows(rows)),
             (Self::Shared(debts, account), None) => debts.pay_all(account),
+        }
+    }
+
+    /// Lets the rows of a gradient of `var` pay, before they are updated.
+    pub(super) fn pay_touched(&mut self, grad: &RowGrad<'_>, var: &Tensor) -> Result<()> {
+        match self {
+            Self::Own(_) => Ok(()),
+            Self::Shared(debts, account) => debts.pay(account, &grad.touched(var.device())?),
         }
     }
 
@@ -74,7 +82,7 @@ impl StateMut<'_> {
     pub(super) fn book(&mut self, orders: &Orders, grad: GradRef<'_>) -> Result<()> {
         match (self, grad) {
             (Self::Own(_), _) => Ok(()),
-            (Self::Shared(debts, account), GradRef::Rows(grad)) => debts.book(account, orders, Some(&grad.rows)),
+            (Self::Shared(debts, account), GradRef::Rows(grad)) => debts.book(account, orders, Some(grad)),
             (Self::Shared(debts, account), GradRef::Dense(_)) => debts.book(account, orders, None),
         }
     }

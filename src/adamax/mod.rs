@@ -320,7 +320,7 @@ impl Adamax {
             let (Some(orders), Some(grad)) = (*orders, gradients.of(index, *accumulated)) else { continue };
             match grad {
                 GradRef::Rows(grad) => {
-                    state.pay(Some(&grad.rows))?;
+                    state.pay_touched(grad, var)?;
                     row_tasks.push(RowTask { nth, var, grad, orders, state });
                 }
                 GradRef::Dense(read) => {

@@ -2,14 +2,16 @@
 
 use std::sync::OnceLock;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::op::BackpropOp;
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor, bail};
 use candle_nn::{Module, VarBuilder};
 
 use super::{Options, matrix, weight};
 use crate::error::{Error, ErrorKind, Result};
 use crate::kernel;
-use crate::table::{Pooled, Table};
+use crate::table::{Pooled, PooledIds, Table};
 
 /// What becomes of the rows of a bag.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -75,7 +77,7 @@ impl Bags {
             return Err(ErrorKind::DTypeMismatch { what: "offsets", name, expected, got: offsets.dtype() }.into());
         }
         let n = ids.elem_count();
-        let offsets = offsets.to_device(&candle_core::Device::Cpu)?;
+        let offsets = offsets.to_device(&Device::Cpu)?;
         let offsets = match offsets.dtype() {
             // Not through i64, whose conversion from some dtypes candle does not have.
             DType::U32 => offsets.to_vec1::<u32>()?.into_iter().map(i64::from).collect(),
@@ -212,12 +214,11 @@ impl EmbeddingBag {
                 return Err(ErrorKind::DTypeMismatch { what: "weights", name, expected, got: weights.dtype() }.into());
             }
         }
-        let all = self.table.read(ids)?;
-        if u32::try_from(all.len().max(starts.len())).is_err() {
-            return Err(Error::invalid("ids", "at most 4294967295 ids", all.len()));
+        if u32::try_from(ids.elem_count().max(starts.len())).is_err() {
+            return Err(Error::invalid("ids", "at most 4294967295 ids", ids.elem_count()));
         }
-        let pooled = self.arrange(&all, starts, weights.as_ref())?;
-        if !self.table.on_host() {
+        let pooled = self.arrange(ids, starts, weights.as_ref())?;
+        if !kernel::has_lookups(self.table.raw()) {
             return self.pool_dense(pooled);
         }
         match self.pooling {
@@ -226,59 +227,56 @@ impl EmbeddingBag {
         }
     }
 
-    /// The ids without those of the padding, and which bags they are in.
-    fn arrange(&self, all: &[u32], starts: &[usize], weights: Option<&Tensor>) -> Result<Pooled> {
-        let factors: Option<Vec<f64>> = match weights {
-            Some(weights) => Some(
-                weights
-                    .detach()
-                    .to_device(&candle_core::Device::Cpu)?
-                    .flatten_all()?
-                    .to_dtype(DType::F64)?
-                    .to_vec1()?,
-            ),
-            None => None,
-        };
-        let (mut ids, mut bags) = (Vec::with_capacity(all.len()), Vec::with_capacity(all.len()));
-        let (mut kept, mut positions) = (Vec::new(), Vec::new());
-        let mut begins = vec![0];
-        for (bag, range) in starts.windows(2).enumerate() {
-            for p in range[0]..range[1] {
-                if Some(all[p]) == self.options.padding {
-                    continue;
-                }
-                ids.push(all[p]);
-                bags.push(bag as u32);
-                if let Some(factors) = &factors {
-                    kept.push(factors[p]);
-                    positions.push(p as u32);
-                }
-            }
-            begins.push(ids.len() as u32);
-        }
-        let factors = weights.map(|weights| (kept, weights.clone(), positions));
+    /// The ids without those of the padding, and which bags they are in. Ids on the table's GPU stay there, unless some are to
+    /// be left out.
+    fn arrange(&self, ids: &Tensor, starts: &[usize], weights: Option<&Tensor>) -> Result<Pooled> {
+        let (table, padding) = (self.table.raw(), self.options.padding);
         let (mean, max_norm) = (self.pooling == Pooling::Mean, self.options.max_norm);
-        Ok(Pooled { ids, starts: begins, bags, mean, factors, max_norm })
+        let factors = weights.map(Tensor::flatten_all).transpose()?;
+        let stays = padding.is_none() && !ids.device().is_cpu() && ids.device().same_device(table.device());
+        if stays && kernel::has_lookups(table) && ids.dtype().is_int() {
+            let bags = (0..).zip(starts.windows(2)).flat_map(|(bag, range)| (range[0]..range[1]).map(move |_| bag));
+            let (bags, starts) = (bags.collect(), starts.iter().map(|&start| start as u32).collect());
+            let ids = PooledIds::Gpu(ids.flatten_all()?);
+            return Ok(Pooled { ids, starts, bags, mean, factors, max_norm });
+        }
+        let all = self.table.read(ids)?;
+        let (mut kept, mut bags) = (Vec::with_capacity(all.len()), Vec::with_capacity(all.len()));
+        let (mut positions, mut begins) = (Vec::new(), vec![0]);
+        for (bag, range) in (0..).zip(starts.windows(2)) {
+            for (p, &id) in (0..).zip(&all).take(range[1]).skip(range[0]).filter(|&(_, &id)| Some(id) != padding) {
+                kept.push(id);
+                bags.push(bag);
+                positions.push(p);
+            }
+            begins.push(kept.len() as u32);
+        }
+        let factors = match factors {
+            Some(factors) if positions.len() < all.len() => {
+                Some(factors.index_select(&Tensor::from_vec::<_, u32>(positions, kept.len(), factors.device())?, 0)?)
+            }
+            factors => factors,
+        };
+        Ok(Pooled { ids: PooledIds::Host(kept), starts: begins, bags, mean, factors, max_norm })
     }
 
     fn pool_max(&self, pooled: Pooled) -> Result<Tensor> {
         let Pooled { ids, starts, max_norm, .. } = pooled;
-        let n = ids.len();
-        let rows = self.table.lookup_without(&Tensor::from_vec(ids, n, &candle_core::Device::Cpu)?, None, max_norm)?;
+        let rows = self.table.lookup_without(&ids.into_tensor()?, None, max_norm)?;
         let op = Largest { starts, row_len: self.table.row_len(), positions: OnceLock::new() };
         Ok(rows.apply_op1(op)?)
     }
 
-    /// In candle's operations on looked-up rows, for other devices than the CPU.
+    /// In candle's operations on looked-up rows, for devices on which no kernel of this crate runs.
     fn pool_dense(&self, pooled: Pooled) -> Result<Tensor> {
         let Pooled { ids, starts, bags, mean, factors, .. } = pooled;
         let (weight, dim) = (self.table.raw(), self.table.row_len());
-        let (device, n) = (weight.device(), ids.len());
+        let device = weight.device();
         let zeros = || Tensor::zeros((starts.len() - 1, dim), weight.dtype(), device);
-        if n == 0 {
+        if bags.is_empty() {
             return Ok(zeros()?);
         }
-        let mut rows = self.table.lookup(&Tensor::from_vec(ids, n, &candle_core::Device::Cpu)?)?;
+        let mut rows = self.table.lookup(&ids.into_tensor()?)?;
         if self.pooling == Pooling::Max {
             let bag = |range: &[u32]| match (range[1] - range[0]) as usize {
                 0 => Tensor::zeros(dim, weight.dtype(), device),
@@ -286,8 +284,7 @@ impl EmbeddingBag {
             };
             return Ok(Tensor::stack(&starts.windows(2).map(bag).collect::<candle_core::Result<Vec<_>>>()?, 0)?);
         }
-        if let Some((_, weights, positions)) = factors {
-            let factors = weights.flatten_all()?.index_select(&Tensor::new(positions, device)?, 0)?;
+        if let Some(factors) = factors {
             rows = rows.broadcast_mul(&factors.unsqueeze(1)?)?;
         }
         let sums = zeros()?.index_add(&Tensor::new(bags, device)?, &rows, 0)?;
@@ -295,7 +292,7 @@ impl EmbeddingBag {
             return Ok(sums);
         }
         let counts = starts.windows(2).map(|range| f64::from((range[1] - range[0]).max(1))).collect();
-        let counts = Tensor::from_vec(counts, (starts.len() - 1, 1), &candle_core::Device::Cpu)?;
+        let counts = Tensor::from_vec(counts, (starts.len() - 1, 1), &Device::Cpu)?;
         Ok(sums.broadcast_div(&counts.to_dtype(weight.dtype())?.to_device(device)?)?)
     }
 }
@@ -327,7 +324,19 @@ struct Largest {
     starts: Vec<u32>,
     row_len: usize,
     /// From which row each element of the result came.
-    positions: OnceLock<Vec<u32>>,
+    positions: OnceLock<Positions>,
+}
+
+enum Positions {
+    Host(Vec<u32>),
+    #[cfg(feature = "cuda")]
+    Gpu(kernel::GpuRows),
+}
+
+impl Largest {
+    fn shape(&self) -> Shape {
+        (self.starts.len() - 1, self.row_len).into()
+    }
 }
 
 impl CustomOp1 for Largest {
@@ -337,13 +346,30 @@ impl CustomOp1 for Largest {
 
     fn cpu_fwd(&self, rows: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let (values, positions) = kernel::largest((rows, layout), self.row_len, &self.starts)?;
-        self.positions.get_or_init(|| positions);
-        Ok((values, (self.starts.len() - 1, self.row_len).into()))
+        self.positions.get_or_init(|| Positions::Host(positions));
+        Ok((values, self.shape()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, rows: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let Some((start, _)) = layout.contiguous_offsets() else { bail!("expected contiguous rows, got {layout:?}") };
+        let (values, positions) = kernel::gpu::largest((rows, start), self.row_len, &self.starts)?;
+        self.positions.get_or_init(|| Positions::Gpu(positions));
+        Ok((values, self.shape()))
     }
 
     fn bwd(&self, rows: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let Some(positions) = self.positions.get() else { bail!("the backward pass of a maximum before its forward") };
-        let grad = kernel::largest_backward(&grad.contiguous()?, self.row_len, positions, rows.dim(0)?)?;
-        Ok(Some(Tensor::from_storage(Storage::Cpu(grad), rows.shape(), BackpropOp::none(), false)))
+        let (grad, n) = (grad.contiguous()?, rows.dim(0)?);
+        let grad = match self.positions.get() {
+            Some(Positions::Host(positions)) => {
+                Storage::Cpu(kernel::largest_backward(&grad, self.row_len, positions, n)?)
+            }
+            #[cfg(feature = "cuda")]
+            Some(Positions::Gpu(positions)) => {
+                Storage::Cuda(kernel::gpu::largest_backward(&grad, self.row_len, positions, n)?)
+            }
+            None => bail!("the backward pass of a maximum before its forward"),
+        };
+        Ok(Some(Tensor::from_storage(grad, rows.shape(), BackpropOp::none(), false)))
     }
 }

@@ -1,16 +1,10 @@
-//! Gradients of rows: as a caller gives them, and as an update needs them.
-//!
-//! Invariant: coalescing sorts stably by row, so the contributions to a row stay in the order in which they occurred,
-//! over all lookups of a step; and it comes before norms and clipping.
-
-use std::borrow::Cow;
-use std::sync::Arc;
+//! Gradients of rows: as a caller gives them, accumulated, and as dense ones.
 
 use candle_core::{DType, Device, Tensor};
 
 use crate::element::Arithmetic;
 use crate::error::{Error, ErrorKind, Result};
-use crate::kernel::{Contribution, Occurrences, RowGrad, RowValues};
+use crate::kernel::{RowGrad, RowValues, SummedRows};
 use crate::pages::Pages;
 use crate::rule;
 use crate::state::{Buffer, arithmetic};
@@ -111,57 +105,6 @@ pub enum TouchedRows<'a> {
     NonZero,
 }
 
-/// A gradient in host memory, and to which rows it contributes.
-pub(crate) struct Part<'g> {
-    pub(crate) grad: Cow<'g, Tensor>,
-    pub(crate) occurrences: Arc<Occurrences>,
-}
-
-/// All contributions of a step to one table, by rows. Nothing is summed up yet.
-pub(crate) fn coalesce<'g>(parts: Vec<Part<'g>>, row_len: usize) -> Result<RowGrad<'g>> {
-    let mut ends = Vec::with_capacity(parts.len());
-    let mut total = 0;
-    for part in &parts {
-        total += part.occurrences.ids().len();
-        ends.push(total);
-    }
-    if u32::try_from(total).is_err() {
-        return Err(Error::invalid("ids", "at most 4294967295 ids of one table in a step", total));
-    }
-    let merged: Vec<u64>;
-    let keys = match parts.as_slice() {
-        [part] => part.occurrences.sorted(),
-        _ => {
-            let begins = std::iter::once(0).chain(ends.iter().map(|&end| end as u64));
-            let keys = parts
-                .iter()
-                .zip(begins)
-                .flat_map(|(part, begin)| part.occurrences.sorted().iter().map(move |key| key + begin));
-            let mut keys: Vec<u64> = keys.collect();
-            // The standard library's stable sort finds the sorted runs and merges them.
-            keys.sort();
-            merged = keys;
-            &merged
-        }
-    };
-    let (mut rows, mut starts) = (Vec::with_capacity(keys.len()), Vec::with_capacity(keys.len() + 1));
-    let mut contributions = Vec::with_capacity(keys.len());
-    for &key in keys {
-        let (row, position) = ((key >> 32) as u32, key as u32 as usize);
-        if rows.last() != Some(&row) {
-            rows.push(row);
-            starts.push(contributions.len() as u32);
-        }
-        let part = if parts.len() == 1 { 0 } else { ends.partition_point(|&end| end <= position) };
-        let occurrences = &parts[part].occurrences;
-        let (source, scale) = occurrences.contribution(position - (ends[part] - occurrences.ids().len()));
-        contributions.push(Contribution { part: part as u32, source, scale });
-    }
-    starts.push(contributions.len() as u32);
-    let parts = parts.into_iter().map(|part| part.grad).collect();
-    Ok(RowGrad { rows, row_len, values: RowValues::Lazy { starts, contributions, parts } })
-}
-
 /// Adds `unscale` times `grad` to an accumulated sum: a merge of two ascending lists of rows.
 pub(crate) fn accumulate(
     sum: Option<&RowGrad<'_>>,
@@ -171,22 +114,22 @@ pub(crate) fn accumulate(
 ) -> Result<RowGrad<'static>> {
     let row_len = grad.row_len;
     let grads = grad.summed(dtype)?;
-    let (before, sums): (&[u32], _) = match sum {
-        Some(sum) => (&sum.rows, sum.summed(dtype)?),
-        None => (&[], grads.empty()),
+    let before = match sum {
+        Some(sum) => sum.summed(dtype)?,
+        None => SummedRows { rows: Vec::new(), values: grads.values.empty() },
     };
-    let (rows, buffer) = match (&sums, &grads) {
-        (Buffer::F32(sums), Buffer::F32(grads)) => {
-            let (rows, values) = merge((before, sums), (&grad.rows, grads), row_len, unscale as f32);
+    let (rows, values) = match (&before.values, &grads.values) {
+        (Buffer::F32(sums), Buffer::F32(values)) => {
+            let (rows, values) = merge((&before.rows, sums), (&grads.rows, values), row_len, unscale as f32);
             (rows, Buffer::F32(values))
         }
-        (Buffer::F64(sums), Buffer::F64(grads)) => {
-            let (rows, values) = merge((before, sums), (&grad.rows, grads), row_len, unscale);
+        (Buffer::F64(sums), Buffer::F64(values)) => {
+            let (rows, values) = merge((&before.rows, sums), (&grads.rows, values), row_len, unscale);
             (rows, Buffer::F64(values))
         }
         _ => unreachable_dtype()?,
     };
-    Ok(RowGrad { rows, row_len, values: RowValues::Summed(buffer) })
+    Ok(RowGrad { row_len, values: RowValues::Summed(SummedRows { rows, values }) })
 }
 
 fn unreachable_dtype<T>() -> candle_core::Result<T> {
@@ -236,15 +179,16 @@ pub(crate) fn densify(base: Option<&Tensor>, grad: &RowGrad<'_>, unscale: f64, v
         Some(base) => base.to_device(&Device::Cpu)?.to_dtype(dtype)?.flatten_all()?,
         None => Tensor::zeros(var.elem_count(), dtype, &Device::Cpu)?,
     };
-    Ok(match grad.summed(dtype)? {
+    let SummedRows { rows, values } = grad.summed(dtype)?;
+    Ok(match values {
         Buffer::F64(values) => {
             let mut dense = base.to_vec1::<f64>()?;
-            add(&mut dense, &grad.rows, &values, grad.row_len, unscale);
+            add(&mut dense, &rows, &values, grad.row_len, unscale);
             Tensor::from_vec(dense, var.shape(), &Device::Cpu)?
         }
         Buffer::F32(values) => {
             let mut dense = base.to_vec1::<f32>()?;
-            add(&mut dense, &grad.rows, &values, grad.row_len, unscale as f32);
+            add(&mut dense, &rows, &values, grad.row_len, unscale as f32);
             Tensor::from_vec(dense, var.shape(), &Device::Cpu)?
         }
         Buffer::Tensor(_) => unreachable_dtype()?,
@@ -253,10 +197,11 @@ pub(crate) fn densify(base: Option<&Tensor>, grad: &RowGrad<'_>, unscale: f64, v
 
 /// Accumulated rows as tensors in host memory.
 pub(crate) fn to_sparse(rows: &RowGrad<'_>, var: &Tensor) -> Result<SparseGrad> {
+    let SummedRows { rows, values } = rows.summed(var.dtype())?;
     let mut dims = var.dims().to_vec();
-    dims[0] = rows.rows.len();
-    let indices = Tensor::from_slice(&rows.rows, rows.rows.len(), &Device::Cpu)?;
-    Ok(SparseGrad { indices, values: rows.summed(var.dtype())?.to_tensor(&dims.into())? })
+    dims[0] = rows.len();
+    let indices = Tensor::from_slice(&rows, rows.len(), &Device::Cpu)?;
+    Ok(SparseGrad { indices, values: values.to_tensor(&dims.into())? })
 }
 
 /// What ids are, for errors about them: the `what` of the variable `of`, or of nobody if that is empty.
@@ -337,8 +282,6 @@ pub(crate) fn row_len(tensor: &Tensor) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
 
     #[test]
@@ -346,32 +289,5 @@ mod tests {
         assert_eq!(index(0, &[]), Vec::<usize>::new());
         assert_eq!(index(5, &[7]), [5]);
         assert_eq!(index(17, &[2, 3, 4]), [1, 1, 1]);
-    }
-
-    proptest! {
-        #[test]
-        fn every_contribution_is_there_once_in_order_of_occurrence(
-            lookups in prop::collection::vec(prop::collection::vec(0u32..20, 0..40), 1..5),
-        ) {
-            let grad = || Cow::Owned(Tensor::zeros((40, 1), DType::F32, &Device::Cpu).expect("small"));
-            let parts = lookups.iter().map(|ids| {
-                Part { grad: grad(), occurrences: Arc::new(Occurrences::new(ids.clone(), None, None)) }
-            });
-            let coalesced = coalesce(parts.collect(), 1).expect("few ids");
-            let mut expected: Vec<(u32, u32, u32)> = Vec::new();
-            for (part, ids) in lookups.iter().enumerate() {
-                expected.extend(ids.iter().zip(0..).map(|(&id, source)| (id, part as u32, source)));
-            }
-            expected.sort();
-            let RowValues::Lazy { starts, contributions, .. } = coalesced.values else { panic!("not lazy") };
-            let mut got = Vec::new();
-            for (k, &row) in coalesced.rows.iter().enumerate() {
-                let of_row = &contributions[starts[k] as usize..starts[k + 1] as usize];
-                got.extend(of_row.iter().map(|c| (row, c.part, c.source)));
-                prop_assert!(!of_row.is_empty());
-            }
-            prop_assert!(coalesced.rows.is_sorted_by(|a, b| a < b));
-            prop_assert_eq!(got, expected);
-        }
     }
 }

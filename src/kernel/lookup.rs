@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, Layout, Result, Tensor, bail};
 
 use super::cpu::rows;
 use super::lend::{Elements, ElementsMut, Source, elements_of, lend};
-use super::rows::Occurrences;
+use super::occurrences::Listed;
 use crate::element::Element;
 use crate::pages;
 
@@ -40,8 +40,8 @@ pub(crate) fn pool(
 }
 
 /// The gradients of the factors of a pooled lookup, from that of its result.
-pub(crate) fn dot_rows(table: &Tensor, grad: &Tensor, row_len: usize, occurrences: &Occurrences) -> Result<CpuStorage> {
-    fn dots<E: Element>(table: &[E], grad: &[E], row_len: usize, occurrences: &Occurrences) -> Vec<E> {
+pub(crate) fn dot_rows(table: &Tensor, grad: &Tensor, row_len: usize, occurrences: &Listed) -> Result<CpuStorage> {
+    fn dots<E: Element>(table: &[E], grad: &[E], row_len: usize, occurrences: &Listed) -> Vec<E> {
         let bags = (0..occurrences.ids().len()).map(|position| occurrences.contribution(position).0);
         rows::dot_rows(table, grad, row_len, occurrences.ids(), bags)
     }

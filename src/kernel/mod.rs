@@ -4,6 +4,7 @@ mod cpu;
 mod cuda;
 pub(crate) mod lend;
 mod lookup;
+mod occurrences;
 mod plan;
 mod portable;
 mod rows;
@@ -17,10 +18,13 @@ use crate::state::Place;
 use lend::Borrowed;
 
 pub(crate) use cpu::{Accumulate, Average, Orders, PayTask, RowTask, Task, Update};
-pub(crate) use cuda::GpuMarks;
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::GpuRows;
+pub(crate) use cuda::{GpuIds, GpuMarks, Unchecked};
 pub(crate) use lend::Source;
 pub(crate) use lookup::{copy, dot_rows, enlarge, gather, largest, largest_backward, pool, renormalize};
-pub(crate) use rows::{Contribution, Occurrences, RowGrad, RowValues};
+pub(crate) use occurrences::{Listed, Occurrences, Part, total};
+pub(crate) use rows::{RowGrad, RowValues, SummedRows, Touched};
 
 /// Which implementation of the update an optimizer uses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -163,10 +167,12 @@ impl Context {
     }
 }
 
+/// Lookups in tables on a GPU.
 #[cfg(feature = "cuda")]
-pub(crate) use cuda::gather as gather_cuda;
-#[cfg(feature = "cuda")]
-pub(crate) use lend::gpu::copied as copy_cuda;
+pub(crate) mod gpu {
+    pub(crate) use super::cuda::{dot_rows, gather, largest, largest_backward, pool};
+    pub(crate) use super::lend::gpu::copied as copy;
+}
 
 /// Whether all gradients are measured and used on one GPU, so that the host need not know their norms.
 pub(crate) fn all_on_one_gpu<'v>(mut grads: impl Iterator<Item = (&'v Tensor, Place)>) -> bool {

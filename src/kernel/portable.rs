@@ -7,6 +7,7 @@ use candle_core::{DType, Result, Shape, Tensor};
 
 use super::cpu::{Accumulate, Average, RowTask, Task, Update};
 use super::lend::Source;
+use super::rows::SummedRows;
 use crate::reduce::NormType;
 use crate::rule::Coefficients;
 use crate::state::{Buffer, ParamState, Stored, arithmetic};
@@ -39,11 +40,12 @@ struct UpdatedRows {
 impl UpdatedRows {
     fn compute(task: RowTask<'_>) -> Result<Self> {
         let RowTask { var, grad, orders, state, .. } = task;
-        let (n, len) = (grad.rows.len(), grad.row_len);
+        let SummedRows { rows, values } = grad.summed(var.dtype())?;
+        let (n, len) = (rows.len(), grad.row_len);
         let flat = |tensor: &Tensor| tensor.reshape((tensor.dim(0)?, len));
-        let rows = Tensor::from_slice(&grad.rows, n, var.device())?;
+        let rows = Tensor::from_slice(&rows, n, var.device())?;
         let shape = Shape::from((n, len));
-        let values = grad.summed(var.dtype())?.to_tensor(&shape)?.to_device(var.device())?;
+        let values = values.to_tensor(&shape)?.to_device(var.device())?;
         // Views: what is written to them later is written to the variable and its moments.
         let [m, u] = moments(state)?;
         let all = [flat(&var.detach())?, flat(m)?, flat(u)?];

@@ -4,91 +4,20 @@
 //! occurred, in the type of the arithmetic. Nothing here is as large as the table.
 
 use std::borrow::Cow;
-use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 
+use super::cuda::GpuRows;
 use super::lend::{Borrowed, Elements, Source};
+use super::occurrences::{Part, coalesce};
 use crate::element::{Arithmetic, Element};
+use crate::error::Result;
 use crate::pages::Pages;
 use crate::state::Buffer;
 
-/// The rows of a table that a lookup touched, and where their gradients will be.
-pub(crate) struct Occurrences {
-    /// One for each contribution, in order of occurrence.
-    ids: Vec<u32>,
-    /// From which row of the lookup's gradient each one comes; if none, they come one from each.
-    sources: Option<Vec<u32>>,
-    /// What each one is multiplied with; if none, 1.
-    scales: Option<Vec<f64>>,
-    /// `id << 32 | position`, ascending: sorted once, however often it is asked for.
-    sorted: OnceLock<Vec<u64>>,
-}
-
-impl Occurrences {
-    pub(crate) fn new(ids: Vec<u32>, sources: Option<Vec<u32>>, scales: Option<Vec<f64>>) -> Self {
-        Self { ids, sources, scales, sorted: OnceLock::new() }
-    }
-
-    pub(crate) fn ids(&self) -> &[u32] {
-        &self.ids
-    }
-
-    pub(crate) fn scales(&self) -> Option<&[f64]> {
-        self.scales.as_deref()
-    }
-
-    /// Row of the gradient and factor of each contribution.
-    pub(crate) fn contribution(&self, position: usize) -> (u32, f64) {
-        let source = self.sources.as_ref().map_or(position as u32, |sources| sources[position]);
-        (source, self.scales.as_ref().map_or(1.0, |scales| scales[position]))
-    }
-
-    /// `id << 32 | position`, ascending.
-    pub(crate) fn sorted(&self) -> &[u64] {
-        self.sorted.get_or_init(|| sort(&self.ids))
-    }
-
-    /// Each id once, ascending.
-    pub(crate) fn unique(&self) -> Vec<u32> {
-        let mut ids: Vec<u32> = self.sorted().iter().map(|key| (key >> 32) as u32).collect();
-        ids.dedup();
-        ids
-    }
-}
-
-/// `id << 32 | position` for each id, ascending: a radix sort, which is stable, over the bits that the ids have.
-fn sort(ids: &[u32]) -> Vec<u64> {
-    const DIGIT: u32 = 11;
-    let mut keys: Vec<u64> = ids.iter().zip(0u64..).map(|(&id, position)| u64::from(id) << 32 | position).collect();
-    if keys.len() < 256 {
-        keys.sort_unstable(); // no two keys are equal
-        return keys;
-    }
-    let bits = u32::BITS - ids.iter().fold(0, |all, id| all | id).leading_zeros();
-    let mut sorted = vec![0; keys.len()];
-    for shift in (32..32 + bits).step_by(DIGIT as usize) {
-        let digit = |key: u64| (key >> shift) as usize & ((1 << DIGIT) - 1);
-        let mut places = [0u32; 1 << DIGIT];
-        keys.iter().for_each(|&key| places[digit(key)] += 1);
-        let mut place = 0;
-        for count in &mut places {
-            place += std::mem::replace(count, place);
-        }
-        for &key in &keys {
-            let place = &mut places[digit(key)];
-            sorted[*place as usize] = key;
-            *place += 1;
-        }
-        std::mem::swap(&mut keys, &mut sorted);
-    }
-    keys
-}
-
-/// `scale` times row `source` of gradient `part`; kernels in `cuda/rows.cu` read it, too.
-#[derive(Clone, Copy, Debug, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C)]
+/// `scale` times row `source` of gradient `part`.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Contribution {
     pub(crate) part: u32,
     pub(crate) source: u32,
@@ -97,47 +26,104 @@ pub(crate) struct Contribution {
 
 /// The gradient of some rows of a table.
 pub(crate) struct RowGrad<'g> {
-    pub(crate) rows: Vec<u32>,
     pub(crate) row_len: usize,
     pub(crate) values: RowValues<'g>,
 }
 
-/// Where the values of a [`RowGrad`] are.
+/// What is known of a [`RowGrad`].
 pub(crate) enum RowValues<'g> {
-    /// Not summed up yet: row k is the sum of the contributions from `starts[k]` to `starts[k + 1]`.
-    Lazy { starts: Vec<u32>, contributions: Vec<Contribution>, parts: Vec<Cow<'g, Tensor>> },
-    /// One after another, in host memory.
-    Summed(Buffer),
+    /// As it occurred: the GPU that the table is on sorts and sums it.
+    Unsorted(Vec<Part<'g>>),
+    /// Sorted by row, and not summed up yet.
+    Coalesced(Coalesced<'g>),
+    /// In host memory.
+    Summed(SummedRows),
+}
+
+/// Which rows, and of what each is the sum.
+#[derive(Clone)]
+pub(crate) struct Coalesced<'g> {
+    pub(crate) rows: Vec<u32>,
+    /// Row k is the sum of the contributions from `starts[k]` to `starts[k + 1]`.
+    pub(crate) starts: Vec<u32>,
+    pub(crate) contributions: Vec<Contribution>,
+    pub(crate) parts: Vec<Cow<'g, Tensor>>,
+}
+
+/// Which rows, and their values one after another, in the type of the arithmetic.
+pub(crate) struct SummedRows {
+    pub(crate) rows: Vec<u32>,
+    pub(crate) values: Buffer,
+}
+
+/// Rows that are about to pay, or that were updated.
+pub(crate) enum Touched<'x> {
+    /// Ascending, each once.
+    Rows(&'x [u32]),
+    /// On the GPU, as they occurred.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "read by the CUDA kernels"))]
+    OnGpu(Vec<GpuRows>),
+}
+
+impl<'g> RowGrad<'g> {
+    pub(crate) fn coalesced(parts: &[Part<'g>], row_len: usize) -> Result<Self> {
+        Ok(Self { row_len, values: RowValues::Coalesced(coalesce(parts)?) })
+    }
 }
 
 impl RowGrad<'_> {
+    /// Which rows it has, if the host knows them.
+    pub(crate) fn rows(&self) -> Option<&[u32]> {
+        match &self.values {
+            RowValues::Coalesced(Coalesced { rows, .. }) | RowValues::Summed(SummedRows { rows, .. }) => Some(rows),
+            RowValues::Unsorted(_) => None,
+        }
+    }
+
+    /// Which rows it has, of a variable on `device`.
+    pub(crate) fn touched(&self, device: &Device) -> Result<Touched<'_>> {
+        match &self.values {
+            RowValues::Coalesced(Coalesced { rows, .. }) | RowValues::Summed(SummedRows { rows, .. }) => {
+                Ok(Touched::Rows(rows))
+            }
+            RowValues::Unsorted(parts) => {
+                let rows = parts.iter().map(|part| GpuRows::trained(&part.occurrences, device));
+                Ok(Touched::OnGpu(rows.collect::<Result<_>>()?))
+            }
+        }
+    }
+
     /// Locks what the values are read from.
     pub(crate) fn borrow(&self) -> candle_core::Result<Vec<Borrowed<'_>>> {
         match &self.values {
-            RowValues::Lazy { parts, .. } => parts.iter().map(|part| Source::Tensor(part).borrow()).collect(),
-            RowValues::Summed(buffer) => Ok(vec![Source::Buffer(buffer).borrow()?]),
+            RowValues::Coalesced(Coalesced { parts, .. }) => {
+                parts.iter().map(|part| Source::Tensor(part).borrow()).collect()
+            }
+            RowValues::Summed(SummedRows { values, .. }) => Ok(vec![Source::Buffer(values).borrow()?]),
+            RowValues::Unsorted(_) => candle_core::bail!("the rows are not in host memory"),
         }
     }
 
     /// How many bytes it keeps of its own.
     pub(crate) fn bytes(&self) -> usize {
-        let values = match &self.values {
-            RowValues::Lazy { starts, contributions, .. } => {
-                size_of_val::<[u32]>(starts) + size_of_val::<[Contribution]>(contributions)
-            }
-            RowValues::Summed(sums) => sums.bytes(),
-        };
-        size_of_val::<[u32]>(&self.rows) + values
+        match &self.values {
+            RowValues::Summed(SummedRows { rows, values }) => size_of_val::<[u32]>(rows) + values.bytes(),
+            // What is kept from call to call is always summed.
+            RowValues::Coalesced(_) | RowValues::Unsorted(_) => 0,
+        }
     }
 
     /// The rows and their values, where `borrowed` is from [`borrow`](Self::borrow).
     pub(crate) fn view<'x>(&'x self, borrowed: &'x [Borrowed<'_>]) -> candle_core::Result<RowsView<'x>> {
         let parts = borrowed.iter().map(Borrowed::elements).collect::<candle_core::Result<Vec<_>>>()?;
-        let sums = match &self.values {
-            RowValues::Lazy { starts, contributions, .. } => Some((starts.as_slice(), contributions.as_slice())),
-            RowValues::Summed(_) => None,
+        let (rows, sums) = match &self.values {
+            RowValues::Coalesced(Coalesced { rows, starts, contributions, .. }) => {
+                (rows, Some((starts.as_slice(), contributions.as_slice())))
+            }
+            RowValues::Summed(SummedRows { rows, .. }) => (rows, None),
+            RowValues::Unsorted(_) => candle_core::bail!("the rows are not in host memory"),
         };
-        Ok(RowsView { rows: &self.rows, row_len: self.row_len, sums, parts })
+        Ok(RowsView { rows, row_len: self.row_len, sums, parts })
     }
 
     /// Takes rows out, which are ascending; of sums that have been made.
@@ -149,43 +135,45 @@ impl RowGrad<'_> {
             }
             pages
         }
-        let kept: Vec<usize> = (0..self.rows.len()).filter(|&k| rows.binary_search(&self.rows[k]).is_err()).collect();
-        match &mut self.values {
-            RowValues::Summed(Buffer::F32(values)) => *values = keep(values, &kept, self.row_len),
-            RowValues::Summed(Buffer::F64(values)) => *values = keep(values, &kept, self.row_len),
-            // Accumulated rows are always summed, and in host memory.
-            RowValues::Summed(Buffer::Tensor(_)) | RowValues::Lazy { .. } => return,
+        // Accumulated rows are always summed, and in host memory.
+        let RowValues::Summed(SummedRows { rows: own, values }) = &mut self.values else { return };
+        let kept: Vec<usize> = (0..own.len()).filter(|&k| rows.binary_search(&own[k]).is_err()).collect();
+        match values {
+            Buffer::F32(values) => *values = keep(values, &kept, self.row_len),
+            Buffer::F64(values) => *values = keep(values, &kept, self.row_len),
+            Buffer::Tensor(_) => return,
         }
-        self.rows = kept.iter().map(|&k| self.rows[k]).collect();
+        *own = kept.iter().map(|&k| own[k]).collect();
     }
 
-    /// The same with all sums made, in the type of the arithmetic on `dtype`, in host memory.
-    pub(crate) fn summed(&self, dtype: DType) -> candle_core::Result<Buffer> {
-        if let RowValues::Lazy { starts, contributions, parts } = &self.values
-            && parts.iter().any(|part| !part.device().is_cpu())
-        {
-            let parts = parts.iter().map(|part| part.to_device(&Device::Cpu).map(Cow::Owned));
-            let (starts, contributions) = (starts.clone(), contributions.clone());
-            let values = RowValues::Lazy { starts, contributions, parts: parts.collect::<candle_core::Result<_>>()? };
-            return RowGrad { rows: self.rows.clone(), row_len: self.row_len, values }.summed(dtype);
+    /// The same with all sums made, in the type of the arithmetic on `dtype`, in host memory; waits for a GPU that has it.
+    pub(crate) fn summed(&self, dtype: DType) -> Result<SummedRows> {
+        let row_len = self.row_len;
+        match &self.values {
+            RowValues::Unsorted(parts) => return RowGrad::coalesced(parts, row_len)?.summed(dtype),
+            RowValues::Coalesced(coalesced) if coalesced.parts.iter().any(|part| !part.device().is_cpu()) => {
+                let parts = coalesced.parts.iter().map(|part| part.to_device(&Device::Cpu).map(Cow::Owned));
+                let parts = parts.collect::<candle_core::Result<_>>()?;
+                let values = RowValues::Coalesced(Coalesced { parts, ..coalesced.clone() });
+                return RowGrad { row_len, values }.summed(dtype);
+            }
+            RowValues::Coalesced(_) | RowValues::Summed(_) => {}
         }
         let borrowed = self.borrow()?;
         let view = self.view(&borrowed)?;
-        Ok(match dtype {
+        let values = match dtype {
             DType::F64 => Buffer::F64(view.sum_all()),
             _ => Buffer::F32(view.sum_all()),
-        })
+        };
+        Ok(SummedRows { rows: view.rows.to_vec(), values })
     }
 
     /// Makes all sums, unless they are made.
-    pub(crate) fn sum(&mut self, dtype: DType) -> candle_core::Result<&Buffer> {
-        if let RowValues::Lazy { .. } = self.values {
+    pub(crate) fn sum(&mut self, dtype: DType) -> Result<()> {
+        if !matches!(self.values, RowValues::Summed(_)) {
             self.values = RowValues::Summed(self.summed(dtype)?);
         }
-        match &self.values {
-            RowValues::Summed(buffer) => Ok(buffer),
-            RowValues::Lazy { .. } => candle_core::bail!("the rows have not been summed"),
-        }
+        Ok(())
     }
 }
 
@@ -302,26 +290,5 @@ fn add_scaled<E: Element>(values: &[E], start: usize, scale: E::Acc, first: bool
     for (sum, value) in sum.iter_mut().zip(&values[start..]) {
         let value = value.widen() * scale;
         *sum = if first { value } else { *sum + value };
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        #[test]
-        fn the_radix_sort_is_the_stable_sort(
-            ids in prop::collection::vec(0u32..u32::MAX, 0..2000),
-            bits in 0u32..33,
-        ) {
-            let ids: Vec<u32> = ids.into_iter().map(|id| id.checked_shr(bits).unwrap_or(0)).collect();
-            let mut expected: Vec<(u32, usize)> = ids.iter().copied().zip(0..).collect();
-            expected.sort();
-            let got: Vec<(u32, usize)> = sort(&ids).iter().map(|&key| ((key >> 32) as u32, key as u32 as usize)).collect();
-            prop_assert_eq!(got, expected);
-        }
     }
 }

@@ -12,7 +12,7 @@ use candle_core::{Tensor, TensorId};
 
 use super::records::lock;
 use crate::error::{Error, Result};
-use crate::kernel::{self, GpuMarks, Occurrences, Orders, PayTask};
+use crate::kernel::{self, GpuMarks, Listed, Occurrences, Orders, PayTask, RowGrad, Touched};
 use crate::ledger::{FULL, Ledger};
 use crate::rounding::{Rounding, derive};
 use crate::rule::Hyperparameters;
@@ -116,8 +116,8 @@ impl Debts {
         self.account.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets rows pay, which are ascending.
-    pub(crate) fn pay(&self, account: &mut Account, rows: &[u32]) -> Result<()> {
+    /// Lets rows pay.
+    pub(crate) fn pay(&self, account: &mut Account, rows: &Touched<'_>) -> Result<()> {
         self.settle(account, Some(rows))
     }
 
@@ -126,7 +126,7 @@ impl Debts {
         self.settle(account, None)
     }
 
-    fn settle(&self, account: &mut Account, rows: Option<&[u32]>) -> Result<()> {
+    fn settle(&self, account: &mut Account, rows: Option<&Touched<'_>>) -> Result<()> {
         let now = account.ledger.now() as u32;
         if let (Marks::Gpu(marks), Some(rows)) = (&mut account.marks, rows) {
             marks.name(rows)?;
@@ -142,7 +142,10 @@ impl Debts {
             Marks::Gpu(marks) => marks.pay(task, rows.is_none(), now)?,
             Marks::Host(since) => {
                 let owing: Vec<(u32, u32)> = match rows {
-                    Some(rows) => rows.iter().filter_map(|&row| owing(ledger, since, row)).collect(),
+                    Some(Touched::Rows(rows)) => rows.iter().filter_map(|&row| owing(ledger, since, row)).collect(),
+                    Some(Touched::OnGpu(_)) => {
+                        return Err(candle_core::Error::msg("expected rows in host memory").into());
+                    }
                     None => (0..since.len() as u32).filter_map(|row| owing(ledger, since, row)).collect(),
                 };
                 kernel::pay(task, &owing)?;
@@ -155,15 +158,15 @@ impl Debts {
         if rows.is_none() { account.begin_anew(EMPTY) } else { Ok(()) }
     }
 
-    /// Books an update of some rows, or of all.
-    pub(crate) fn book(&self, account: &mut Account, orders: &Orders, rows: Option<&[u32]>) -> Result<()> {
+    /// Books an update of the rows of a gradient, which have paid last, or of all.
+    pub(crate) fn book(&self, account: &mut Account, orders: &Orders, grad: Option<&RowGrad<'_>>) -> Result<()> {
         account.rounding = orders.rounding;
-        let Some(rows) = rows else {
+        let Some(grad) = grad else {
             return account.begin_anew(0);
         };
         account.ledger.book(&orders.coefficients, orders.shrink);
         let now = account.ledger.now();
-        account.marks.set(rows, now as u32)?;
+        account.marks.set(grad.rows().unwrap_or_default(), now as u32)?;
         if now >= FULL { self.pay_all(account) } else { Ok(()) }
     }
 
@@ -226,19 +229,28 @@ pub(super) fn of(var: TensorId) -> Option<Arc<Debts>> {
     lock(&DEBTS).get(&var).and_then(Weak::upgrade)
 }
 
-/// Lets rows of a variable pay, before they are read or written.
+/// Lets rows of a variable pay, which are ascending, before they are read or written.
 pub(super) fn pay(var: TensorId, rows: &[u32]) -> Result<()> {
     match of(var) {
-        Some(debts) => debts.pay(&mut debts.lock(), rows),
+        Some(debts) => debts.pay(&mut debts.lock(), &Touched::Rows(rows)),
+        None => Ok(()),
+    }
+}
+
+/// Lets the rows of a list pay.
+pub(super) fn pay_listed(var: TensorId, rows: &Listed) -> Result<()> {
+    match of(var) {
+        Some(debts) => debts.pay(&mut debts.lock(), &Touched::Rows(&rows.unique())),
         None => Ok(()),
     }
 }
 
 /// Lets the rows of a lookup pay.
-pub(super) fn pay_occurrences(var: TensorId, rows: &Occurrences) -> Result<()> {
-    match of(var) {
-        Some(debts) => debts.pay(&mut debts.lock(), &rows.unique()),
-        None => Ok(()),
+pub(super) fn pay_occurrences(var: TensorId, occurrences: &Occurrences) -> Result<()> {
+    match (occurrences, of(var)) {
+        (Occurrences::Host(rows), _) => pay_listed(var, rows),
+        (Occurrences::Gpu(ids), Some(debts)) => debts.pay(&mut debts.lock(), &ids.touched()),
+        (Occurrences::Gpu(_), None) => Ok(()),
     }
 }
 

@@ -6,31 +6,53 @@ use std::sync::{Arc, Mutex};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::op::BackpropOp;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Result, Shape, Storage, Tensor, bail};
 
 use super::Table;
 use super::debts;
 use super::records::{self, Lookup, lock};
-use crate::kernel::{self, Occurrences};
+#[cfg(feature = "cuda")]
+use crate::kernel::GpuIds;
+use crate::kernel::{self, Listed, Occurrences};
 
 /// The ids of a lookup, and which of them get a gradient.
 pub(super) struct Ids {
-    /// All of them, if those are more.
-    pub(super) all: Option<Vec<u32>>,
+    /// All of them, if those are more and in host memory.
+    pub(super) all: Option<Listed>,
     pub(super) trained: Arc<Occurrences>,
 }
 
 /// A lookup whose rows are pooled.
 pub(crate) struct Pooled {
-    pub(crate) ids: Vec<u32>,
+    pub(crate) ids: PooledIds,
     /// The ids of bag b are those from `starts[b]` to `starts[b + 1]`.
     pub(crate) starts: Vec<u32>,
     /// The bag of each id.
     pub(crate) bags: Vec<u32>,
     pub(crate) mean: bool,
-    /// The factor of each id, and the tensor that they are from, with the positions of the ids in it.
-    pub(crate) factors: Option<(Vec<f64>, Tensor, Vec<u32>)>,
+    /// The factor of each id, `[n]`.
+    pub(crate) factors: Option<Tensor>,
     pub(crate) max_norm: Option<f64>,
+}
+
+/// The ids of a pooled lookup.
+pub(crate) enum PooledIds {
+    /// Rows of the table.
+    Host(Vec<u32>),
+    /// On the table's GPU, not checked yet.
+    Gpu(Tensor),
+}
+
+impl PooledIds {
+    pub(crate) fn into_tensor(self) -> Result<Tensor> {
+        match self {
+            Self::Host(ids) => {
+                let n = ids.len();
+                Tensor::from_vec(ids, n, &Device::Cpu)
+            }
+            Self::Gpu(ids) => Ok(ids),
+        }
+    }
 }
 
 /// Looks rows up; the result has this shape.
@@ -42,28 +64,53 @@ pub(super) fn rows(table: &Table, ids: Ids, shape: Vec<usize>) -> crate::Result<
 
 /// Looks rows up and pools them: `[bags, row's dimensions..]`.
 pub(super) fn pool(table: &Table, pooled: Pooled) -> crate::Result<Tensor> {
-    let Pooled { ids, starts, bags, mean, factors, max_norm } = pooled;
-    let mut shape = vec![starts.len() - 1];
+    let mut shape = vec![pooled.starts.len() - 1];
     shape.extend(&table.raw().dims()[1..]);
-    let scales = match &factors {
-        Some((factors, ..)) => Some(factors.clone()),
-        None if mean => {
-            Some(bags.iter().map(|&b| 1.0 / f64::from(starts[b as usize + 1] - starts[b as usize])).collect())
-        }
-        None => None,
-    };
-    let occurrences = Arc::new(Occurrences::new(ids, Some(bags), scales));
+    let occurrences = Arc::new(if table.on_host() { listed(&pooled)? } else { on_gpu(table, &pooled)? });
     debts::pay_occurrences(table.raw().id(), &occurrences)?;
+    let Pooled { starts, mean, factors, max_norm, .. } = pooled;
     if let Some(max_norm) = max_norm {
-        kernel::renormalize(table.raw(), table.row_len(), &occurrences.unique(), max_norm)?;
+        kernel::renormalize(table.raw(), table.row_len(), &occurrences.listed()?.unique(), max_norm)?;
     }
     let anchor = anchor(table, &shape)?;
     let record = Record::new(table, &anchor, occurrences);
     let op = Pool { record, starts, mean, weighted: factors.is_some(), shape: shape.into() };
     Ok(match factors {
         None => anchor.apply_op1(op)?,
-        Some((_, weights, positions)) => anchor.apply_op2(&weights, PoolWeighted { pool: op, positions })?,
+        Some(factors) => anchor.apply_op2(&factors, PoolWeighted(op))?,
     })
+}
+
+/// What a pooled lookup contributes to, in host memory.
+fn listed(pooled: &Pooled) -> crate::Result<Occurrences> {
+    let Pooled { ids: PooledIds::Host(ids), starts, bags, mean, factors, .. } = pooled else {
+        return Err(candle_core::Error::msg("expected ids in host memory").into());
+    };
+    let scales = match factors {
+        Some(factors) => Some(factors.detach().to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_vec1()?),
+        None if *mean => {
+            Some(bags.iter().map(|&b| 1.0 / f64::from(starts[b as usize + 1] - starts[b as usize])).collect())
+        }
+        None => None,
+    };
+    Ok(Occurrences::Host(Listed::new(ids.clone(), Some(bags.clone()), scales)))
+}
+
+/// The same on the table's GPU.
+#[cfg(feature = "cuda")]
+fn on_gpu(table: &Table, pooled: &Pooled) -> crate::Result<Occurrences> {
+    let ids = match &pooled.ids {
+        PooledIds::Host(ids) => GpuIds::listed_on(table.raw().device(), ids, None)?,
+        PooledIds::Gpu(ids) => table.gpu_ids(ids, None)?,
+    };
+    // The gradient of a row may be asked for when the factors have changed.
+    let factors = pooled.factors.as_ref().map(|factors| factors.detach().copy()).transpose()?;
+    Ok(Occurrences::Gpu(Box::new(ids.pooled(&pooled.starts, &pooled.bags, pooled.mean, factors)?)))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn on_gpu(_: &Table, _: &Pooled) -> crate::Result<Occurrences> {
+    Err(candle_core::Error::msg("this program is built without the feature `cuda`").into())
 }
 
 /// The leaf that takes the gradient of a lookup. It has a shape and no memory: nobody reads its values.
@@ -124,7 +171,7 @@ impl Drop for Record {
 struct Gather {
     record: Arc<Record>,
     /// The ids, if they are not those of the record.
-    all: Option<Vec<u32>>,
+    all: Option<Listed>,
     shape: Shape,
 }
 
@@ -135,15 +182,17 @@ impl CustomOp1 for Gather {
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
         let Record { table, lookup: Lookup { occurrences, .. }, .. } = &*self.record;
-        let ids = self.all.as_deref().unwrap_or(occurrences.ids());
-        Ok((kernel::gather(table.raw(), table.row_len(), ids)?, self.shape.clone()))
+        let ids = match &self.all {
+            Some(all) => all,
+            None => occurrences.listed()?,
+        };
+        Ok((kernel::gather(table.raw(), table.row_len(), ids.ids())?, self.shape.clone()))
     }
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        let Record { table, lookup: Lookup { occurrences, .. }, .. } = &*self.record;
-        let ids = self.all.as_deref().unwrap_or(occurrences.ids());
-        Ok((kernel::gather_cuda(table.raw(), table.row_len(), ids)?, self.shape.clone()))
+        let Record { table, lookup, .. } = &*self.record;
+        Ok((kernel::gpu::gather(table.raw(), table.row_len(), lookup.on_gpu()?.rows())?, self.shape.clone()))
     }
 
     fn bwd(&self, anchor: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
@@ -165,11 +214,18 @@ impl CustomOp1 for Pool {
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (table, occurrences) = (&self.record.table, &self.record.lookup.occurrences);
+        let (table, occurrences) = (&self.record.table, self.record.lookup.occurrences.listed()?);
         // The scales of a mean are those of its gradient; the mean itself is a sum, divided once.
         let factors = if self.weighted { occurrences.scales() } else { None };
         let (ids, starts) = (occurrences.ids(), &self.starts);
         let pooled = kernel::pool(table.raw(), table.row_len(), ids, starts, factors, self.mean)?;
+        Ok((pooled, self.shape.clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        let Record { table, lookup, .. } = &*self.record;
+        let pooled = kernel::gpu::pool(table.raw(), table.row_len(), lookup.on_gpu()?, self.starts.len() - 1)?;
         Ok((pooled, self.shape.clone()))
     }
 
@@ -179,10 +235,21 @@ impl CustomOp1 for Pool {
 }
 
 /// [`Pool`] with a factor for each id.
-struct PoolWeighted {
-    pool: Pool,
-    /// Where the factor of each id is in the tensor of factors.
-    positions: Vec<u32>,
+struct PoolWeighted(Pool);
+
+impl PoolWeighted {
+    /// The gradients of the factors: of `sum_p factor[p] * row[p]` by `factor[p]` it is the product of the row with the
+    /// gradient of its bag.
+    fn of_factors(&self, grad: &Tensor) -> Result<Storage> {
+        let Record { table, lookup, .. } = &*self.0.record;
+        #[cfg(feature = "cuda")]
+        if !table.on_host() {
+            let dots = kernel::gpu::dot_rows(table.raw(), grad, table.row_len(), lookup.on_gpu()?)?;
+            return Ok(Storage::Cuda(dots));
+        }
+        let occurrences = lookup.occurrences.listed()?;
+        Ok(Storage::Cpu(kernel::dot_rows(table.raw(), grad, table.row_len(), occurrences)?))
+    }
 }
 
 impl CustomOp2 for PoolWeighted {
@@ -191,26 +258,30 @@ impl CustomOp2 for PoolWeighted {
     }
 
     fn cpu_fwd(&self, anchor: &CpuStorage, layout: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.pool.cpu_fwd(anchor, layout)
+        self.0.cpu_fwd(anchor, layout)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        anchor: &CudaStorage,
+        layout: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.0.cuda_fwd(anchor, layout)
     }
 
     fn bwd(
         &self,
         anchor: &Tensor,
-        weights: &Tensor,
+        factors: &Tensor,
         _: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let Record { table, lookup: Lookup { occurrences, .. }, .. } = &*self.pool.record;
         let grad = grad.contiguous()?;
-        // d/dweight[p] of sum_p weight[p] * row[p] is the product of the row with the gradient of its bag.
-        let dots = kernel::dot_rows(table.raw(), &grad, table.row_len(), occurrences)?;
-        let n = self.positions.len();
-        let dots = Tensor::from_storage(Storage::Cpu(dots), n, BackpropOp::none(), false);
-        let positions = Tensor::from_slice(&self.positions, n, weights.device())?;
-        let zeros = Tensor::zeros(weights.elem_count(), weights.dtype(), weights.device())?;
-        let of_weights = zeros.index_add(&positions, &dots, 0)?.reshape(weights.shape())?;
-        Ok((self.pool.record.own(anchor, &grad)?, Some(of_weights)))
+        let of_factors = Tensor::from_storage(self.of_factors(&grad)?, factors.shape(), BackpropOp::none(), false);
+        Ok((self.0.record.own(anchor, &grad)?, Some(of_factors)))
     }
 }
 
@@ -235,7 +306,7 @@ impl CustomOp1 for Owned {
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
         match lock(&self.grad).take() {
-            Some(grad) => Ok((kernel::copy_cuda(&grad)?, grad.shape().clone())),
+            Some(grad) => Ok((kernel::gpu::copy(&grad)?, grad.shape().clone())),
             None => bail!("the gradient of a lookup was taken twice"),
         }
     }

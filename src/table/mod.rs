@@ -18,9 +18,9 @@ use candle_core::{Tensor, TensorId};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::sparse::{IDS, read_ids, row_len, rows_of};
-use crate::kernel::{self, Occurrences, is_supported};
+use crate::kernel::{self, GpuIds, Listed, Occurrences, Unchecked, is_supported};
 
-pub(crate) use lookup::Pooled;
+pub(crate) use lookup::{Pooled, PooledIds};
 pub(crate) use records::snapshot;
 
 /// A weight with rows, `[rows, ..]`, of which a step touches few.
@@ -34,7 +34,11 @@ pub(crate) use records::snapshot;
 /// itself, sums those of equal rows in order of occurrence, and updates these rows only (TensorFlow's `IndexedSlices`).
 /// Clones, and tables made of the same variable, are the same table. A weight that is not a variable is frozen. The
 /// weight is in host memory or, with the feature `cuda`, on a GPU; on any other device it is looked up and differentiated
-/// densely, candle's way. Ids are read by the host: those on a GPU are waited for, those in host memory are not.
+/// densely, candle's way.
+///
+/// Ids on the table's GPU stay there, and nobody waits for them: rows of ids that are none are NaN, and the error that names
+/// the id is that of the optimizer's step, or of a later lookup if there is none. With ids in host memory it is the lookup's
+/// own.
 ///
 /// ```
 /// use candle_adamax::{Adamax, ParamsAdamax, Table};
@@ -63,6 +67,8 @@ struct Shared {
     row_len: usize,
     /// The lookups whose graph or gradient is there, by their anchors, with their numbers.
     live: Mutex<HashMap<TensorId, (u64, Weak<Occurrences>)>>,
+    /// The lookups whose ids only the GPU has seen.
+    unchecked: Mutex<Unchecked>,
 }
 
 impl Drop for Shared {
@@ -89,7 +95,7 @@ impl Table {
         let rows = rows_of("weight", weight)?;
         let make = |weight: Tensor| {
             let row_len = row_len(&weight);
-            Arc::new(Shared { weight, rows, row_len, live: Mutex::default() })
+            Arc::new(Shared { weight, rows, row_len, live: Mutex::default(), unchecked: Mutex::default() })
         };
         if weight.is_variable() {
             let mut is_new = false;
@@ -138,35 +144,50 @@ impl Table {
     ///
     /// # Errors
     ///
-    /// An id that is not the number of a row; ids that are not integers.
+    /// An id that is not the number of a row, or that was not in an earlier lookup whose ids were on the GPU; ids that are not
+    /// integers.
     pub fn lookup(&self, ids: &Tensor) -> Result<Tensor> {
         self.lookup_without(ids, None, None)
     }
 
     /// A lookup in which the row `padding` gets no gradient and rows above `max_norm` are scaled down first.
     pub(crate) fn lookup_without(&self, ids: &Tensor, padding: Option<u32>, max_norm: Option<f64>) -> Result<Tensor> {
-        let rows = self.read(ids)?;
+        let weight = &self.0.weight;
         let mut shape = ids.dims().to_vec();
-        shape.extend(&self.0.weight.dims()[1..]);
-        if !kernel::has_lookups(&self.0.weight) {
-            let ids = Tensor::new(rows, self.0.weight.device())?;
-            return Ok(self.0.weight.index_select(&ids, 0)?.reshape(shape)?);
+        shape.extend(&weight.dims()[1..]);
+        if !kernel::has_lookups(weight) {
+            let ids = Tensor::new(self.read(ids)?, weight.device())?;
+            return Ok(weight.index_select(&ids, 0)?.reshape(shape)?);
         }
+        if !self.on_host() {
+            let trained = Arc::new(Occurrences::Gpu(Box::new(self.gpu_ids(ids, padding)?)));
+            debts::pay_occurrences(weight.id(), &trained)?;
+            return lookup::rows(self, lookup::Ids { all: None, trained }, shape);
+        }
+        let rows = Listed::new(self.read(ids)?, None, None);
         let ids = match padding {
-            None => lookup::Ids { all: None, trained: Arc::new(Occurrences::new(rows, None, None)) },
+            None => lookup::Ids { all: None, trained: Arc::new(Occurrences::Host(rows)) },
             Some(padding) => {
-                let (sources, trained) = (0..).zip(rows.iter().copied()).filter(|&(_, row)| row != padding).unzip();
-                lookup::Ids { all: Some(rows), trained: Arc::new(Occurrences::new(trained, Some(sources), None)) }
+                let (sources, trained) = (0..).zip(rows.ids()).filter(|&(_, &row)| row != padding).unzip();
+                let trained = Arc::new(Occurrences::Host(Listed::new(trained, Some(sources), None)));
+                lookup::Ids { all: Some(rows), trained }
             }
         };
         match &ids.all {
-            None => debts::pay_occurrences(self.0.weight.id(), &ids.trained)?,
-            Some(all) => debts::pay_occurrences(self.0.weight.id(), &Occurrences::new(all.clone(), None, None))?,
+            None => debts::pay_occurrences(weight.id(), &ids.trained)?,
+            Some(all) => debts::pay_listed(weight.id(), all)?,
         }
         if let Some(max_norm) = max_norm {
-            kernel::renormalize(&self.0.weight, self.0.row_len, &ids.trained.unique(), max_norm)?;
+            kernel::renormalize(weight, self.0.row_len, &ids.trained.listed()?.unique(), max_norm)?;
         }
         lookup::rows(self, ids, shape)
+    }
+
+    /// The ids of a lookup in a table on a GPU, of which `padding` gets no gradient; hears of earlier ones.
+    fn gpu_ids(&self, ids: &Tensor, padding: Option<u32>) -> Result<GpuIds> {
+        let mut unchecked = records::lock(&self.0.unchecked);
+        unchecked.hear()?;
+        GpuIds::new(self.0.weight.device(), ids, self.0.rows, padding, &mut unchecked)
     }
 
     /// Sets rows of the weight to `values`, `[ids' dimensions.., row's dimensions..]`; of equal ids, the last one wins.
@@ -191,7 +212,7 @@ impl Table {
             return Err(ErrorKind::DTypeMismatch { what: "values", name, expected, got: values.dtype() }.into());
         }
         // The last of equal ids: a scatter may write them in any order.
-        let sorted = Occurrences::new(rows, None, None);
+        let sorted = Listed::new(rows, None, None);
         let last = sorted.sorted().chunk_by(|a, b| a >> 32 == b >> 32).filter_map(|equal| equal.last());
         let (rows, positions): (Vec<u32>, Vec<u32>) = last.map(|&key| ((key >> 32) as u32, key as u32)).unzip();
         if rows.is_empty() || row_len == 0 {

@@ -14,8 +14,7 @@ use candle_core::TensorId;
 use candle_core::backprop::GradStore;
 
 use super::Shared;
-use crate::gradient::sparse::Part;
-use crate::kernel::Occurrences;
+use crate::kernel::{Occurrences, Part};
 
 /// So many records are kept, of so many ids together.
 const KEPT: usize = 4096;
@@ -39,6 +38,15 @@ pub(super) struct Lookup {
 impl Lookup {
     pub(super) fn new(anchor: TensorId, occurrences: Arc<Occurrences>) -> Self {
         Self { anchor, number: NEXT.fetch_add(1, Ordering::Relaxed), occurrences }
+    }
+
+    /// The ids of a lookup in a table on a GPU.
+    #[cfg(feature = "cuda")]
+    pub(super) fn on_gpu(&self) -> candle_core::Result<&crate::kernel::GpuIds> {
+        match &*self.occurrences {
+            Occurrences::Gpu(ids) => Ok(ids),
+            Occurrences::Host(_) => candle_core::bail!("expected ids on the GPU of the table"),
+        }
     }
 }
 
@@ -85,11 +93,11 @@ pub(super) fn keep(var: TensorId, lookup: &Lookup) {
     if records.kept.iter().any(|(_, kept)| kept.anchor == lookup.anchor) {
         return;
     }
-    records.kept_ids += lookup.occurrences.ids().len();
+    records.kept_ids += lookup.occurrences.len();
     records.kept.push_back((var, lookup.clone()));
     while records.kept.len() > KEPT || (records.kept_ids > KEPT_IDS && records.kept.len() > 1) {
         let Some((_, oldest)) = records.kept.pop_front() else { break };
-        records.kept_ids -= oldest.occurrences.ids().len();
+        records.kept_ids -= oldest.occurrences.len();
         records.given_up.push_back(oldest.anchor);
         if records.given_up.len() > GIVEN_UP {
             records.given_up.pop_front();

@@ -4,7 +4,9 @@
 #include "../../cuda/adamax.cu"
 #include "../../cuda/exact.cu"
 #include "../../cuda/passes.cu"
+#include "../../cuda/pool.cu"
 #include "../../cuda/rows.cu"
+#include "../../cuda/sort.cu"
 #include "../../cuda/summary.cu"
 
 // Sizes of the structures that both sides have, in the order of src/kernel/cuda/abi.rs.
@@ -12,8 +14,9 @@ extern "C" __attribute__((visibility("default"))) void host_sizes(uint64_t* size
     const uint64_t all[] = {sizeof(Tensor),   sizeof(Coefficients<double>), sizeof(Coefficients<float>), sizeof(Orders),
                             sizeof(Chunk),    sizeof(Control),              sizeof(Late),                sizeof(UpdateArgs),
                             sizeof(Gradient), sizeof(LeavesArgs),           sizeof(NormsArgs),           sizeof(JoinArgs),
-                            sizeof(Pair),     sizeof(PairArgs),             sizeof(GatherArgs),          sizeof(Contribution),
-                            sizeof(Part),     sizeof(SumArgs),              sizeof(Entry),               sizeof(Terms),
-                            sizeof(PayArgs),  sizeof(MarkArgs)};
+                            sizeof(Pair),     sizeof(PairArgs),             sizeof(GatherArgs),          sizeof(IdsArgs),
+                            sizeof(Part),     sizeof(Sorting),              sizeof(SortArgs),            sizeof(Entry),
+                            sizeof(Terms),    sizeof(PayArgs),              sizeof(MarkArgs),            sizeof(PoolArgs),
+                            sizeof(DotArgs),  sizeof(LargestArgs)};
     memcpy(sizes, all, sizeof(all));
 }

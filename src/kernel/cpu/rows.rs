@@ -13,6 +13,7 @@ use crate::element::{Arithmetic, Element};
 use crate::kernel::lend::{Borrowed, lend};
 use crate::kernel::rows::{RowGrad, RowsView};
 use crate::ledger::Ledger;
+use crate::reduce::dot;
 use crate::rounding::Rounding;
 use crate::state::ParamState;
 
@@ -292,9 +293,7 @@ pub(crate) fn dot_rows<E: Element>(
     let dots = ids.iter().zip(bags).map(|(&id, bag)| {
         let row = &table[id as usize * row_len..][..row_len];
         let grad = &grad[bag as usize * row_len..][..row_len];
-        // In f64, where products of f32 are exact: nothing is lost in a long row.
-        let dot: f64 = row.iter().zip(grad).map(|(x, g)| x.widen().to_f64() * g.widen().to_f64()).sum();
-        E::narrow(E::Acc::from_f64(dot))
+        E::narrow(E::Acc::from_f64(dot(row, grad)))
     });
     dots.collect()
 }

@@ -226,36 +226,140 @@ pub(crate) struct GatherArgs {
     pub(crate) row_len: u64,
 }
 
-/// A gradient whose rows are summed.
+/// Of `rows_ids_*`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct IdsArgs {
+    pub(crate) from: Address,
+    pub(crate) to: Address,
+    /// None if there is no padding.
+    pub(crate) trained: Address,
+    /// In host memory: becomes 1 if an id is no row.
+    pub(crate) bad: Address,
+    pub(crate) n: u64,
+    /// Rows of the table.
+    pub(crate) rows: u32,
+    pub(crate) padding: u32,
+}
+
+/// One lookup whose gradient is summed by rows, or another gradient of rows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct Part {
+    /// Rows of the gradient.
     pub(crate) values: Address,
-    dtype: u32,
-    padding: u32,
+    /// To which row of the table each position contributes; beyond the table: to none.
+    pub(crate) ids: Address,
+    /// Which row of the gradient it is; none: one for each position.
+    pub(crate) bags: Address,
+    /// Of bags, if each position contributes its part of a mean.
+    pub(crate) starts: Address,
+    /// What each position is multiplied with, if anything.
+    pub(crate) factors: Address,
+    /// Of its positions, among those of all parts.
+    pub(crate) begin: u32,
+    /// [`number`] of the values' type.
+    pub(crate) dtype: u32,
+    pub(crate) factors_dtype: u32,
+    pub(crate) padding: u32,
 }
 
-impl Part {
-    pub(crate) fn new(values: Address, dtype: DType) -> Self {
-        let dtype = match dtype {
-            DType::F64 => 0,
-            DType::F16 => 2,
-            DType::BF16 => 3,
-            _ => 1,
-        };
-        Self { values, dtype, padding: 0 }
+/// The number of a type of elements.
+pub(crate) fn number(dtype: DType) -> u32 {
+    match dtype {
+        DType::F64 => 0,
+        DType::F16 => 2,
+        DType::BF16 => 3,
+        _ => 1,
     }
 }
 
-/// Of `rows_sum_*`.
+/// The sort of the ids of one table.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
 #[repr(C)]
-pub(crate) struct SumArgs {
-    pub(crate) starts: Address,
-    /// Of `kernel::Contribution`.
-    pub(crate) contributions: Address,
+pub(crate) struct Sorting {
     pub(crate) parts: Address,
+    pub(crate) keys: [Address; 2],
+    pub(crate) places: [Address; 2],
+    pub(crate) counts: Address,
+    pub(crate) heads: Address,
+    /// Ascending, each once.
+    pub(crate) rows: Address,
+    /// Row k has the places from `starts[k]` to `starts[k + 1]`.
+    pub(crate) starts: Address,
+    /// How many rows there are.
+    pub(crate) count: Address,
+    pub(crate) sums: Address,
+    pub(crate) row_len: u64,
+    /// Positions.
+    pub(crate) n: u32,
+    /// Rows of the table.
+    pub(crate) all: u32,
+    pub(crate) parts_n: u32,
+    pub(crate) passes: u32,
+    pub(crate) blocks: u32,
+    /// Of a block.
+    pub(crate) tiles: u32,
+    /// How many sums a block makes.
+    pub(crate) chunk: u32,
+    pub(crate) padding: u32,
+}
+
+/// Of `sort_*`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct SortArgs {
+    pub(crate) tables: Address,
+    pub(crate) chunks: Address,
+    pub(crate) pass: u32,
+    pub(crate) padding: u32,
+}
+
+/// Of `pool_*`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct PoolArgs {
+    pub(crate) table: Address,
+    pub(crate) ids: Address,
+    /// The ids of bag b are those from `starts[b]` to `starts[b + 1]`.
+    pub(crate) starts: Address,
+    /// What each row is multiplied with, if anything.
+    pub(crate) factors: Address,
     pub(crate) out: Address,
+    /// Bags.
+    pub(crate) n: u64,
+    pub(crate) row_len: u64,
+    pub(crate) mean: u32,
+    pub(crate) padding: u32,
+}
+
+/// Of `pool_dot_*`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct DotArgs {
+    pub(crate) table: Address,
+    /// A row for each bag.
+    pub(crate) grad: Address,
+    pub(crate) ids: Address,
+    /// Of each id.
+    pub(crate) bags: Address,
+    pub(crate) out: Address,
+    /// Ids.
+    pub(crate) n: u64,
+    pub(crate) row_len: u64,
+}
+
+/// Of `pool_largest_*` and `pool_scatter_*`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct LargestArgs {
+    /// A row for each id; of the gradient of the maxima, for each bag.
+    pub(crate) values: Address,
+    pub(crate) starts: Address,
+    /// From which row each element of the maxima is.
+    pub(crate) positions: Address,
+    pub(crate) out: Address,
+    /// Bags.
     pub(crate) n: u64,
     pub(crate) row_len: u64,
 }

@@ -1,9 +1,11 @@
 //! What stands in the place of the runtimes without the feature `cuda`: no variable's state lives on a GPU then.
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 use crate::error::Result;
-use crate::kernel::{Accumulate, Average, Measured, PayTask, RowTask, Source, Task, Update};
+use crate::kernel::{
+    Accumulate, Average, Listed, Measured, Occurrences, PayTask, RowTask, Source, Task, Touched, Update,
+};
 use crate::reduce::NormType;
 
 /// The GPUs of one optimizer: none.
@@ -32,7 +34,7 @@ impl Runtimes {
     }
 
     pub(crate) fn measure(&mut self, _: Source<'_>, _: NormType) -> Result<f64> {
-        Err(candle_core::Error::msg("this program is built without the feature `cuda`").into())
+        absent()
     }
 
     pub(crate) fn settle(&mut self, wait: bool) -> Result<Option<bool>> {
@@ -57,14 +59,14 @@ pub(crate) enum GpuMarks {}
 
 impl GpuMarks {
     pub(crate) fn new(_: &Tensor, _: u32) -> Result<Self> {
-        Err(candle_core::Error::msg("this program is built without the feature `cuda`").into())
+        absent()
     }
 
     pub(crate) fn bytes(&self) -> usize {
         match *self {}
     }
 
-    pub(crate) fn name(&mut self, _: &[u32]) -> Result<()> {
+    pub(crate) fn name(&mut self, _: &Touched<'_>) -> Result<()> {
         match *self {}
     }
 
@@ -83,4 +85,53 @@ impl GpuMarks {
     pub(crate) fn forget(&mut self) {
         match *self {}
     }
+}
+
+/// Rows on a GPU: there are none.
+#[derive(Clone)]
+pub(crate) enum GpuRows {}
+
+impl GpuRows {
+    pub(crate) fn trained(_: &Occurrences, _: &Device) -> Result<Self> {
+        absent()
+    }
+}
+
+/// Ids of a lookup on a GPU: there are none.
+pub(crate) enum GpuIds {}
+
+impl GpuIds {
+    pub(crate) fn new(_: &Device, _: &Tensor, _: usize, _: Option<u32>, _: &mut Unchecked) -> Result<Self> {
+        absent()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        match *self {}
+    }
+
+    pub(crate) fn touched(&self) -> Touched<'static> {
+        match *self {}
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        match *self {}
+    }
+
+    pub(crate) fn listed(&self) -> Result<&Listed> {
+        match *self {}
+    }
+}
+
+/// Lookups whose ids are checked on a GPU: there are none.
+#[derive(Default)]
+pub(crate) struct Unchecked;
+
+impl Unchecked {
+    pub(crate) fn hear(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
+fn absent<T>() -> Result<T> {
+    Err(candle_core::Error::msg("this program is built without the feature `cuda`").into())
 }

@@ -9,14 +9,15 @@ use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, DevicePtr, DevicePtrMu
 
 use super::abi::{self, Address, MarkArgs, PayArgs};
 use super::compile::load;
+use super::ids::GpuRows;
 use super::launcher::launch;
 use super::plan::{blocks, blocks_of_units};
 use super::source::{Module, pay_kernel};
 use super::staging::alloc;
 use super::work::on_gpu;
 use crate::error::Result;
-use crate::kernel::PayTask;
 use crate::kernel::lend::gpu::{address_to_write, written};
+use crate::kernel::{PayTask, Touched};
 use crate::ledger::Record;
 use crate::rounding::Rounding;
 
@@ -27,8 +28,8 @@ pub(crate) struct GpuMarks {
     kernel: CudaFunction,
     marks: CudaSlice<u32>,
     rows: u64,
-    /// The rows that were named last, and how many they are.
-    named: (CudaSlice<u32>, u64),
+    /// The rows that were named last.
+    named: Vec<GpuRows>,
     entries: Option<CudaSlice<u8>>,
     /// How many entries have gone up.
     seen: usize,
@@ -43,8 +44,9 @@ impl GpuMarks {
         let rows = var.dims().first().copied().unwrap_or(1);
         let stream = device.cuda_stream();
         let zeros = |n: usize| stream.alloc_zeros::<u32>(n).map_err(candle_core::Error::wrap);
-        let (marks, named, kernel) = (zeros(rows.max(1))?, (zeros(1)?, 0), load(device, Module::Rows, "rows_mark")?);
-        let mut new = Self { device: device.clone(), kernel, marks, rows: rows as u64, named, entries: None, seen: 0 };
+        let (marks, kernel) = (zeros(rows.max(1))?, load(device, Module::Rows, "rows_mark")?);
+        let (device, rows, named) = (device.clone(), rows as u64, Vec::new());
+        let mut new = Self { device, kernel, marks, rows, named, entries: None, seen: 0 };
         new.mark_all(0, mark)?;
         Ok(new)
     }
@@ -55,12 +57,12 @@ impl GpuMarks {
     }
 
     /// Says which rows the next payment and the next mark are about. A row may be named more than once.
-    pub(crate) fn name(&mut self, rows: &[u32]) -> Result<()> {
-        // A device gives no memory of no bytes.
-        if !rows.is_empty() {
-            self.named.0 = self.device.cuda_stream().clone_htod(rows).map_err(candle_core::Error::wrap)?;
-        }
-        self.named.1 = rows.len() as u64;
+    pub(crate) fn name(&mut self, rows: &Touched<'_>) -> Result<()> {
+        self.named = match rows {
+            Touched::Rows(rows) => vec![GpuRows::on(&Device::Cuda(self.device.clone()), rows)?],
+            Touched::OnGpu(rows) => rows.clone(),
+        };
+        self.named.retain(|rows| rows.len() > 0);
         Ok(())
     }
 
@@ -102,18 +104,24 @@ impl GpuMarks {
             now: ledger.now() as u32,
             mark,
         };
-        if !is_all {
-            (args.tensor.rows, args.n) = (self.named.0.device_ptr(&stream).0, self.named.1);
+        // Without rows, all of them.
+        let lists = if is_all { vec![(0, self.rows)] } else { self.lists(&stream) };
+        for (rows, n) in lists {
+            (args.tensor.rows, args.n) = (rows, n);
+            launch(&stream, &function, blocks_of_units(n, args.tensor.unit), args)?;
         }
-        launch(&stream, &function, blocks_of_units(args.n, args.tensor.unit), args)?;
         Ok(written(var, &stream)?)
     }
 
     /// From now on the rows that were named have this mark.
     pub(crate) fn mark_named(&mut self, mark: u32) -> Result<()> {
-        let stream = self.device.cuda_stream();
-        let rows = self.named.0.device_ptr(&stream).0;
-        self.mark(MarkArgs { rows, n: self.named.1, added: mark, ..MarkArgs::default() })
+        let lists = self.lists(&self.device.cuda_stream());
+        lists.into_iter().try_for_each(|(rows, n)| self.mark(MarkArgs { rows, n, added: mark, ..MarkArgs::default() }))
+    }
+
+    /// Where the rows are that were named, and how many.
+    fn lists(&self, stream: &CudaStream) -> Vec<(Address, u64)> {
+        self.named.iter().map(|rows| (rows.address(stream), rows.len() as u64)).collect()
     }
 
     /// From now on all rows have this mark, with the bits `kept` of their own.

@@ -7,8 +7,8 @@ use candle_core::CudaDevice;
 use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg};
 
 use super::abi::{
-    Address, Chunk, GatherArgs, JoinArgs, LeavesArgs, MarkArgs, NormsArgs, PairArgs, PayArgs, SumArgs, THREADS,
-    UpdateArgs,
+    Address, Chunk, DotArgs, GatherArgs, IdsArgs, JoinArgs, LargestArgs, LeavesArgs, MarkArgs, NormsArgs, PairArgs,
+    PayArgs, PoolArgs, SortArgs, THREADS, UpdateArgs,
 };
 use super::compile::load;
 use super::plan::{LEAVES, chunks};
@@ -122,4 +122,5 @@ macro_rules! arguments {
         )+
     };
 }
-arguments!(UpdateArgs, LeavesArgs, NormsArgs, JoinArgs, PairArgs, SumArgs, GatherArgs, PayArgs, MarkArgs);
+arguments!(UpdateArgs, LeavesArgs, NormsArgs, JoinArgs, PairArgs, SortArgs, GatherArgs, IdsArgs, PayArgs, MarkArgs);
+arguments!(PoolArgs, DotArgs, LargestArgs);

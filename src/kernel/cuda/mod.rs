@@ -4,7 +4,8 @@
 //! | --- | --- |
 //! | `runtime` | one GPU of one optimizer: an update, a pass, a norm, and what is heard late |
 //! | `work` | what an update is asked to do, before and after addresses are known |
-//! | `rows`, `norms` | rows of tables; norms of gradients |
+//! | `ids`, `pool` | ids of lookups; rows that are gathered and pooled |
+//! | `sort`, `norms` | gradients of rows, sorted and summed; norms of gradients |
 //! | `exact` | what rows of a table owe |
 //! | `launcher` | kernels of one device: loaded, planned, launched |
 //! | `staging` | one copy for all that a launch is told |
@@ -26,15 +27,19 @@ mod emulated;
 #[cfg(feature = "cuda")]
 mod exact;
 #[cfg(feature = "cuda")]
+mod ids;
+#[cfg(feature = "cuda")]
 mod launcher;
 #[cfg(feature = "cuda")]
 mod norms;
 #[cfg(any(test, feature = "cuda"))]
 pub(crate) mod plan;
 #[cfg(feature = "cuda")]
-mod rows;
+mod pool;
 #[cfg(feature = "cuda")]
 mod runtime;
+#[cfg(feature = "cuda")]
+mod sort;
 #[cfg(any(test, feature = "cuda"))]
 pub(crate) mod source;
 #[cfg(feature = "cuda")]
@@ -43,12 +48,14 @@ mod staging;
 mod work;
 
 #[cfg(not(feature = "cuda"))]
-pub(crate) use absent::{GpuMarks, Runtimes};
+pub(crate) use absent::{GpuIds, GpuMarks, GpuRows, Runtimes, Unchecked};
 #[cfg(feature = "cuda")]
 pub(crate) use compile::has_kernels;
 #[cfg(feature = "cuda")]
 pub(crate) use exact::GpuMarks;
 #[cfg(feature = "cuda")]
-pub(crate) use rows::gather;
+pub(crate) use ids::{GpuIds, GpuRows, Unchecked};
+#[cfg(feature = "cuda")]
+pub(crate) use pool::{dot_rows, gather, largest, largest_backward, pool};
 #[cfg(feature = "cuda")]
 pub(crate) use runtime::Runtimes;

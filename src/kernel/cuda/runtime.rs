@@ -11,11 +11,11 @@ use cudarc::driver::{CudaEvent, CudaSlice, DevicePtr, PinnedHostSlice};
 use super::abi::{self, Address, Control, Gradient, JoinArgs, Late, Pair, PairArgs, UpdateArgs};
 use super::launcher::Launcher;
 use super::norms::Scratch;
-use super::plan::{LEAVES, blocks_of_rows, units_of_chunk};
-use super::rows::{Sums, sum_kernel};
+use super::plan::{LEAVES, units_of_chunk};
+use super::sort::Sorter;
 use super::source::Module;
 use super::staging::{Room, Staging};
-use super::work::{Kernel, Prepared, RowPlaces, RowsAt, Work, tensor_of};
+use super::work::{Grad, Kernel, Prepared, RowPlaces, RowsAt, Work, tensor_of};
 use crate::error::Result;
 use crate::kernel::lend::gpu::{Held, address_to_write, written};
 use crate::kernel::{Accumulate, Average, Measured, RowTask, Source, Task, Update};
@@ -31,7 +31,7 @@ struct Runtime {
     staging: Staging,
     control: CudaSlice<u8>,
     scratch: Scratch,
-    sums: Sums,
+    sorter: Sorter,
     /// Where moments and masters are: nobody else has these tensors, so they stay there.
     addresses: HashMap<TensorId, Address>,
     /// Whether the last update has measured the norm, and was asked to.
@@ -197,7 +197,7 @@ impl Runtime {
             staging: Staging::new(stream),
             control,
             scratch: Scratch::default(),
-            sums: Sums::default(),
+            sorter: Sorter::default(),
             addresses: HashMap::new(),
             has_measured: false,
             last_skips: false,
@@ -238,7 +238,7 @@ impl Runtime {
             let units = tasks.iter().map(|&i| (prepared[i].units(), units_of_chunk(prepared[i].unit))).collect();
             self.launcher.plan(kernel, units)?;
         }
-        let sums_at = self.sums.prepare(&mut self.launcher, &prepared)?;
+        let mut sorts = self.sorter.prepare(&mut self.launcher, &prepared)?;
         let lens: Vec<(DType, u64)> =
             prepared.iter().map(|task| (task.grad.dtype(task.var), task.grad.elements())).collect();
         let norms = match &measured {
@@ -251,6 +251,7 @@ impl Runtime {
         let of_tensors: Vec<_> = kernels.iter().map(|(_, _, tasks)| room.of::<abi::Tensor>(tasks.len())).collect();
         let of_gradients = room.of::<Gradient>(prepared.len());
         let of_rows: Vec<_> = prepared.iter().map(|task| RowPlaces::of(&task.grad, &mut room)).collect();
+        let of_sorts = room.of::<abi::Sorting>(sorts.tables.len());
         let mut filling = self.staging.prepare(&room)?;
 
         // From here on the gradients are locked against writing, until everything is launched.
@@ -258,10 +259,8 @@ impl Runtime {
             .iter()
             .map(|task| task.grad.tensors().into_iter().map(Held::new).collect())
             .collect::<candle_core::Result<Vec<Vec<Held<'_>>>>>()?;
-        let (mut guards, mut tensors, mut sums) = (Vec::new(), Vec::with_capacity(prepared.len()), Vec::new());
-        for ((((task, held), places), sums_at), index) in
-            prepared.iter().zip(&held).zip(&of_rows).zip(&sums_at).zip(0u32..)
-        {
+        let (mut guards, mut tensors) = (Vec::new(), Vec::with_capacity(prepared.len()));
+        for (index, ((task, held), places)) in prepared.iter().zip(&held).zip(&of_rows).enumerate() {
             let mut addresses = Vec::with_capacity(held.len());
             for held in held {
                 let (address, guard) = held.address(&self.launcher.stream)?;
@@ -269,10 +268,9 @@ impl Runtime {
                 addresses.push(address);
             }
             let rows = match places {
-                Some(places) => places.fill(&task.grad, (&addresses, *sums_at), &mut filling)?,
+                Some(places) => places.fill(&task.grad, (&addresses, sorts.of(index)), &mut filling)?,
                 None => RowsAt { grad: addresses.first().copied().unwrap_or(0), ..RowsAt::default() },
             };
-            sums.extend(rows.sums.map(|args| (sum_kernel(task.var.dtype()), args)));
             let mut own = |tensor: &Tensor| -> Result<Address> {
                 if let Some(address) = self.addresses.get(&tensor.id()) {
                     return Ok(*address);
@@ -292,7 +290,7 @@ impl Runtime {
                 count: rows.count,
                 len: task.var.elem_count() as u64,
                 unit: task.unit,
-                orders: index,
+                orders: index as u32,
                 chunk: units_of_chunk(task.unit),
             });
         }
@@ -301,23 +299,23 @@ impl Runtime {
             filling.put(*place, &tasks.iter().map(|&i| tensors[i]).collect::<Vec<_>>())?;
         }
         let mut first = 0;
-        let gradients: Vec<Gradient> = lens
-            .iter()
-            .zip(&tensors)
-            .map(|((_, len), tensor)| {
-                let gradient = Gradient { values: tensor.grad, count: 0, len: *len, first };
-                first += len.div_ceil(LEAF as u64);
-                gradient
-            })
-            .collect();
+        let gradients = prepared.iter().zip(&lens).zip(&tensors).map(|((task, (_, most)), tensor)| {
+            let (count, len) = match &task.grad {
+                Grad::Parts(parts) => (tensor.count, parts.row_len),
+                Grad::Dense(_) | Grad::Rows(_) => (0, *most),
+            };
+            let gradient = Gradient { values: tensor.grad, count, len, first };
+            first += most.div_ceil(LEAF as u64);
+            gradient
+        });
+        let gradients: Vec<Gradient> = gradients.collect();
+        let sorts_at = filling.put(of_sorts, &sorts.tables)?;
         filling.put(of_gradients, &gradients)?;
         let (orders_at, gradients_at) = (filling.address(of_orders), filling.address(of_gradients));
         let tensors_at: Vec<Address> = of_tensors.iter().map(|place| filling.address(*place)).collect();
         filling.copy()?;
 
-        for (kernel, args) in sums {
-            self.launcher.launch(kernel, blocks_of_rows(args.n, args.row_len), args)?;
-        }
+        sorts.launch(&self.launcher, sorts_at)?;
         let mut late = Late::default();
         if let (Some(measured), Some(norms)) = (&measured, &norms) {
             norms.launch(&self.launcher, &lens, gradients_at, measured.norm, measured.unscale)?;

@@ -30,13 +30,17 @@ pub(crate) enum Module {
     Passes,
     /// Rows of tables.
     Rows,
+    /// Their gradients.
+    Sort,
+    /// Rows by bags.
+    Pool,
 }
 
 #[cfg(feature = "cuda")]
 impl Module {
     /// All of them.
     #[cfg(test)]
-    pub(crate) const ALL: [Self; 13] = [
+    pub(crate) const ALL: [Self; 15] = [
         Self::Update("f64_f64"),
         Self::Update("f32_f32"),
         Self::Update("f16_f16"),
@@ -50,6 +54,8 @@ impl Module {
         Self::Summary,
         Self::Passes,
         Self::Rows,
+        Self::Sort,
+        Self::Pool,
     ];
 
     /// The module for parameters and gradients of these dtypes.
@@ -85,6 +91,8 @@ impl Module {
             Self::Summary => "candle-adamax-summary".to_owned(),
             Self::Passes => "candle-adamax-passes".to_owned(),
             Self::Rows => "candle-adamax-rows".to_owned(),
+            Self::Sort => "candle-adamax-sort".to_owned(),
+            Self::Pool => "candle-adamax-pool".to_owned(),
         }
     }
 
@@ -96,11 +104,13 @@ impl Module {
             Self::Summary => include_str!("../../../cuda/summary.cu"),
             Self::Passes => include_str!("../../../cuda/passes.cu"),
             Self::Rows => include_str!("../../../cuda/rows.cu"),
+            Self::Sort => include_str!("../../../cuda/sort.cu"),
+            Self::Pool => include_str!("../../../cuda/pool.cu"),
         };
         let text = HEADERS.iter().chain([&kernels]).flat_map(|file| file.lines());
         let mut source: String = match self {
             Self::Update(only) | Self::Exact(only) => format!("#define ONLY_{only}\n"),
-            Self::Summary | Self::Passes | Self::Rows => String::new(),
+            Self::Summary | Self::Passes | Self::Rows | Self::Sort | Self::Pool => String::new(),
         };
         for line in text.filter(|line| !line.starts_with("#include") && !line.starts_with("#pragma once")) {
             source.push_str(line);

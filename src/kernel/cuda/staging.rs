@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use bytemuck::Pod;
-use cudarc::driver::{CudaEvent, CudaSlice, CudaStream, DevicePtr, PinnedHostSlice};
+use cudarc::driver::{CudaEvent, CudaSlice, CudaStream, DevicePtr, DeviceRepr, PinnedHostSlice};
 
 use super::abi::Address;
 use crate::error::Result;
@@ -95,9 +95,15 @@ impl Drop for Staging {
 
 /// Memory on a device, whose contents nobody has set.
 pub(crate) fn alloc(stream: &Arc<CudaStream>, bytes: usize) -> Result<CudaSlice<u8>> {
+    alloc_of(stream, bytes.max(ALIGNMENT))
+}
+
+/// The same for `n` numbers, at least one.
+pub(crate) fn alloc_of<T: Pod + DeviceRepr>(stream: &Arc<CudaStream>, n: usize) -> Result<CudaSlice<T>> {
     #[expect(unsafe_code, reason = "memory that is not set yet")]
-    // SAFETY: it holds bytes, for which every value is valid; kernels write what they read.
-    let memory = unsafe { stream.alloc::<u8>(bytes.max(ALIGNMENT)) };
+    // SAFETY: it holds numbers, for which every value is valid; kernels write what they read. A device gives no memory of
+    // no bytes.
+    let memory = unsafe { stream.alloc::<T>(n.max(1)) };
     Ok(memory.map_err(candle_core::Error::wrap)?)
 }
 
@@ -112,6 +118,11 @@ pub(crate) struct Filling<'s> {
 }
 
 impl Filling<'_> {
+    /// The stream that the copy is on.
+    pub(crate) fn stream(&self) -> &CudaStream {
+        self.stream
+    }
+
     /// Where something will be on the device.
     pub(crate) fn address(&self, place: Place) -> Address {
         self.base + place.0 as Address

@@ -2,12 +2,13 @@
 
 use candle_core::{DType, Tensor};
 
-use super::abi::{self, Address, SumArgs};
+use super::abi::{self, Address, Sorting};
+use super::ids::BagsAt;
 use super::source::{Module, update_kernel};
 use super::staging::{Filling, Place, Room};
 use crate::codec::StateDType;
 use crate::error::Result;
-use crate::kernel::{Contribution, RowGrad, RowTask, RowValues, Source, Task, Update};
+use crate::kernel::{Occurrences, Part, RowGrad, RowTask, RowValues, Source, SummedRows, Task, Update, total};
 use crate::state::{Buffer, Master, MomentTensors, ParamState, Stored, arithmetic};
 
 /// One parameter of an update.
@@ -79,26 +80,46 @@ pub(super) struct Prepared<'a> {
 pub(super) enum Grad<'a> {
     Dense(&'a Tensor),
     /// Rows and their sums, in host memory.
-    Rows(&'a [u32], &'a Buffer),
-    /// Rows, and of what on the GPU they are the sums.
-    Sums(RowSums<'a>),
+    Rows(&'a SummedRows),
+    /// On the GPU, not sorted and not summed yet.
+    Parts(Parts<'a>),
 }
 
 /// Of a `RowGrad`.
-pub(super) struct RowSums<'a> {
-    rows: &'a [u32],
-    row_len: usize,
-    starts: &'a [u32],
-    contributions: &'a [Contribution],
-    parts: Vec<&'a Tensor>,
+pub(super) struct Parts<'a> {
+    /// Those that are not empty.
+    parts: Vec<&'a Part<'a>>,
+    pub(super) row_len: u64,
+    /// How many contributions there are.
+    pub(super) n: u32,
+    /// How many rows there can be.
+    rows: u64,
+}
+
+impl<'a> Parts<'a> {
+    fn new(parts: &'a [Part<'a>], row_len: usize, var: &Tensor) -> Result<Self> {
+        let n = total(parts)? as u32;
+        let rows = var.dims().first().map_or(1, |&rows| u64::from(n).min(rows as u64));
+        let parts = parts.iter().filter(|part| part.occurrences.len() > 0).collect();
+        Ok(Self { parts, row_len: row_len as u64, n, rows })
+    }
+
+    /// What contributions are multiplied with.
+    fn factors(part: &'a Part<'_>) -> Option<&'a Tensor> {
+        match &*part.occurrences {
+            Occurrences::Gpu(ids) => ids.factors(),
+            Occurrences::Host(_) => None,
+        }
+    }
 }
 
 impl<'a> Grad<'a> {
+    /// How many elements there are, or can be where only the device knows.
     pub(super) fn elements(&self) -> u64 {
         match self {
             Self::Dense(grad) => grad.elem_count() as u64,
-            Self::Rows(_, values) => values.len() as u64,
-            Self::Sums(sums) => (sums.rows.len() * sums.row_len) as u64,
+            Self::Rows(rows) => rows.values.len() as u64,
+            Self::Parts(parts) => parts.rows * parts.row_len,
         }
     }
 
@@ -106,15 +127,17 @@ impl<'a> Grad<'a> {
     pub(super) fn tensors(&self) -> Vec<&'a Tensor> {
         match self {
             Self::Dense(grad) => vec![*grad],
-            Self::Rows(..) => Vec::new(),
-            Self::Sums(sums) => sums.parts.clone(),
+            Self::Rows(_) => Vec::new(),
+            Self::Parts(Parts { parts, .. }) => {
+                parts.iter().flat_map(|&part| [Some(part.grad.as_ref()), Parts::factors(part)]).flatten().collect()
+            }
         }
     }
 
     pub(super) fn dtype(&self, var: &Tensor) -> DType {
         match self {
             Self::Dense(grad) => grad.dtype(),
-            Self::Rows(..) | Self::Sums(_) => arithmetic(var.dtype()),
+            Self::Rows(_) | Self::Parts(_) => arithmetic(var.dtype()),
         }
     }
 }
@@ -131,12 +154,12 @@ impl<'a> Prepared<'a> {
                 None => return Err(candle_core::Error::msg("expected a gradient").into()),
             },
             // Moments as they are have no units: then any length will do.
-            Work::Rows(RowTask { grad: RowGrad { rows, row_len, values }, .. }) => {
+            Work::Rows(RowTask { grad: RowGrad { row_len, values }, .. }) => {
                 let grad = match values {
-                    RowValues::Summed(sums) => Grad::Rows(rows, sums),
-                    RowValues::Lazy { starts, contributions, parts } => {
-                        let parts = parts.iter().map(|part| part.as_ref()).collect();
-                        Grad::Sums(RowSums { rows, row_len: *row_len, starts, contributions, parts })
+                    RowValues::Summed(sums) => Grad::Rows(sums),
+                    RowValues::Unsorted(parts) => Grad::Parts(Parts::new(parts, *row_len, var)?),
+                    RowValues::Coalesced(_) => {
+                        return Err(candle_core::Error::msg("rows of a table on a GPU are sorted there").into());
                     }
                 };
                 (grad, (*row_len).max(1) as u64)
@@ -147,13 +170,14 @@ impl<'a> Prepared<'a> {
         Ok(Self { var, moments, master, grad, unit, kernel })
     }
 
-    /// How many units are updated.
+    /// How many units are updated, or can be.
     pub(super) fn units(&self) -> u64 {
         match &self.grad {
             Grad::Dense(_) => (self.var.elem_count() as u64).div_ceil(self.unit),
             // Rows without elements have nothing to update.
-            Grad::Rows(..) | Grad::Sums(_) if self.grad.elements() == 0 => 0,
-            Grad::Rows(rows, _) | Grad::Sums(RowSums { rows, .. }) => rows.len() as u64,
+            Grad::Rows(_) | Grad::Parts(_) if self.grad.elements() == 0 => 0,
+            Grad::Rows(SummedRows { rows, .. }) => rows.len() as u64,
+            Grad::Parts(parts) => parts.rows,
         }
     }
 }
@@ -171,31 +195,41 @@ pub(super) fn on_gpu(state: &ParamState) -> Result<(&MomentTensors, Option<&Tens
     }
 }
 
-/// Where on the device what is known of the rows of one table will be.
-pub(super) struct RowPlaces {
-    rows: Place,
-    count: Place,
-    /// The sums, or what they are made of.
-    values: ValuePlaces,
-}
-
-enum ValuePlaces {
-    Summed(Place),
-    Sums { starts: Place, contributions: Place, parts: Place },
+/// Where on the device what the host knows of the rows of one table will be.
+pub(super) enum RowPlaces {
+    Summed {
+        rows: Place,
+        count: Place,
+        values: Place,
+    },
+    /// The parts, and for each the ids and bags that are in host memory.
+    Parts {
+        parts: Place,
+        listed: Vec<Option<(Place, Option<Place>)>>,
+    },
 }
 
 impl RowPlaces {
     pub(super) fn of(grad: &Grad<'_>, room: &mut Room) -> Option<Self> {
-        let (rows, values) = match grad {
-            Grad::Dense(_) => return None,
-            Grad::Rows(rows, sums) => (rows, ValuePlaces::Summed(room.of::<u8>(sums.bytes()))),
-            Grad::Sums(RowSums { rows, starts, contributions, parts, .. }) => {
-                let starts = room.of::<u32>(starts.len());
-                let contributions = room.of::<Contribution>(contributions.len());
-                (rows, ValuePlaces::Sums { starts, contributions, parts: room.of::<abi::Part>(parts.len()) })
+        match grad {
+            Grad::Dense(_) => None,
+            Grad::Rows(SummedRows { rows, values }) => Some(Self::Summed {
+                rows: room.of::<u32>(rows.len()),
+                count: room.of::<u32>(1),
+                values: room.of::<u8>(values.bytes()),
+            }),
+            Grad::Parts(Parts { parts, .. }) => {
+                let listed = parts.iter().map(|part| match &*part.occurrences {
+                    Occurrences::Gpu(_) => None,
+                    Occurrences::Host(listed) => {
+                        let ids = room.of::<u32>(listed.ids().len());
+                        Some((ids, listed.sources().map(|sources| room.of::<u32>(sources.len()))))
+                    }
+                });
+                let listed = listed.collect();
+                Some(Self::Parts { parts: room.of::<abi::Part>(parts.len()), listed })
             }
-        };
-        Some(Self { rows: room.of::<u32>(rows.len()), count: room.of::<u32>(1), values })
+        }
     }
 }
 
@@ -205,46 +239,64 @@ pub(super) struct RowsAt {
     pub(super) rows: Address,
     pub(super) count: Address,
     pub(super) grad: Address,
-    /// What has to be summed first.
-    pub(super) sums: Option<SumArgs>,
 }
 
 impl RowPlaces {
-    /// Fills the places. `parts` are the addresses of the tensors that are summed, into `sums`.
+    /// Fills the places. `tensors` are the addresses of [`Grad::tensors`]; `sorting` is told where the parts are.
     pub(super) fn fill(
         &self,
         grad: &Grad<'_>,
-        (parts, sums): (&[Address], Address),
+        (tensors, sorting): (&[Address], Option<&mut Sorting>),
         filling: &mut Filling<'_>,
     ) -> Result<RowsAt> {
-        let numbers: &[u32] = match grad {
-            Grad::Rows(rows, _) | Grad::Sums(RowSums { rows, .. }) => rows,
-            Grad::Dense(_) => &[],
-        };
-        let (rows, count) = (filling.put(self.rows, numbers)?, filling.put(self.count, &[numbers.len() as u32])?);
-        let (grad, sums) = match (grad, &self.values) {
-            (Grad::Rows(_, Buffer::F32(values)), ValuePlaces::Summed(place)) => {
-                (filling.put::<f32>(*place, values)?, None)
-            }
-            (Grad::Rows(_, Buffer::F64(values)), ValuePlaces::Summed(place)) => {
-                (filling.put::<f64>(*place, values)?, None)
-            }
-            (Grad::Sums(of), ValuePlaces::Sums { starts, contributions, parts: of_parts }) => {
-                let dtypes = of.parts.iter().map(|part| part.dtype());
-                let parts: Vec<_> = parts.iter().zip(dtypes).map(|(&at, dtype)| abi::Part::new(at, dtype)).collect();
-                let args = SumArgs {
-                    starts: filling.put(*starts, of.starts)?,
-                    contributions: filling.put(*contributions, of.contributions)?,
-                    parts: filling.put(*of_parts, &parts)?,
-                    out: sums,
-                    n: of.rows.len() as u64,
-                    row_len: of.row_len as u64,
+        match (self, grad) {
+            (Self::Summed { rows, count, values }, Grad::Rows(sums)) => {
+                let grad = match &sums.values {
+                    Buffer::F32(sums) => filling.put::<f32>(*values, sums)?,
+                    Buffer::F64(sums) => filling.put::<f64>(*values, sums)?,
+                    Buffer::Tensor(_) => return Err(candle_core::Error::msg("expected sums in host memory").into()),
                 };
-                (sums, Some(args))
+                let n = sums.rows.len() as u32;
+                Ok(RowsAt { rows: filling.put(*rows, &sums.rows)?, count: filling.put(*count, &[n])?, grad })
             }
-            _ => return Err(candle_core::Error::msg("rows in host memory have a type of arithmetic").into()),
-        };
-        Ok(RowsAt { rows, count, grad, sums })
+            (Self::Parts { parts: place, listed }, Grad::Parts(Parts { parts, .. })) => {
+                let Some(sorting) = sorting else { return Ok(RowsAt::default()) };
+                let (mut tensors, mut begin) = (tensors.iter().copied(), 0);
+                let mut all = Vec::with_capacity(parts.len());
+                for (part, listed) in parts.iter().zip(listed) {
+                    let (ids, BagsAt { starts, bags, is_mean }) = match (&*part.occurrences, listed) {
+                        (Occurrences::Gpu(ids), _) => {
+                            (ids.trained().address(filling.stream()), ids.bags(filling.stream()))
+                        }
+                        (Occurrences::Host(list), Some((ids, sources))) => {
+                            let bags = match (list.sources(), sources) {
+                                (Some(sources), Some(place)) => filling.put(*place, sources)?,
+                                _ => 0,
+                            };
+                            (filling.put(*ids, list.ids())?, BagsAt { bags, ..BagsAt::default() })
+                        }
+                        (Occurrences::Host(_), None) => (0, BagsAt::default()),
+                    };
+                    let values = tensors.next().unwrap_or(0);
+                    let factors = Parts::factors(part);
+                    all.push(abi::Part {
+                        values,
+                        ids,
+                        bags,
+                        starts: if is_mean { starts } else { 0 },
+                        factors: if factors.is_some() { tensors.next().unwrap_or(0) } else { 0 },
+                        begin,
+                        dtype: abi::number(part.grad.dtype()),
+                        factors_dtype: factors.map_or(0, |factors| abi::number(factors.dtype())),
+                        padding: 0,
+                    });
+                    begin += part.occurrences.len() as u32;
+                }
+                (sorting.parts, sorting.parts_n) = (filling.put(*place, &all)?, all.len() as u32);
+                Ok(RowsAt { rows: sorting.rows, count: sorting.count, grad: sorting.sums })
+            }
+            _ => Err(candle_core::Error::msg("a gradient in another place than it was").into()),
+        }
     }
 }
 

@@ -46,11 +46,20 @@ impl<'t> Held<'t> {
     /// The address of its first element; the other part is to be dropped behind the launch that reads it.
     pub(crate) fn address<'s>(&'s self, stream: &'s CudaStream) -> Result<(Address, SyncOnDrop<'s>)> {
         let Storage::Cuda(storage) = &*self.storage else { bail!("expected memory of a GPU") };
-        Ok(with_slice!(&storage.slice, values => {
-            let (address, guard) = values.device_ptr(stream);
-            (address + (self.start * size_of_element(values)) as Address, guard)
-        }))
+        storage_address(storage, self.start, stream)
     }
+}
+
+/// The address of an element of a storage that is locked; the other part is to be dropped behind the launch that reads it.
+pub(crate) fn storage_address<'s>(
+    storage: &'s CudaStorage,
+    start: usize,
+    stream: &'s CudaStream,
+) -> Result<(Address, SyncOnDrop<'s>)> {
+    Ok(with_slice!(&storage.slice, values => {
+        let (address, guard) = values.device_ptr(stream);
+        (address + (start * size_of_element(values)) as Address, guard)
+    }))
 }
 
 fn size_of_element<T>(_: &cudarc::driver::CudaSlice<T>) -> usize {

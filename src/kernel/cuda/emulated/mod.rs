@@ -6,7 +6,9 @@
 
 mod exact;
 mod norms;
+mod pool;
 mod rows;
+mod sort;
 mod updates;
 
 use std::path::PathBuf;
@@ -20,7 +22,7 @@ use libloading::{Library, Symbol};
 
 use super::abi::{self, Address};
 use crate::codec::{Encoding, StateDType};
-use crate::kernel::{Contribution, Orders};
+use crate::kernel::Orders;
 use crate::ledger::{Record, Terms};
 use crate::rounding::Rounding;
 use crate::rule::{Coefficients, Epsilon, Hyperparameters, WeightDecay};
@@ -261,15 +263,19 @@ fn structures_are_laid_out_alike() {
         size_of::<abi::Pair>(),
         size_of::<abi::PairArgs>(),
         size_of::<abi::GatherArgs>(),
-        size_of::<Contribution>(),
+        size_of::<abi::IdsArgs>(),
         size_of::<abi::Part>(),
-        size_of::<abi::SumArgs>(),
+        size_of::<abi::Sorting>(),
+        size_of::<abi::SortArgs>(),
         size_of::<Record>(),
         size_of::<Terms>(),
         size_of::<abi::PayArgs>(),
         size_of::<abi::MarkArgs>(),
+        size_of::<abi::PoolArgs>(),
+        size_of::<abi::DotArgs>(),
+        size_of::<abi::LargestArgs>(),
     ];
-    let mut got = [0u64; 22];
+    let mut got = [0u64; 26];
     type Sizes = unsafe extern "C" fn(*mut u64);
     // SAFETY: `host.cpp` has this function, of this type.
     let host_sizes: Symbol<'_, Sizes> = unsafe { library().get(b"host_sizes") }.expect("host_sizes");

@@ -1,10 +1,11 @@
-//! Rows of tables: gathered, summed and updated.
+//! Rows of tables: gathered and updated.
 
 use candle_core::{DType, Result, Tensor, Var};
 
 use super::*;
 use crate::kernel::cuda::abi::{Late, UpdateArgs};
 use crate::kernel::cuda::plan::{blocks_of_rows, chunks, units_of_chunk};
+use crate::kernel::rows::{Coalesced, Contribution};
 use crate::kernel::{RowGrad, RowTask, RowValues, cpu};
 use crate::state::{Layout, Place};
 
@@ -21,7 +22,7 @@ pub(super) fn row_grad(rows: &[u32], row_len: usize, parts: &[Tensor]) -> RowGra
         starts.push(contributions.len() as u32);
     }
     let parts = parts.iter().map(|part| std::borrow::Cow::Owned(part.clone())).collect();
-    RowGrad { rows: rows.to_vec(), row_len, values: RowValues::Lazy { starts, contributions, parts } }
+    RowGrad { row_len, values: RowValues::Coalesced(Coalesced { rows: rows.to_vec(), starts, contributions, parts }) }
 }
 
 #[test]
@@ -51,27 +52,10 @@ fn touched_rows_have_the_bits_of_the_cpu() -> Result<()> {
             let mut devices = arrays(&var, &own, 0)?;
             cpu::update_rows(vec![RowTask { nth: 0, var: &var, grad: &grad, orders, state: &mut own }])?;
 
-            let RowValues::Lazy { starts, contributions, .. } = &grad.values else { panic!("not lazy") };
-            let mut values = parts.iter().map(|part| memory(part, 0)).collect::<Result<Vec<_>>>()?;
-            let of_parts: Vec<abi::Part> = values
-                .iter_mut()
-                .zip(&parts)
-                .map(|(memory, part)| abi::Part::new(memory.address(), part.dtype()))
-                .collect();
-            let (mut starts, mut contributions) = (Memory::of(starts, 0), Memory::of(contributions, 0));
-            let mut of_parts = Memory::of(&of_parts, 0);
-            let arithmetic = crate::state::arithmetic(dtype);
-            let mut sums = Memory::zeros::<u8>(rows.len() * row_len * arithmetic.size_in_bytes());
+            let sums = grad.summed(dtype).map_err(candle_core::Error::from)?.values;
+            let mut sums =
+                memory(&sums.to_tensor(&(rows.len(), row_len).into()).map_err(candle_core::Error::from)?, 0)?;
             let (n, len) = (rows.len() as u64, row_len as u64);
-            let args = abi::SumArgs {
-                starts: starts.address(),
-                contributions: contributions.address(),
-                parts: of_parts.address(),
-                out: sums.address(),
-                n,
-                row_len: len,
-            };
-            launch(&format!("rows_sum_{}", name(arithmetic)), blocks_of_rows(n, len) as usize, &args, t == 2);
             let mut address = |i: usize| devices[i].as_mut().map_or(0, |(memory, _)| memory.address());
             let (mut numbers_of_rows, mut count) = (Memory::of(&rows, 0), Memory::of(&[rows.len() as u32], 0));
             let tensor = abi::Tensor {
