@@ -123,15 +123,19 @@ template <typename F, typename P, typename G> struct Unit : Stored<F, P> {
             load(moments + at, n, whole, m);
             load(norms + at, n, whole, v);
             params.read(at, n, whole, w);
+            bool is_new = false;
 #pragma unroll
             for (u32 i = 0; i < GROUP; i++) {
+                typename F::Norm before = v[i];
                 if constexpr (STEP == 0) block.update(w[i], g[i], m[i], v[i], at + i);
                 if constexpr (STEP == 1) block.template update_plain<false>(w[i], g[i], m[i], v[i], at + i);
                 if constexpr (STEP == 2) block.template update_plain<true>(w[i], g[i], m[i], v[i], at + i);
+                is_new = is_new || v[i] != before;
             }
             params.write(at, n, whole, w);
             store(moments + at, n, whole, m);
-            store(norms + at, n, whole, v);
+            // An un-decayed maximum changes only where a new one comes, so most of them need not be written.
+            if (is_new) store(norms + at, n, whole, v);
         }
     }
 

@@ -1,7 +1,7 @@
 //! Some rows of an embedding table: what a lookup, a step and a whole training step cost, beside the memory's own speed
 //! and candle's dense way.
 //!
-//! Every round has ids of its own, drawn uniformly, so neither caches nor a sorted order are left from the round before.
+//! Every round has ids of its own, so neither caches nor a sorted order are left from the round before.
 
 use std::io::Write;
 
@@ -12,6 +12,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{AdamW, Linear, Module, Optimizer, ParamsAdamW};
 use clap::ValueEnum;
 use rand::{Rng, SeedableRng, rngs::StdRng};
+use rand_distr::Zipf;
 use serde::Serialize;
 
 use crate::machine::{COPY_BYTES, Machine, Times};
@@ -33,6 +34,10 @@ pub(crate) struct Args {
     /// How many ids are looked up.
     #[arg(long, default_value_t = 8192)]
     batch: usize,
+    /// Draw ids by Zipf's law with this exponent, instead of uniformly: the row of rank k in proportion to 1 / k^S. Ranks are
+    /// dealt over the table.
+    #[arg(long, value_name = "S")]
+    zipf: Option<f64>,
     /// How often each is timed, after some steps to warm up.
     #[arg(long, default_value_t = 30)]
     rounds: usize,
@@ -146,17 +151,28 @@ impl Memory {
 /// Ids for the rounds.
 struct Batches {
     rng: StdRng,
-    rows: u32,
+    rows: u64,
     batch: usize,
+    /// Of ranks, from 1 on; if none, rows are drawn uniformly.
+    zipf: Option<Zipf<f64>>,
 }
 
+/// Shares no factor with any smaller number of rows.
+const PRIME: u64 = 4_294_967_291;
+
 impl Batches {
-    fn new(args: &Args) -> Self {
-        Self { rng: StdRng::seed_from_u64(2015), rows: args.rows as u32, batch: args.batch }
+    fn new(args: &Args) -> Result<Self> {
+        let zipf = args.zipf.map(|exponent| Zipf::new(args.rows as f64, exponent)).transpose()?;
+        Ok(Self { rng: StdRng::seed_from_u64(2015), rows: args.rows as u64, batch: args.batch, zipf })
     }
 
     fn draw(&mut self) -> Vec<u32> {
-        (0..self.batch).map(|_| self.rng.random_range(0..self.rows)).collect()
+        let Self { rng, rows, batch, zipf } = self;
+        let mut row = || match zipf {
+            None => rng.random_range(0..*rows),
+            Some(zipf) => (rng.sample(*zipf) as u64 - 1) * PRIME % *rows,
+        };
+        (0..*batch).map(|_| row() as u32).collect()
     }
 }
 
@@ -166,8 +182,8 @@ struct Model<E, O> {
     linear: Linear,
     optimizer: O,
     target: Tensor,
-    /// Where the embedding wants its ids.
-    ids: Device,
+    /// Where everything is, ids included.
+    device: Device,
 }
 
 /// The variables of a model.
@@ -182,8 +198,7 @@ impl Model<Embedding, Adamax> {
     fn ours(machine: &Machine, args: &Args, params: ParamsAdamax) -> Result<Self> {
         let vars = vars(args, &machine.device)?;
         let embedding = Embedding::new(vars[0].as_tensor().clone())?;
-        // The host reads them, also for a table on a GPU.
-        Self::new(args, vars, embedding, Device::Cpu, |vars| Adamax::new(vars, params))
+        Self::new(args, vars, embedding, |vars| Adamax::new(vars, params))
     }
 }
 
@@ -191,8 +206,7 @@ impl Model<candle_nn::Embedding, AdamW> {
     fn dense(machine: &Machine, args: &Args) -> Result<Self> {
         let vars = vars(args, &machine.device)?;
         let embedding = candle_nn::Embedding::new(vars[0].as_tensor().clone(), args.dim);
-        let ids = machine.device.clone();
-        Self::new(args, vars, embedding, ids, |vars| AdamW::new(vars, ParamsAdamW::default()))
+        Self::new(args, vars, embedding, |vars| AdamW::new(vars, ParamsAdamW::default()))
     }
 }
 
@@ -201,12 +215,12 @@ impl<E: Module, O: Optimizer> Model<E, O> {
         args: &Args,
         vars: [Var; 3],
         embedding: E,
-        ids: Device,
         optimizer: impl FnOnce(Vec<Var>) -> candle_core::Result<O>,
     ) -> Result<Self> {
         let linear = Linear::new(vars[1].as_tensor().clone(), Some(vars[2].as_tensor().clone()));
-        let target = Tensor::zeros((args.batch, 1), DType::F32, vars[0].device())?;
-        Ok(Self { embedding, linear, optimizer: optimizer(vars.into())?, target, ids })
+        let device = vars[0].device().clone();
+        let target = Tensor::zeros((args.batch, 1), DType::F32, &device)?;
+        Ok(Self { embedding, linear, optimizer: optimizer(vars.into())?, target, device })
     }
 
     fn forward_backward(&self, ids: &Tensor) -> candle_core::Result<GradStore> {
@@ -225,7 +239,7 @@ impl<E: Module, O: Optimizer> Model<E, O> {
         for _ in 0..steps {
             let ids = batches.draw();
             touched = Touched::of(&ids).len();
-            self.whole(&Tensor::new(ids, &self.ids)?)?;
+            self.whole(&Tensor::new(ids, &self.device)?)?;
         }
         Ok(touched)
     }
@@ -233,7 +247,7 @@ impl<E: Module, O: Optimizer> Model<E, O> {
     /// Times every case once, with ids of its own.
     fn round(&mut self, machine: &Machine, batches: &mut Batches, times: &mut AllTimes) -> Result<()> {
         let [of_lookup, of_step, of_whole] = times;
-        let mut draw = || Tensor::new(batches.draw(), &self.ids);
+        let mut draw = || Tensor::new(batches.draw(), &self.device);
         let [for_lookup, for_step, for_whole] = [draw()?, draw()?, draw()?];
         machine.time(of_lookup, || self.embedding.forward(&for_lookup).map(drop))?;
         let grads = self.forward_backward(&for_step)?;
@@ -265,7 +279,7 @@ struct Measured {
 }
 
 fn measure(machine: &Machine, args: &Args) -> Result<Measured> {
-    let mut batches = Batches::new(args);
+    let mut batches = Batches::new(args)?;
     let warm_up = WARM_UP.max(machine.warm_up());
     let before = machine.used_memory()?;
     let mut ours = Model::ours(machine, args, args.params())?;
@@ -311,6 +325,9 @@ fn measure(machine: &Machine, args: &Args) -> Result<Measured> {
 /// Times all cases and prints them.
 pub(crate) fn run(machine: &Machine, args: &Args, json: bool) -> Result<()> {
     ensure!(args.rows > 0 && u32::try_from(args.rows).is_ok(), "--rows: expected 1 to 4294967295, got {}", args.rows);
+    if let Some(exponent) = args.zipf {
+        ensure!(exponent.is_finite() && exponent >= 0.0, "--zipf: expected a number of at least 0, got {exponent}");
+    }
     ensure!(args.dim > 0 && args.batch > 0 && args.rounds > 0, "--dim, --batch, --rounds: expected at least 1");
     let table_bytes = args.table_bytes();
     ensure!(isize::try_from(4 * table_bytes).is_ok(), "--rows: a table of {table_bytes} bytes does not fit");
@@ -405,7 +422,8 @@ fn lines(machine: &Machine, args: &Args, measured: &Measured) -> Result<Vec<Line
 fn print_table(out: &mut impl Write, machine: &Machine, args: &Args, lines: &[Line]) -> Result<()> {
     let Args { rows, dim, batch, .. } = args;
     let ParamsAdamax { state_dtype, sparse_update, .. } = args.params();
-    write!(out, "a table of {rows} x {dim} f32, {batch} uniform ids, {}", machine.name()?)?;
+    let law = args.zipf.map_or("uniform".to_owned(), |exponent| format!("Zipf ({exponent})"));
+    write!(out, "a table of {rows} x {dim} f32, {batch} {law} ids, {}", machine.name()?)?;
     writeln!(out, ", {sparse_update:?} with {state_dtype:?} moments")?;
     writeln!(out)?;
     let (is_gpu, is_plain) = (machine.is_gpu(), args.is_plain());

@@ -1,9 +1,10 @@
 //! Calls of which only the GPU knows yet whether they were skipped.
 //!
 //! With [`skip_nonfinite`](crate::ParamsAdamax::skip_nonfinite) on one GPU a call is skipped there, and the host hears of it
-//! later (with a [`grad_scaler`](crate::ParamsAdamax::grad_scaler) before the next call). Until then it counts the call as one that was not, and hands the GPU the coefficients of every number of calls
-//! that may have been; the GPU picks those of its own count. Invariant: the calls that are not settled have the same
-//! variables with a gradient, so that their number alone decides every counter.
+//! later (with a [`grad_scaler`](crate::ParamsAdamax::grad_scaler) before the next call). Until then it counts the call as
+//! one that was not, and hands the GPU the coefficients of every number of calls that may have been; the GPU picks those of
+//! its own count. Invariant: the calls that are not settled have the same variables with a gradient, so that their number
+//! alone decides every counter.
 
 use super::{Adamax, Counters, Gradients};
 use crate::error::Result;

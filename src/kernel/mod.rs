@@ -103,10 +103,11 @@ impl Context {
     ) -> Result<()> {
         let [host, device, gpu] = split(tasks, |task| task.place);
         let [host_rows, device_rows, gpu_rows] = split(rows, |task| task.state.place());
-        // What can fail goes first, so that a failure finds nothing changed: a launch can, for want of memory, and tensor
-        // operations can, but a pass over slices cannot.
+        // What can fail for want of memory goes first, so that a failure finds nothing changed: tensor operations, whose
+        // results are not written yet, and what comes before launches. A pass over slices cannot fail.
+        let by_operations = portable::update(device, device_rows)?;
         self.cuda.update(gpu, gpu_rows, measured)?;
-        portable::update(device, device_rows)?;
+        by_operations.write()?;
         cpu::run(host)?;
         cpu::update_rows(host_rows)?;
         Ok(())

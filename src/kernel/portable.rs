@@ -12,21 +12,35 @@ use crate::reduce::NormType;
 use crate::rule::Coefficients;
 use crate::state::{Buffer, ParamState, Stored, arithmetic};
 
-pub(super) fn update(tasks: Vec<Task<'_, Update<'_>>>, row_tasks: Vec<RowTask<'_>>) -> Result<()> {
-    let rows = row_tasks.into_iter().map(UpdatedRows::compute).collect::<Result<Vec<_>>>()?;
-    let mut results = Vec::with_capacity(tasks.len());
+/// Variables and moments after an update that has not been written yet.
+pub(super) struct Updated<'a> {
+    whole: Vec<(&'a Tensor, &'a mut ParamState, [Tensor; 3])>,
+    rows: Vec<UpdatedRows>,
+}
+
+/// Computes an update.
+pub(super) fn update<'a>(tasks: Vec<Task<'a, Update<'a>>>, row_tasks: Vec<RowTask<'_>>) -> Result<Updated<'a>> {
+    let rows = row_tasks.into_iter().map(UpdatedRows::compute).collect::<Result<_>>()?;
+    let mut whole = Vec::with_capacity(tasks.len());
     for task in tasks {
         let (Some(var), Some(read)) = (task.lent, task.read) else { continue };
         let Update { orders, state } = task.kind;
         let [m, u] = moments(state)?;
         let (next_w, next_m, next_u) = update_one(&orders.coefficients, var, gradient(read)?, m, u)?;
-        results.push((var, state, next_w, next_m, next_u));
+        whole.push((var, state, [next_w, next_m, next_u]));
     }
-    for (var, state, next_w, next_m, next_u) in results {
-        set(var, &next_w)?;
-        state.moments.stored = Stored::Full { exp_avg: Buffer::Tensor(next_m), exp_inf: Buffer::Tensor(next_u) };
+    Ok(Updated { whole, rows })
+}
+
+impl Updated<'_> {
+    /// Writes it.
+    pub(super) fn write(self) -> Result<()> {
+        for (var, state, [next_w, next_m, next_u]) in self.whole {
+            set(var, &next_w)?;
+            state.moments.stored = Stored::Full { exp_avg: Buffer::Tensor(next_m), exp_inf: Buffer::Tensor(next_u) };
+        }
+        self.rows.iter().try_for_each(UpdatedRows::write)
     }
-    rows.iter().try_for_each(UpdatedRows::write)
 }
 
 /// The touched rows of one table after their update, and where they go.
@@ -55,14 +69,15 @@ impl UpdatedRows {
             update_one(&orders.coefficients, &select(w)?, &values, &select(m)?, &select(u)?)?;
         let [w, m, u] = all;
         let rows = rows.reshape((n, 1))?.broadcast_as(&shape)?.contiguous()?;
-        Ok(Self { rows, tensors: [(w, next_w), (m, next_m), (u, next_u)] })
+        let tensors = [(w, next_w.contiguous()?), (m, next_m.contiguous()?), (u, next_u.contiguous()?)];
+        Ok(Self { rows, tensors })
     }
 
     fn write(&self) -> Result<()> {
         if self.rows.elem_count() == 0 {
             return Ok(());
         }
-        self.tensors.iter().try_for_each(|(to, from)| to.scatter_set(&self.rows, &from.contiguous()?, 0))
+        self.tensors.iter().try_for_each(|(to, from)| to.scatter_set(&self.rows, from, 0))
     }
 }
 

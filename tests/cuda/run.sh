@@ -27,4 +27,4 @@ done
 export LD_LIBRARY_PATH="$driver:${LD_LIBRARY_PATH:-}"
 "$program" --test-threads 2 "${filter[@]}"
 # Once more where the GPU is always behind what the host has asked for.
-[ $# -gt 0 ] || ADAMAX_LATE=1 "$program" --test-threads 2 not_finite to_be_skipped
+[ $# -gt 0 ] || ADAMAX_LATE=1 "$program" --test-threads 2 not_finite to_be_skipped of_the_step

@@ -10,15 +10,15 @@ use cudarc::driver::{CudaEvent, CudaSlice, DevicePtr, PinnedHostSlice};
 
 use super::abi::{self, Address, Control, Gradient, JoinArgs, Late, Pair, PairArgs, UpdateArgs};
 use super::launcher::Launcher;
-use super::norms::Scratch;
+use super::norms::{Norms, Scratch};
 use super::plan::{LEAVES, units_of_chunk};
-use super::sort::Sorter;
+use super::sort::{Sorter, Sorts};
 use super::source::Module;
-use super::staging::{Room, Staging};
+use super::staging::{Place, Room, Staging};
 use super::work::{Grad, Kernel, Prepared, RowPlaces, RowsAt, Work, tensor_of};
 use crate::error::Result;
 use crate::kernel::lend::gpu::{Held, address_to_write, written};
-use crate::kernel::{Accumulate, Average, Measured, RowTask, Source, Task, Update};
+use crate::kernel::{self, Accumulate, Average, Measured, RowTask, Source, Task};
 use crate::reduce::{LEAF, NormType};
 use crate::state::Buffer;
 
@@ -78,7 +78,7 @@ impl Runtimes {
 
     pub(crate) fn update(
         &mut self,
-        tasks: Vec<Task<'_, Update<'_>>>,
+        tasks: Vec<Task<'_, kernel::Update<'_>>>,
         rows: Vec<RowTask<'_>>,
         measured: Option<Measured>,
     ) -> Result<()> {
@@ -87,10 +87,18 @@ impl Runtimes {
             (runtime.has_measured, runtime.last_skips) = (false, false);
         }
         let tasks = tasks.into_iter().map(Work::Dense).chain(rows.into_iter().map(Work::Rows)).collect();
-        for (device, work) in Self::by_device(tasks, |work| Some(work.var()?.device())) {
-            self.of(&device)?.update(work, measured.clone())?;
+        let mut by_device = Self::by_device(tasks, |work| Some(work.var()?.device()));
+        for (_, work) in &mut by_device {
+            // The order in which norms are joined, which is that of the orders.
+            work.sort_by_key(Work::nth);
         }
-        Ok(())
+        // A GPU that has no memory left is to be heard of before another one has changed anything.
+        if by_device.len() > 1 {
+            for (device, work) in &by_device {
+                self.of(device)?.prepare(work, measured.as_ref())?;
+            }
+        }
+        by_device.iter().try_for_each(|(device, work)| self.of(device)?.update(work, measured.as_ref()))
     }
 
     pub(crate) fn accumulate(&mut self, tasks: Vec<Task<'_, Accumulate<'_>>>) -> Result<()> {
@@ -178,6 +186,30 @@ impl Runtimes {
     }
 }
 
+/// An update, of which everything is there but the addresses of tensors.
+struct Update<'w> {
+    tasks: Vec<Prepared<'w>>,
+    /// First those of the tasks, in their order.
+    orders: Vec<abi::Orders>,
+    /// Each with the tasks that are its own.
+    kernels: Vec<(Kernel, String, Vec<usize>)>,
+    sorts: Sorts,
+    /// How many elements gradients have, or can have.
+    lens: Vec<(DType, u64)>,
+    norms: Option<Norms>,
+    room: Room,
+    places: Places,
+}
+
+/// Where what the kernels are told will be.
+struct Places {
+    orders: Place,
+    tensors: Vec<Place>,
+    gradients: Place,
+    rows: Vec<Option<RowPlaces>>,
+    sorts: Place,
+}
+
 /// What is done to pairs of tensors.
 #[derive(PartialEq)]
 struct Pass {
@@ -207,60 +239,63 @@ impl Runtime {
         })
     }
 
-    fn update(&mut self, work: Vec<Work<'_>>, measured: Option<Measured>) -> Result<()> {
+    /// Everything of an update that can fail: kernels are loaded, and all memory is there.
+    fn prepare<'w>(&mut self, work: &'w [Work<'_>], measured: Option<&Measured>) -> Result<Update<'w>> {
         self.launcher.check_no_capture()?;
-        let mut work = work;
-        // The order in which norms are joined, which is that of the orders.
-        work.sort_by_key(Work::nth);
-        let prepared = work.iter().map(Prepared::new).collect::<Result<Vec<_>>>()?;
+        let tasks = work.iter().map(Prepared::new).collect::<Result<Vec<_>>>()?;
         // Those of states that have been replaced, by another encoding for instance, are of no more use.
-        if self.addresses.len() > 8 * (prepared.len() + 64) {
+        if self.addresses.len() > 8 * (tasks.len() + 64) {
             self.addresses.clear();
         }
         let mut orders: Vec<abi::Orders> = work.iter().map(Work::orders).collect();
-        let n = orders.len() as u32;
-        if let Some(Measured { late, .. }) = &measured {
+        if let Some(Measured { late, .. }) = measured {
             orders.extend(late.iter().flatten().map(abi::Orders::new));
         }
-        let mut told = match &measured {
-            Some(Measured { skips: true, .. }) => Some(self.prepare_telling()?),
-            _ => None,
-        };
         let mut kernels: Vec<(Kernel, String, Vec<usize>)> = Vec::new();
-        for (index, task) in prepared.iter().enumerate().filter(|(_, task)| task.units() > 0) {
+        for (index, task) in tasks.iter().enumerate().filter(|(_, task)| task.units() > 0) {
             match kernels.iter_mut().find(|(kernel, ..)| *kernel == task.kernel) {
                 Some((_, _, tasks)) => tasks.push(index),
                 None => kernels.push((task.kernel, task.kernel.name(), vec![index])),
             }
         }
-        for (of, kernel, tasks) in &kernels {
+        for (of, kernel, of_kernel) in &kernels {
             self.launcher.load(of.module()?, kernel)?;
-            let units = tasks.iter().map(|&i| (prepared[i].units(), units_of_chunk(prepared[i].unit))).collect();
+            let units = of_kernel.iter().map(|&i| (tasks[i].units(), units_of_chunk(tasks[i].unit))).collect();
             self.launcher.plan(kernel, units)?;
         }
-        let mut sorts = self.sorter.prepare(&mut self.launcher, &prepared)?;
+        let sorts = self.sorter.prepare(&mut self.launcher, &tasks)?;
         let lens: Vec<(DType, u64)> =
-            prepared.iter().map(|task| (task.grad.dtype(task.var), task.grad.elements())).collect();
-        let norms = match &measured {
-            Some(_) => Some(self.scratch.prepare(&mut self.launcher, &lens)?),
-            None => None,
-        };
+            tasks.iter().map(|task| (task.grad.dtype(task.var), task.grad.elements())).collect();
+        let norms = measured.map(|_| self.scratch.prepare(&mut self.launcher, &lens)).transpose()?;
 
         let mut room = Room::default();
-        let of_orders = room.of::<abi::Orders>(orders.len());
-        let of_tensors: Vec<_> = kernels.iter().map(|(_, _, tasks)| room.of::<abi::Tensor>(tasks.len())).collect();
-        let of_gradients = room.of::<Gradient>(prepared.len());
-        let of_rows: Vec<_> = prepared.iter().map(|task| RowPlaces::of(&task.grad, &mut room)).collect();
-        let of_sorts = room.of::<abi::Sorting>(sorts.tables.len());
-        let mut filling = self.staging.prepare(&room)?;
+        let places = Places {
+            orders: room.of::<abi::Orders>(orders.len()),
+            tensors: kernels.iter().map(|(_, _, tasks)| room.of::<abi::Tensor>(tasks.len())).collect(),
+            gradients: room.of::<Gradient>(tasks.len()),
+            rows: tasks.iter().map(|task| RowPlaces::of(&task.grad, &mut room)).collect(),
+            sorts: room.of::<abi::Sorting>(sorts.tables.len()),
+        };
+        self.staging.prepare(&room)?;
+        Ok(Update { tasks, orders, kernels, sorts, lens, norms, room, places })
+    }
+
+    fn update(&mut self, work: &[Work<'_>], measured: Option<&Measured>) -> Result<()> {
+        let Update { tasks, orders, kernels, mut sorts, lens, norms, room, places } = self.prepare(work, measured)?;
+        let n = work.len() as u32;
+        let mut told = match measured {
+            Some(Measured { skips: true, .. }) => Some(self.prepare_telling()?),
+            _ => None,
+        };
+        let mut filling = self.staging.fill(&room)?;
 
         // From here on the gradients are locked against writing, until everything is launched.
-        let held = prepared
+        let held = tasks
             .iter()
             .map(|task| task.grad.tensors().into_iter().map(Held::new).collect())
             .collect::<candle_core::Result<Vec<Vec<Held<'_>>>>>()?;
-        let (mut guards, mut tensors) = (Vec::new(), Vec::with_capacity(prepared.len()));
-        for (index, ((task, held), places)) in prepared.iter().zip(&held).zip(&of_rows).enumerate() {
+        let (mut guards, mut tensors) = (Vec::new(), Vec::with_capacity(tasks.len()));
+        for (index, ((task, held), places)) in tasks.iter().zip(&held).zip(&places.rows).enumerate() {
             let mut addresses = Vec::with_capacity(held.len());
             for held in held {
                 let (address, guard) = held.address(&self.launcher.stream)?;
@@ -294,12 +329,12 @@ impl Runtime {
                 chunk: units_of_chunk(task.unit),
             });
         }
-        filling.put(of_orders, &orders)?;
-        for ((_, _, tasks), place) in kernels.iter().zip(&of_tensors) {
-            filling.put(*place, &tasks.iter().map(|&i| tensors[i]).collect::<Vec<_>>())?;
+        let orders_at = filling.put(places.orders, &orders)?;
+        for ((_, _, of_kernel), place) in kernels.iter().zip(&places.tensors) {
+            filling.put(*place, &of_kernel.iter().map(|&i| tensors[i]).collect::<Vec<_>>())?;
         }
         let mut first = 0;
-        let gradients = prepared.iter().zip(&lens).zip(&tensors).map(|((task, (_, most)), tensor)| {
+        let gradients = tasks.iter().zip(&lens).zip(&tensors).map(|((task, (_, most)), tensor)| {
             let (count, len) = match &task.grad {
                 Grad::Parts(parts) => (tensor.count, parts.row_len),
                 Grad::Dense(_) | Grad::Rows(_) => (0, *most),
@@ -309,15 +344,14 @@ impl Runtime {
             gradient
         });
         let gradients: Vec<Gradient> = gradients.collect();
-        let sorts_at = filling.put(of_sorts, &sorts.tables)?;
-        filling.put(of_gradients, &gradients)?;
-        let (orders_at, gradients_at) = (filling.address(of_orders), filling.address(of_gradients));
-        let tensors_at: Vec<Address> = of_tensors.iter().map(|place| filling.address(*place)).collect();
+        let sorts_at = filling.put(places.sorts, &sorts.tables)?;
+        let gradients_at = filling.put(places.gradients, &gradients)?;
+        let tensors_at: Vec<Address> = places.tensors.iter().map(|place| filling.address(*place)).collect();
         filling.copy()?;
 
         sorts.launch(&self.launcher, sorts_at)?;
         let mut late = Late::default();
-        if let (Some(measured), Some(norms)) = (&measured, &norms) {
+        if let (Some(measured), Some(norms)) = (measured, &norms) {
             norms.launch(&self.launcher, &lens, gradients_at, measured.norm, measured.unscale)?;
             let (clip, limit) = abi::clip(measured.clip);
             let control = self.control.device_ptr(&self.launcher.stream).0;
@@ -346,9 +380,9 @@ impl Runtime {
             self.launcher.launch(kernel, blocks, UpdateArgs { tensors, orders: orders_at, chunks, late })?;
         }
         drop(guards);
-        prepared.iter().try_for_each(|task| written(task.var, &self.launcher.stream))?;
+        tasks.iter().try_for_each(|task| written(task.var, &self.launcher.stream))?;
         drop(held);
-        self.has_measured = measured.as_ref().is_some_and(|measured| measured.reported);
+        self.has_measured = measured.is_some_and(|measured| measured.reported);
         self.last_skips = told.is_some();
         self.unsettled.extend(told);
         Ok(())
@@ -403,7 +437,7 @@ impl Runtime {
         }
         let mut room = Room::default();
         let places: Vec<_> = kernels.iter().map(|(_, pairs)| room.of::<Pair>(pairs.len())).collect();
-        let mut filling = self.staging.prepare(&room)?;
+        let mut filling = self.staging.fill(&room)?;
         let mut addresses = Vec::with_capacity(kernels.len());
         for ((_, pairs), place) in kernels.iter().zip(&places) {
             let pairs = pairs.iter().map(|(to, other)| {
@@ -440,7 +474,7 @@ impl Runtime {
         let norms = self.scratch.prepare(&mut self.launcher, &lens)?;
         let mut room = Room::default();
         let place = room.of::<Gradient>(1);
-        let mut filling = self.staging.prepare(&room)?;
+        let mut filling = self.staging.fill(&room)?;
         let held = if grad.elem_count() > 0 { Some(Held::new(grad)?) } else { None };
         let (values, _guard) = match &held {
             Some(held) => held.address(&self.launcher.stream).map(|(address, guard)| (address, Some(guard)))?,

@@ -47,7 +47,7 @@ impl Staging {
     }
 
     /// Makes room on both sides.
-    pub(crate) fn prepare(&mut self, room: &Room) -> Result<Filling<'_>> {
+    pub(crate) fn prepare(&mut self, room: &Room) -> Result<()> {
         let bytes = room.0.max(ALIGNMENT);
         if self.device.as_ref().is_none_or(|device| device.len() < bytes) {
             let bytes = bytes.next_power_of_two();
@@ -58,7 +58,7 @@ impl Staging {
             self.device = Some(alloc(&self.stream, bytes)?);
         }
         let capacity = self.device.as_ref().map_or(0, CudaSlice::len);
-        if self.pinned.len() < TURNS && self.next == self.pinned.len() {
+        if self.next == self.pinned.len() {
             let context = self.stream.context();
             #[expect(unsafe_code, reason = "memory that is not set yet")]
             // SAFETY: bytes are written before they are copied: the copy takes what was filled, and what lies between
@@ -66,6 +66,12 @@ impl Staging {
             let pinned = unsafe { context.alloc_pinned::<u8>(capacity) }.map_err(candle_core::Error::wrap)?;
             self.pinned.push((pinned, context.new_event(None).map_err(candle_core::Error::wrap)?));
         }
+        Ok(())
+    }
+
+    /// Begins to fill the room, once it is made.
+    pub(crate) fn fill(&mut self, room: &Room) -> Result<Filling<'_>> {
+        self.prepare(room)?;
         let turn = self.next;
         self.next = (self.next + 1) % TURNS;
         let (Some(device), Some((pinned, copied))) = (&mut self.device, self.pinned.get_mut(turn)) else {
