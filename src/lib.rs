@@ -39,6 +39,19 @@
 //! | moving in from PyTorch or Keras, and out | [`Adamax::load_torch`], [`Adamax::load_keras`], [`ParamsAdamax::from_keras_json`] |
 //! | what goes wrong | [`Error`], [`ErrorKind`] |
 //!
+//! What to choose, and why, is in the [`guide`]:
+//!
+//! | question | page |
+//! | --- | --- |
+//! | which epsilon | [`guide::epsilon`] |
+//! | bytes for moments, rounding of weights | [`guide::precision`] |
+//! | learning rate, betas and decay of a run that had AdamW | [`guide::from_adamw`] |
+//! | tables: dense, lazy or exact | [`guide::tables`] |
+//! | f16 and bf16 | [`guide::mixed_precision`] |
+//! | stopping and going on | [`guide::resume`] |
+//! | PyTorch, Keras and `candle_nn`, in and out | [`guide::moving_in`] |
+//! | every departure from the other frameworks | [`guide::departures`] |
+//!
 //! # Numerics
 //!
 //! Arithmetic is f32 for f32, f16 and bf16 variables and f64 for f64, and so are moments unless
@@ -60,6 +73,7 @@
 //!
 //! | module | what lives there |
 //! | --- | --- |
+//! | `guide` | pages of documentation, and no code |
 //! | `adamax` | the optimizer; `step` reads as the list of what it does |
 //! | `embedding` | layers on tables |
 //! | `table` | one weight with rows: its lookups, which gradients are theirs, and what its rows owe |
@@ -96,6 +110,7 @@ mod embedding;
 mod error;
 mod gradient;
 mod group;
+pub mod guide;
 mod kernel;
 mod ledger;
 mod pages;

@@ -70,6 +70,13 @@ pub(crate) fn draw(path: &Path, panels: &[Panel], last: f64) -> Result<()> {
     draw().with_context(|| format!("cannot write {}", path.display()))
 }
 
+/// The most ticks that an axis of `last` epochs may have, so that all of them are whole epochs; parts of one where there
+/// is no whole one.
+fn most_ticks(last: f64) -> usize {
+    const MOST: usize = 12;
+    if last < 1.0 { MOST } else { MOST.min(last as usize + 1) }
+}
+
 /// Draws a title, a legend that no curve can run into, and the curves.
 fn draw_panel(area: &Area<'_>, panel: &Panel, last: f64) -> Drawn {
     let (head, plot) = area.split_vertically(96);
@@ -105,7 +112,7 @@ fn draw_panel(area: &Area<'_>, panel: &Panel, last: f64) -> Drawn {
         .bold_line_style(GRID)
         .light_line_style(TRANSPARENT)
         .axis_style(GRAY)
-        .x_labels(12)
+        .x_labels(most_ticks(last))
         .y_labels(8)
         .x_label_formatter(&|epoch| format!("{epoch}"))
         .y_label_formatter(&panel.written)
@@ -126,4 +133,23 @@ fn draw_panel(area: &Area<'_>, panel: &Panel, last: f64) -> Drawn {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use plotters::coord::ranged1d::Ranged;
+    use plotters::coord::types::RangedCoordf64;
+
+    use super::*;
+
+    #[test]
+    fn ticks_are_whole_epochs() {
+        let ticks = |last: f64| RangedCoordf64::from(0.0..last).key_points(most_ticks(last));
+        for last in (1..=100).map(f64::from).chain([1.5, 2.75, 11.9]) {
+            let ticks = ticks(last);
+            assert!(ticks.len() > 1 && ticks.iter().all(|epoch| epoch.fract() == 0.0), "{last}: {ticks:?}");
+        }
+        assert_eq!(ticks(3.0), [0.0, 1.0, 2.0, 3.0]);
+        assert!(ticks(0.25).len() > 1);
+    }
 }

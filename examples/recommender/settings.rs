@@ -73,6 +73,10 @@ pub(crate) struct Settings {
     #[arg(long, default_value_t = 0.4, allow_negative_numbers = true)]
     pub(crate) weight_decay: f64,
 
+    /// What is added to the norm that steps are divided by. By default Keras's 1e-7.
+    #[arg(long, allow_negative_numbers = true)]
+    pub(crate) eps: Option<f64>,
+
     /// Clip the gradients to this norm, all of them together.
     #[arg(long, value_name = "NORM", allow_negative_numbers = true)]
     pub(crate) clip_norm: Option<f64>,
@@ -149,8 +153,10 @@ impl Settings {
                 PolynomialDecay { end_learning_rate: 0.0, ..PolynomialDecay::new(self.lr, total) }.into()
             }
         };
+        let defaults = ParamsAdamax::default();
         ParamsAdamax {
             lr,
+            eps: self.eps.unwrap_or(defaults.eps),
             weight_decay: WeightDecay::Decoupled(self.weight_decay),
             // Also part of the names of the tables of biases.
             no_decay: vec!["bias".into()],
@@ -158,7 +164,7 @@ impl Settings {
             state_dtype: self.state.dtype(),
             sparse_update: self.sparse.update(),
             ema: self.ema.map(|momentum| Ema { momentum, overwrite_frequency: None }),
-            ..Default::default()
+            ..defaults
         }
     }
 }

@@ -96,9 +96,10 @@ impl Adamax {
         self.try_restore(snapshot).map_err(|error| self.own(error))
     }
 
-    /// Writes all state to a safetensors file, keyed by the variables' names; the README describes the format. The
-    /// weights are not in it: `VarMap::save` writes them. With [`SparseUpdate::Exact`](crate::SparseUpdate::Exact) call
-    /// that afterwards, since saving lets all rows pay what they owe, as [`snapshot`](Self::snapshot) does.
+    /// Writes all state to a safetensors file, keyed by the variables' names, in a format that is described in the
+    /// [guide](crate::guide::resume). The weights are not in it: `VarMap::save` writes them. With
+    /// [`SparseUpdate::Exact`](crate::SparseUpdate::Exact) call that afterwards, since saving lets all rows pay what
+    /// they owe, as [`snapshot`](Self::snapshot) does.
     ///
     /// The file is complete or it is not there: it is written beside `path`, synced and renamed.
     ///
