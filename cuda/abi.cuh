@@ -148,6 +148,25 @@ struct Columns {
     }
 };
 
+// The sum of `value(i)` over the numbers from `first` to `last`, in order. Several are fetched before the first of them is added:
+// a sum has to wait for the one before it, what is added need not.
+template <u32 AHEAD, typename A, typename Value> DEVICE A sum_in_order(u32 first, u32 last, Value value) {
+    A sum = A(0);
+    for (u32 from = first; from < last; from += AHEAD) {
+        A values[AHEAD];
+        u32 n = last - from < AHEAD ? last - from : AHEAD;
+#pragma unroll
+        for (u32 i = 0; i < AHEAD; i++) {
+            if (i < n) values[i] = value(from + i);
+        }
+#pragma unroll
+        for (u32 i = 0; i < AHEAD; i++) {
+            if (i < n) sum = from + i == first ? values[i] : sum + values[i];
+        }
+    }
+    return sum;
+}
+
 // === Groups of elements ===
 
 // Whether groups of a tensor can be read and written as whole words.

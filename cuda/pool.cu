@@ -4,8 +4,29 @@
 // neighboring columns; `pool_dot_*` a warp for each id. Called by src/kernel/cuda.
 #include "abi.cuh"
 
-// Rows that are fetched before the first of them is added.
-constexpr u32 FETCHED = 8;
+struct BagsArgs {
+    const u32* starts; // the ids of bag b are those from `starts[b]` to `starts[b + 1]`
+    u32* bags;         // of each id
+    u64 n;             // ids
+    u64 bags_n;
+};
+
+// The bag of each id: the last one that begins at it or before; empty ones begin where the next one does.
+KERNEL(pool_bags, BagsArgs) {
+    u64 threads = u64(gridDim.x) * THREADS;
+    for (u64 i = u64(blockIdx.x) * THREADS + threadIdx.x; i < args.n; i += threads) {
+        u64 first = 0, end = args.bags_n;
+        while (end - first > 1) {
+            u64 middle = first + (end - first) / 2;
+            if (args.starts[middle] <= i) {
+                first = middle;
+            } else {
+                end = middle;
+            }
+        }
+        args.bags[i] = u32(first);
+    }
+}
 
 struct PoolArgs {
     u64 table;
@@ -22,7 +43,8 @@ struct PoolArgs {
 // A column of the row of an id; NaN if there is none.
 template <typename E> DEVICE typename Element<E>::Acc column_of(u64 table, u64 row_len, u32 id, u64 column) {
     typedef typename Element<E>::Acc A;
-    return id == NO_ROW ? A(from_bits(0x7fc00000)) : Element<E>::widen(reinterpret_cast<const E*>(table)[id * row_len + column]);
+    if (id == NO_ROW) return A(from_bits(0x7fc00000));
+    return Element<E>::widen(reinterpret_cast<const E*>(table)[id * row_len + column]);
 }
 
 // In the order of the ids, in the type of the arithmetic; a mean is divided once.
@@ -33,21 +55,10 @@ template <typename E> DEVICE void pool(const PoolArgs& args) {
     for (u64 bag = columns.row; bag < args.n; bag += columns.rows_at_once) {
         u32 first = args.starts[bag], last = args.starts[bag + 1];
         for (u64 j = columns.first; j < args.row_len; j += columns.count) {
-            A sum = A(0);
-            for (u32 from = first; from < last; from += FETCHED) {
-                A values[FETCHED];
-                u32 n = last - from < FETCHED ? last - from : FETCHED;
-#pragma unroll
-                for (u32 i = 0; i < FETCHED; i++) {
-                    if (i >= n) continue;
-                    values[i] = column_of<E>(args.table, args.row_len, args.ids[from + i], j);
-                    if (factors != nullptr) values[i] = values[i] * Element<E>::widen(factors[from + i]);
-                }
-#pragma unroll
-                for (u32 i = 0; i < FETCHED; i++) {
-                    if (i < n) sum = from + i == first ? values[i] : sum + values[i];
-                }
-            }
+            A sum = sum_in_order<8, A>(first, last, [&](u32 i) {
+                A value = column_of<E>(args.table, args.row_len, args.ids[i], j);
+                return factors != nullptr ? value * Element<E>::widen(factors[i]) : value;
+            });
             if (args.mean != 0 && last > first) sum = sum / A(last - first);
             reinterpret_cast<E*>(args.out)[bag * args.row_len + j] = Element<E>::narrow(sum);
         }
@@ -136,7 +147,8 @@ template <typename E> DEVICE void scatter(const LargestArgs& args) {
         for (u64 j = columns.first; j < args.row_len; j += columns.count) {
             u32 row = args.positions[bag * args.row_len + j];
             if (row == NO_ROW) continue;
-            reinterpret_cast<E*>(args.out)[row * args.row_len + j] = reinterpret_cast<const E*>(args.values)[bag * args.row_len + j];
+            const E* grad = reinterpret_cast<const E*>(args.values) + bag * args.row_len;
+            reinterpret_cast<E*>(args.out)[row * args.row_len + j] = grad[j];
         }
     }
 }

@@ -12,7 +12,7 @@ constexpr u32 DIGITS = THREADS;
 // Positions that a block ranks at a time, and how many of them are a thread's.
 constexpr u32 TILE = 1024;
 constexpr u32 TURNS = TILE / THREADS;
-// Contributions that are fetched before the first of them is added.
+// Counts that are fetched before the first of them is added.
 constexpr u32 AHEAD = 8;
 
 enum DType { F64 = 0, F32 = 1, F16_ = 2, BF16_ = 3 };
@@ -274,6 +274,15 @@ template <typename A> DEVICE A contribution(const Sorting& table, u32 position, 
     return value;
 }
 
+// The rows of a single lookup, where they are of the type of the arithmetic and are added as they are; or null. A row that
+// occurs thousands of times is added up by few threads, so there as much as possible has to be fetched ahead.
+template <typename A> DEVICE const A* values_of(const Sorting& table) {
+    const Part& part = table.parts[0];
+    bool is_own = part.dtype == (sizeof(A) == 8 ? F64 : F32);
+    bool is_plain = table.parts_n == 1 && part.bags == nullptr && part.starts == nullptr && part.factors == 0;
+    return is_plain && is_own ? reinterpret_cast<const A*>(part.values) : nullptr;
+}
+
 // src/kernel/rows.rs, `RowsView::row`: in order of occurrence, in the type of the arithmetic. As many threads as a row has
 // columns, up to a block, have a row; each adds up a column.
 template <typename A> DEVICE void sum_rows(const SortArgs& args) {
@@ -284,21 +293,15 @@ template <typename A> DEVICE void sum_rows(const SortArgs& args) {
     u64 end = u64(chunk.first) + table.chunk;
     if (end > count) end = count;
     const u32* places = table.places[table.passes % 2];
+    const A* values = values_of<A>(table);
     for (u64 k = chunk.first + threadIdx.x / width; k < end; k += THREADS / width) {
         u32 first = table.starts[k], last = table.starts[k + 1];
         for (u64 j = threadIdx.x % width; j < table.row_len; j += width) {
-            A sum = A(0);
-            for (u32 from = first; from < last; from += AHEAD) {
-                A values[AHEAD];
-                u32 n = last - from < AHEAD ? last - from : AHEAD;
-#pragma unroll
-                for (u32 i = 0; i < AHEAD; i++) {
-                    if (i < n) values[i] = contribution<A>(table, places[from + i], j);
-                }
-#pragma unroll
-                for (u32 i = 0; i < AHEAD; i++) {
-                    if (i < n) sum = from + i == first ? values[i] : sum + values[i];
-                }
+            A sum;
+            if (values != nullptr) {
+                sum = sum_in_order<32, A>(first, last, [&](u32 i) { return values[places[i] * table.row_len + j]; });
+            } else {
+                sum = sum_in_order<8, A>(first, last, [&](u32 i) { return contribution<A>(table, places[i], j); });
             }
             reinterpret_cast<A*>(table.sums)[k * table.row_len + j] = sum;
         }

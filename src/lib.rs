@@ -84,7 +84,7 @@
 //! | `kernel` | which kernel runs; the one for the CPU, the one of tensor operations |
 //! | `kernel::cuda` | the kernels of `cuda/`: what they are given, compiled and launched (feature `cuda`) |
 //! | `kernel::lend` | the only place that takes slices out of candle's tensors |
-//! | `kernel::rows` | a gradient of some rows, and of what each is the sum |
+//! | `kernel::rows`, `kernel::occurrences` | a gradient of some rows, and of what each is the sum; which rows lookups touch |
 //! | `kernel::plan` | sizes of tensors become equal pieces of work; pure |
 //! | `state` | all that is kept for one variable, in each encoding |
 //! | `trace` | a span for each call, or nothing |

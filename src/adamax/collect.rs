@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::Param;
 use crate::error::{ErrorKind, Result};
-use crate::gradient::sparse::{IdsOf, densify, read_ids, row_len, rows_of};
+use crate::gradient::sparse::{IdsOf, densify, nonzero, read_ids, row_len, rows_of};
 use crate::gradient::{SparseGrad, TouchedRows};
 use crate::kernel::lend::storage_address;
 use crate::kernel::{Listed, Occurrences, Part, RowGrad, RowValues, total};
@@ -175,7 +175,7 @@ impl Checker<'_> {
         let rows = match touched {
             TouchedRows::NonZero => {
                 rows_of(&self.param.name, &grad)?;
-                SparseGrad::nonzero_rows(&grad)?.indices.to_vec1::<u32>()?
+                nonzero(&grad)?
             }
             TouchedRows::Ids(ids) => {
                 let what = IdsOf { what: "touched rows", of: &self.param.name };

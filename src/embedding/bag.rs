@@ -235,10 +235,10 @@ impl EmbeddingBag {
         let factors = weights.map(Tensor::flatten_all).transpose()?;
         let stays = padding.is_none() && !ids.device().is_cpu() && ids.device().same_device(table.device());
         if stays && kernel::has_lookups(table) && ids.dtype().is_int() {
-            let bags = (0..).zip(starts.windows(2)).flat_map(|(bag, range)| (range[0]..range[1]).map(move |_| bag));
-            let (bags, starts) = (bags.collect(), starts.iter().map(|&start| start as u32).collect());
+            let starts = starts.iter().map(|&start| start as u32).collect();
             let ids = PooledIds::Gpu(ids.flatten_all()?);
-            return Ok(Pooled { ids, starts, bags, mean, factors, max_norm });
+            // The GPU finds the bags by itself.
+            return Ok(Pooled { ids, starts, bags: Vec::new(), mean, factors, max_norm });
         }
         let all = self.table.read(ids)?;
         let (mut kept, mut bags) = (Vec::with_capacity(all.len()), Vec::with_capacity(all.len()));
@@ -252,6 +252,7 @@ impl EmbeddingBag {
             begins.push(kept.len() as u32);
         }
         let factors = match factors {
+            Some(factors) if positions.is_empty() => Some(factors.narrow(0, 0, 0)?),
             Some(factors) if positions.len() < all.len() => {
                 Some(factors.index_select(&Tensor::from_vec::<_, u32>(positions, kept.len(), factors.device())?, 0)?)
             }

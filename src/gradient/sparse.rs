@@ -59,20 +59,32 @@ impl SparseGrad {
     ///
     /// A scalar gradient.
     pub fn nonzero_rows(grad: &Tensor) -> Result<Self> {
-        let rows = rows_of("gradient", grad)?;
-        if grad.elem_count() == 0 {
-            return Self::select(grad, Vec::new());
-        }
-        let differs = grad.reshape((rows, ()))?.ne(0.0)?.to_dtype(DType::U32)?;
-        let counts = differs.max(1)?.to_vec1::<u32>()?;
-        Self::select(grad, (0..rows as u32).filter(|&row| counts[row as usize] != 0).collect())
+        Self::select(grad, nonzero(grad)?)
     }
 
     fn select(grad: &Tensor, rows: Vec<u32>) -> Result<Self> {
+        if rows.is_empty() || grad.elem_count() == 0 {
+            // Nothing cannot be selected from on a GPU.
+            let mut dims = grad.dims().to_vec();
+            dims[0] = rows.len();
+            let indices = Tensor::from_vec(rows, dims[0], &Device::Cpu)?;
+            return Ok(Self { indices, values: Tensor::zeros(dims, grad.dtype(), grad.device())? });
+        }
         let indices = Tensor::new(rows, grad.device())?;
         let values = grad.detach().contiguous()?.index_select(&indices, 0)?;
         Ok(Self { indices, values })
     }
+}
+
+/// The rows of a dense gradient that are not all zero.
+pub(crate) fn nonzero(grad: &Tensor) -> Result<Vec<u32>> {
+    let rows = rows_of("gradient", grad)?;
+    if grad.elem_count() == 0 {
+        return Ok(Vec::new());
+    }
+    let differs = grad.reshape((rows, ()))?.ne(0.0)?.to_dtype(DType::U32)?;
+    let counts = differs.max(1)?.to_vec1::<u32>()?;
+    Ok((0..rows as u32).filter(|&row| counts[row as usize] != 0).collect())
 }
 
 /// A gradient for [`apply_gradients`](crate::Adamax::apply_gradients): `.into()` makes it from either kind.

@@ -20,10 +20,13 @@ pub(super) struct Updated<'a> {
 
 /// Computes an update.
 pub(super) fn update<'a>(tasks: Vec<Task<'a, Update<'a>>>, row_tasks: Vec<RowTask<'_>>) -> Result<Updated<'a>> {
-    let rows = row_tasks.into_iter().map(UpdatedRows::compute).collect::<Result<_>>()?;
+    let rows = row_tasks.into_iter().map(UpdatedRows::compute).filter_map(Result::transpose).collect::<Result<_>>()?;
     let mut whole = Vec::with_capacity(tasks.len());
     for task in tasks {
         let (Some(var), Some(read)) = (task.lent, task.read) else { continue };
+        if is_empty(var) {
+            continue;
+        }
         let Update { orders, state } = task.kind;
         let [m, u] = moments(state)?;
         let (next_w, next_m, next_u) = update_one(&orders.coefficients, var, gradient(read)?, m, u)?;
@@ -43,6 +46,11 @@ impl Updated<'_> {
     }
 }
 
+/// Some operations on a GPU cannot be launched on nothing.
+fn is_empty(tensor: &Tensor) -> bool {
+    tensor.elem_count() == 0
+}
+
 /// The touched rows of one table after their update, and where they go.
 struct UpdatedRows {
     /// The row of each element, in the shape of the rows.
@@ -52,10 +60,14 @@ struct UpdatedRows {
 }
 
 impl UpdatedRows {
-    fn compute(task: RowTask<'_>) -> Result<Self> {
+    /// None if there are no elements.
+    fn compute(task: RowTask<'_>) -> Result<Option<Self>> {
         let RowTask { var, grad, orders, state, .. } = task;
         let SummedRows { rows, values } = grad.summed(var.dtype())?;
         let (n, len) = (rows.len(), grad.row_len);
+        if n * len == 0 {
+            return Ok(None);
+        }
         let flat = |tensor: &Tensor| tensor.reshape((tensor.dim(0)?, len));
         let rows = Tensor::from_slice(&rows, n, var.device())?;
         let shape = Shape::from((n, len));
@@ -70,13 +82,10 @@ impl UpdatedRows {
         let [w, m, u] = all;
         let rows = rows.reshape((n, 1))?.broadcast_as(&shape)?.contiguous()?;
         let tensors = [(w, next_w.contiguous()?), (m, next_m.contiguous()?), (u, next_u.contiguous()?)];
-        Ok(Self { rows, tensors })
+        Ok(Some(Self { rows, tensors }))
     }
 
     fn write(&self) -> Result<()> {
-        if self.rows.elem_count() == 0 {
-            return Ok(());
-        }
         self.tensors.iter().try_for_each(|(to, from)| to.scatter_set(&self.rows, from, 0))
     }
 }
@@ -86,6 +95,9 @@ pub(super) fn accumulate(tasks: Vec<Task<'_, Accumulate<'_>>>) -> Result<()> {
     for task in tasks {
         let Some(read) = task.read else { continue };
         let sum = tensor(task.kind.sum)?;
+        if is_empty(sum) {
+            continue;
+        }
         let next = (sum + gradient(read)?.to_dtype(sum.dtype())?.affine(task.kind.unscale, 0.0)?)?;
         results.push((task.kind.sum, next));
     }
@@ -99,6 +111,9 @@ pub(super) fn average(tasks: Vec<Task<'_, Average<'_>>>) -> Result<()> {
     let mut results = Vec::with_capacity(tasks.len());
     for task in tasks {
         let Some(var) = task.lent else { continue };
+        if is_empty(var) {
+            continue;
+        }
         let Average { momentum, overwrite, average } = task.kind;
         let old = tensor(average)?;
         let param = var.to_dtype(old.dtype())?;

@@ -27,7 +27,7 @@ pub(crate) struct Pooled {
     pub(crate) ids: PooledIds,
     /// The ids of bag b are those from `starts[b]` to `starts[b + 1]`.
     pub(crate) starts: Vec<u32>,
-    /// The bag of each id.
+    /// The bag of each id, where those are in host memory.
     pub(crate) bags: Vec<u32>,
     pub(crate) mean: bool,
     /// The factor of each id, `[n]`.
@@ -105,7 +105,7 @@ fn on_gpu(table: &Table, pooled: &Pooled) -> crate::Result<Occurrences> {
     };
     // The gradient of a row may be asked for when the factors have changed.
     let factors = pooled.factors.as_ref().map(|factors| factors.detach().copy()).transpose()?;
-    Ok(Occurrences::Gpu(Box::new(ids.pooled(&pooled.starts, &pooled.bags, pooled.mean, factors)?)))
+    Ok(Occurrences::Gpu(Box::new(ids.pooled(&pooled.starts, pooled.mean, factors)?)))
 }
 
 #[cfg(not(feature = "cuda"))]

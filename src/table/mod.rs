@@ -156,6 +156,10 @@ impl Table {
         let mut shape = ids.dims().to_vec();
         shape.extend(&weight.dims()[1..]);
         if !kernel::has_lookups(weight) {
+            if ids.elem_count() == 0 {
+                self.read(ids)?;
+                return Ok(Tensor::zeros(shape, weight.dtype(), weight.device())?);
+            }
             let ids = Tensor::new(self.read(ids)?, weight.device())?;
             return Ok(weight.index_select(&ids, 0)?.reshape(shape)?);
         }

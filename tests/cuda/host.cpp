@@ -17,6 +17,6 @@ extern "C" __attribute__((visibility("default"))) void host_sizes(uint64_t* size
                             sizeof(Pair),     sizeof(PairArgs),             sizeof(GatherArgs),          sizeof(IdsArgs),
                             sizeof(Part),     sizeof(Sorting),              sizeof(SortArgs),            sizeof(Entry),
                             sizeof(Terms),    sizeof(PayArgs),              sizeof(MarkArgs),            sizeof(PoolArgs),
-                            sizeof(DotArgs),  sizeof(LargestArgs)};
+                            sizeof(DotArgs),  sizeof(LargestArgs),          sizeof(BagsArgs)};
     memcpy(sizes, all, sizeof(all));
 }

@@ -315,6 +315,18 @@ pub(crate) struct SortArgs {
     pub(crate) padding: u32,
 }
 
+/// Of `pool_bags`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct BagsArgs {
+    pub(crate) starts: Address,
+    /// Of each id.
+    pub(crate) bags: Address,
+    /// Ids.
+    pub(crate) n: u64,
+    pub(crate) bags_n: u64,
+}
+
 /// Of `pool_*`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
 #[repr(C)]

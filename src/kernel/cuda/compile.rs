@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::ffi::CString;
-use std::sync::{LazyLock, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use candle_core::CudaDevice;
 use cudarc::driver::CudaFunction;
@@ -15,11 +15,11 @@ use crate::error::Result;
 const OLDEST: u32 = 75;
 
 /// The PTX that the compiler made, or what it said.
-type Compiled = std::result::Result<String, String>;
+type Compiled = std::result::Result<Arc<str>, String>;
 
 /// The PTX of a module for a compute capability such as 90.
 fn compile(module: Module, capability: u32) -> Compiled {
-    compile_with_log(module, capability).map(|(ptx, _)| ptx)
+    compile_with_log(module, capability).map(|(ptx, _)| ptx.into())
 }
 
 /// The same with the compiler's warnings.
@@ -116,10 +116,34 @@ mod tests {
         for module in Module::ALL {
             for capability in CAPABILITIES {
                 match compile_with_log(module, capability) {
-                    Ok((ptx, log)) => assert!(log.trim().is_empty() && !ptx.is_empty(), "{module:?}: {log}"),
+                    Ok((ptx, log)) => {
+                        assert!(log.trim().is_empty() && !ptx.is_empty(), "{module:?}: {log}");
+                        assert_eq!(fusible(&ptx), None, "{module:?}");
+                    }
                     Err(log) => panic!("{module:?} for {capability}: {log}"),
                 }
             }
+        }
+    }
+
+    /// An operation that rounds otherwise than the CPU's, or that the driver's compiler may make such a one of: only with `.rn`
+    /// it rounds once, and is left alone.
+    fn fusible(ptx: &str) -> Option<&str> {
+        let is_one = |word: &&str| {
+            let of_floats = word.ends_with(".f32") || word.ends_with(".f64");
+            let rounds = ["add.", "sub.", "mul.", "div.", "sqrt."].iter().any(|operation| word.starts_with(operation));
+            word.starts_with("fma.")
+                || (word.starts_with("mad.") && of_floats)
+                || (rounds && of_floats && !word.contains(".rn."))
+        };
+        ptx.split_whitespace().find(is_one)
+    }
+
+    #[test]
+    fn what_can_be_fused_is_found() {
+        assert_eq!(fusible("add.rn.f32 %f1, %f2, %f3; mul.lo.s32 %r1, %r2, %r3; mad.lo.s32 %r1;"), None);
+        for found in ["fma.rn.f32", "mul.f32", "add.ftz.f32", "div.approx.f32", "sqrt.f64"] {
+            assert_eq!(fusible(&format!("ld.f32 x; {found} y")), Some(found));
         }
     }
 

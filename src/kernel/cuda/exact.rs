@@ -11,6 +11,7 @@ use super::abi::{self, Address, MarkArgs, PayArgs};
 use super::compile::load;
 use super::ids::GpuRows;
 use super::launcher::launch;
+use super::order::Order;
 use super::plan::{blocks, blocks_of_units};
 use super::source::{Module, pay_kernel};
 use super::staging::alloc;
@@ -23,6 +24,8 @@ use crate::rounding::Rounding;
 
 /// A table's marks, one for each row, and the ledger's entries, on its GPU.
 pub(crate) struct GpuMarks {
+    /// The first to go: what follows is memory that kernels use.
+    order: Order,
     device: CudaDevice,
     /// What sets marks.
     kernel: CudaFunction,
@@ -45,8 +48,8 @@ impl GpuMarks {
         let stream = device.cuda_stream();
         let zeros = |n: usize| stream.alloc_zeros::<u32>(n).map_err(candle_core::Error::wrap);
         let (marks, kernel) = (zeros(rows.max(1))?, load(device, Module::Rows, "rows_mark")?);
-        let (device, rows, named) = (device.clone(), rows as u64, Vec::new());
-        let mut new = Self { device, kernel, marks, rows, named, entries: None, seen: 0 };
+        let (order, device, rows) = (Order::new(&stream)?, device.clone(), rows as u64);
+        let mut new = Self { order, device, kernel, marks, rows, named: Vec::new(), entries: None, seen: 0 };
         new.mark_all(0, mark)?;
         Ok(new)
     }
@@ -75,6 +78,7 @@ impl GpuMarks {
         }
         let layout = &state.moments.layout;
         let stream = self.device.cuda_stream();
+        self.order.begin(&stream)?;
         let kernel = pay_kernel(var.dtype(), layout.dtype, layout.rowwise);
         let function = load(&self.device, Module::of_payment(var.dtype())?, &kernel)?;
         let (first, records) = ledger.records(self.seen);
@@ -110,6 +114,7 @@ impl GpuMarks {
             (args.tensor.rows, args.n) = (rows, n);
             launch(&stream, &function, blocks_of_units(n, args.tensor.unit), args)?;
         }
+        self.order.end(&stream)?;
         Ok(written(var, &stream)?)
     }
 
@@ -131,8 +136,10 @@ impl GpuMarks {
 
     fn mark(&mut self, args: MarkArgs) -> Result<()> {
         let stream = self.device.cuda_stream();
+        self.order.begin(&stream)?;
         let marks = self.marks.device_ptr_mut(&stream).0;
-        launch(&stream, &self.kernel, blocks(args.n), MarkArgs { marks, all: self.rows, ..args })
+        launch(&stream, &self.kernel, blocks(args.n), MarkArgs { marks, all: self.rows, ..args })?;
+        self.order.end(&stream)
     }
 
     /// The ledger begins anew.
@@ -145,9 +152,12 @@ impl GpuMarks {
         let (size, n) = (size_of::<Record>(), first + records.len());
         if self.entries.as_ref().is_none_or(|entries| entries.len() < n * size) {
             let mut larger = alloc(stream, (2 * n).next_power_of_two() * size)?;
-            if let Some(entries) = &self.entries {
-                let mut same = larger.slice_mut(..entries.len());
-                stream.memcpy_dtod(entries, &mut same).map_err(candle_core::Error::wrap)?;
+            if let Some(entries) = &self.entries
+                && self.seen > 0
+            {
+                let seen = self.seen * size;
+                let mut same = larger.slice_mut(..seen);
+                stream.memcpy_dtod(&entries.slice(..seen), &mut same).map_err(candle_core::Error::wrap)?;
             }
             self.entries = Some(larger);
         }

@@ -11,9 +11,10 @@ use candle_core::{CudaDevice, DType, Device, Tensor};
 use cudarc::driver::sys::{CU_MEMHOSTALLOC_DEVICEMAP, CU_MEMHOSTALLOC_PORTABLE};
 use cudarc::driver::{CudaEvent, CudaSlice, CudaStream, DevicePtr, PinnedHostSlice};
 
-use super::abi::{Address, IdsArgs};
+use super::abi::{Address, BagsArgs, IdsArgs};
 use super::compile::load;
 use super::launcher::launch;
+use super::order::check_no_capture;
 use super::plan::blocks;
 use super::source::Module;
 use super::staging::alloc_of;
@@ -27,6 +28,7 @@ const NO_ROW: u32 = u32::MAX;
 
 /// The ids of one lookup.
 pub(crate) struct GpuIds {
+    device: CudaDevice,
     stream: Arc<CudaStream>,
     all: GpuRows,
     /// Those that get a gradient: the same, but for the padding.
@@ -46,9 +48,9 @@ pub(crate) struct GpuRows {
 /// How ids are pooled.
 struct GpuBags {
     /// The ids of bag b are those from `starts[b]` to `starts[b + 1]`.
-    starts: CudaSlice<u32>,
+    starts: GpuRows,
     /// The bag of each id.
-    bags: CudaSlice<u32>,
+    bags: GpuRows,
     mean: bool,
     /// What each row is multiplied with, `[n]`.
     factors: Option<Tensor>,
@@ -120,6 +122,7 @@ impl GpuIds {
         }
         let device = cuda(device)?;
         let stream = device.cuda_stream();
+        check_no_capture(&stream)?;
         let function = load(device, Module::Rows, kernel)?;
         let n = given.elem_count();
         let room = || Ok::<_, Error>(GpuRows { memory: Arc::new(alloc_of(&stream, n)?), n });
@@ -143,12 +146,14 @@ impl GpuIds {
         flag.written.record(&stream).map_err(candle_core::Error::wrap)?;
         let check = Arc::new(Check { state: Mutex::new(State::Unknown(flag)), given: given.detach(), rows });
         unchecked.0.push(check.clone());
-        Ok(Self { stream, all, trained, bags: None, check: Some(check), listed: OnceLock::new() })
+        let device = device.clone();
+        Ok(Self { device, stream, all, trained, bags: None, check: Some(check), listed: OnceLock::new() })
     }
 
     /// Ids that the host has, and has checked.
     pub(crate) fn listed_on(device: &Device, ids: &[u32], padding: Option<u32>) -> Result<Self> {
-        let stream = cuda(device)?.cuda_stream();
+        let device = cuda(device)?.clone();
+        let stream = device.cuda_stream();
         let all = GpuRows::copied(&stream, ids)?;
         let trained = match padding {
             Some(padding) if ids.contains(&padding) => {
@@ -157,12 +162,20 @@ impl GpuIds {
             }
             _ => all.clone(),
         };
-        Ok(Self { stream, all, trained, bags: None, check: None, listed: OnceLock::new() })
+        Ok(Self { device, stream, all, trained, bags: None, check: None, listed: OnceLock::new() })
     }
 
-    /// The same, pooled: the ids of bag b are those from `starts[b]` to `starts[b + 1]`, and each is in one of the `bags`.
-    pub(crate) fn pooled(self, starts: &[u32], bags: &[u32], mean: bool, factors: Option<Tensor>) -> Result<Self> {
-        let (starts, bags) = (copied(&self.stream, starts)?, copied(&self.stream, bags)?);
+    /// The same, pooled: the ids of bag b are those from `starts[b]` to `starts[b + 1]`.
+    pub(crate) fn pooled(self, starts: &[u32], mean: bool, factors: Option<Tensor>) -> Result<Self> {
+        let stream = &self.stream;
+        let starts = GpuRows::copied(stream, starts)?;
+        let bags = GpuRows { memory: Arc::new(alloc_of(stream, self.len())?), n: self.len() };
+        let (n, bags_n) = (self.len() as u64, starts.n as u64 - 1);
+        if n > 0 {
+            let function = load(&self.device, Module::Pool, "pool_bags")?;
+            let args = BagsArgs { starts: starts.address(stream), bags: bags.address(stream), n, bags_n };
+            launch(stream, &function, blocks(n), args)?;
+        }
         Ok(Self { bags: Some(GpuBags { starts, bags, mean, factors }), ..self })
     }
 
@@ -193,8 +206,8 @@ impl GpuIds {
     /// Their bags.
     pub(crate) fn bags(&self, stream: &CudaStream) -> BagsAt {
         let bags = self.bags.as_ref().map(|GpuBags { starts, bags, mean, .. }| BagsAt {
-            starts: starts.device_ptr(stream).0,
-            bags: bags.device_ptr(stream).0,
+            starts: starts.address(stream),
+            bags: bags.address(stream),
             is_mean: *mean,
         });
         bags.unwrap_or_default()
@@ -213,9 +226,11 @@ impl GpuIds {
         if let Some(listed) = self.listed.get() {
             return Ok(listed);
         }
-        let list = |memory: &CudaSlice<u32>| self.stream.clone_dtoh(memory).map_err(candle_core::Error::wrap);
-        let mut ids = list(&self.trained.memory)?;
-        ids.truncate(self.trained.n);
+        let list = |rows: &GpuRows| match rows.n {
+            0 => Ok(Vec::new()),
+            n => self.stream.clone_dtoh(&rows.memory.slice(..n)).map_err(candle_core::Error::wrap),
+        };
+        let mut ids = list(&self.trained)?;
         let (sources, scales) = match &self.bags {
             None => {
                 let trained = (0..).zip(&ids).filter(|&(_, &id)| id != NO_ROW).map(|(source, _)| source);
@@ -225,8 +240,7 @@ impl GpuIds {
                 (if is_all { None } else { Some(sources) }, None)
             }
             Some(bags) => {
-                let (starts, mut sources) = (list(&bags.starts)?, list(&bags.bags)?);
-                sources.truncate(ids.len());
+                let (starts, sources) = (list(&bags.starts)?, list(&bags.bags)?);
                 let count = |&bag: &u32| f64::from(starts[bag as usize + 1] - starts[bag as usize]);
                 let scales = match &bags.factors {
                     Some(factors) => Some(factors.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_vec1()?),
@@ -361,6 +375,7 @@ static SPARE: Mutex<Vec<Flag>> = Mutex::new(Vec::new());
 impl Flag {
     /// One that is zero.
     fn take(device: &CudaDevice) -> Result<Self> {
+        device.cuda_stream().context().bind_to_thread().map_err(candle_core::Error::wrap)?;
         let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
         // One that was given back early may still be written.
         let is_free = |flag: &Self| flag.device == device.id() && flag.written.try_is_complete().unwrap_or(false);
@@ -391,6 +406,7 @@ impl Flag {
 
     /// Whether it was written, if the kernel has run, or is to be waited for.
     fn read(&self, wait: bool) -> Result<Option<bool>> {
+        self.written.context().bind_to_thread().map_err(candle_core::Error::wrap)?;
         if !wait && !self.written.try_is_complete().map_err(candle_core::Error::wrap)? {
             return Ok(None);
         }

@@ -7,18 +7,21 @@ use candle_core::CudaDevice;
 use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg};
 
 use super::abi::{
-    Address, Chunk, DotArgs, GatherArgs, IdsArgs, JoinArgs, LargestArgs, LeavesArgs, MarkArgs, NormsArgs, PairArgs,
-    PayArgs, PoolArgs, SortArgs, THREADS, UpdateArgs,
+    Address, BagsArgs, Chunk, DotArgs, GatherArgs, IdsArgs, JoinArgs, LargestArgs, LeavesArgs, MarkArgs, NormsArgs,
+    PairArgs, PayArgs, PoolArgs, SortArgs, THREADS, UpdateArgs,
 };
 use super::compile::load;
+use super::order::Order;
 use super::plan::{LEAVES, chunks};
 use super::source::Module;
 use super::staging::alloc;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::reduce::LEAF;
 
 /// The kernels of one device.
 pub(super) struct Launcher {
+    /// The first to go: what follows is memory that kernels use.
+    pub(super) order: Order,
     pub(super) device: CudaDevice,
     pub(super) stream: Arc<CudaStream>,
     functions: HashMap<String, CudaFunction>,
@@ -35,9 +38,20 @@ struct Planned {
 }
 
 impl Launcher {
-    pub(super) fn new(device: &CudaDevice) -> Self {
+    pub(super) fn new(device: &CudaDevice) -> Result<Self> {
         let (functions, chunks) = (HashMap::new(), HashMap::new());
-        Self { device: device.clone(), stream: device.cuda_stream(), functions, chunks }
+        let stream = device.cuda_stream();
+        Ok(Self { order: Order::new(&stream)?, device: device.clone(), stream, functions, chunks })
+    }
+
+    /// Before anything of a call.
+    pub(super) fn begin(&self) -> Result<()> {
+        self.order.begin(&self.stream)
+    }
+
+    /// Behind all launches of a call.
+    pub(super) fn end(&self) -> Result<()> {
+        self.order.end(&self.stream)
     }
 
     /// Makes sure that a kernel is there.
@@ -84,19 +98,6 @@ impl Launcher {
         };
         launch(&self.stream, function, blocks, args)
     }
-
-    /// A step cannot be part of a CUDA graph: its coefficients change with every update, and a graph repeats them.
-    pub(super) fn check_no_capture(&self) -> Result<()> {
-        use cudarc::driver::sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
-        match self.stream.capture_status() {
-            Ok(CU_STREAM_CAPTURE_STATUS_NONE) => Ok(()),
-            Ok(_) => {
-                let expected = "none in progress: a graph would repeat the numbers of one update";
-                Err(Error::invalid("CUDA graph capture", expected, "a step during one"))
-            }
-            Err(error) => Err(candle_core::Error::wrap(error).into()),
-        }
-    }
 }
 
 /// Launches a kernel.
@@ -123,4 +124,4 @@ macro_rules! arguments {
     };
 }
 arguments!(UpdateArgs, LeavesArgs, NormsArgs, JoinArgs, PairArgs, SortArgs, GatherArgs, IdsArgs, PayArgs, MarkArgs);
-arguments!(PoolArgs, DotArgs, LargestArgs);
+arguments!(BagsArgs, PoolArgs, DotArgs, LargestArgs);

@@ -7,7 +7,7 @@
 //! | `ids`, `pool` | ids of lookups; rows that are gathered and pooled |
 //! | `sort`, `norms` | gradients of rows, sorted and summed; norms of gradients |
 //! | `exact` | what rows of a table owe |
-//! | `launcher` | kernels of one device: loaded, planned, launched |
+//! | `launcher`, `order` | kernels of one device: loaded, planned, launched, in order whichever thread it is |
 //! | `staging` | one copy for all that a launch is told |
 //! | `compile`, `source` | the compiler at run time; the kernels' texts and names |
 //! | `plan` | sizes become blocks of a launch; pure |
@@ -32,6 +32,8 @@ mod ids;
 mod launcher;
 #[cfg(feature = "cuda")]
 mod norms;
+#[cfg(feature = "cuda")]
+mod order;
 #[cfg(any(test, feature = "cuda"))]
 pub(crate) mod plan;
 #[cfg(feature = "cuda")]

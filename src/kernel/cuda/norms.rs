@@ -37,6 +37,7 @@ impl Scratch {
         let n = lens.len() as u64;
         let (size, bytes) = (size_of::<f64>() as u64, (2 * leaves + 3 * n) * size_of::<f64>() as u64);
         if self.0.as_ref().is_none_or(|scratch| (scratch.len() as u64) < bytes) {
+            self.0 = None;
             self.0 = Some(alloc(&launcher.stream, bytes.next_power_of_two() as usize)?);
         }
         let base = self.0.as_ref().map_or(0, |scratch| scratch.device_ptr(&launcher.stream).0);

@@ -10,7 +10,7 @@ use super::ids::{BagsAt, GpuIds, GpuRows};
 use super::launcher::launch;
 use super::plan::{blocks_of_rows, blocks_of_warps};
 use super::source::Module;
-use crate::kernel::lend::gpu::{Held, storage_address, storage_address_to_write};
+use crate::kernel::lend::gpu::{Held, storage_address, storage_address_to_write, storage_written};
 
 /// The rows `ids` of a table on a GPU, one after another; NaN for an id that is no row.
 pub(crate) fn gather(table: &Tensor, row_len: usize, ids: &GpuRows) -> candle_core::Result<CudaStorage> {
@@ -120,6 +120,7 @@ pub(crate) fn largest_backward(
     let (positions, n, row_len) = (positions.address(&stream), (grad.elem_count() / row_len) as u64, row_len as u64);
     let args = LargestArgs { values, starts: 0, positions, out: at, n, row_len };
     out.launch((Module::Pool, &out.kernel("pool_scatter")), blocks_of_rows(n, row_len), args)?;
+    storage_written(&mut scattered, &stream)?;
     Ok(scattered)
 }
 
@@ -132,7 +133,8 @@ struct Output {
 
 impl Output {
     fn zeros(&self) -> candle_core::Result<CudaStorage> {
-        self.device.zeros_impl(&Shape::from(self.len), self.dtype)
+        // A GPU gives no memory of no bytes.
+        self.device.zeros_impl(&Shape::from(self.len.max(1)), self.dtype)
     }
 
     /// The result of a launch that writes all of it, at the address that it is given.
@@ -143,7 +145,9 @@ impl Output {
         #[expect(unsafe_code, reason = "memory that is not set yet")]
         // SAFETY: the launch writes all of it, in the order of the stream.
         let mut storage = unsafe { self.device.alloc_uninit(&Shape::from(self.len), self.dtype)? };
-        write(storage_address_to_write(&mut storage, &self.device.cuda_stream())?)?;
+        let stream = self.device.cuda_stream();
+        write(storage_address_to_write(&mut storage, &stream)?)?;
+        storage_written(&mut storage, &stream)?;
         Ok(storage)
     }
 

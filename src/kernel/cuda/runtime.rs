@@ -221,7 +221,7 @@ struct Pass {
 
 impl Runtime {
     fn new(device: &CudaDevice) -> Result<Self> {
-        let launcher = Launcher::new(device);
+        let launcher = Launcher::new(device)?;
         let stream = launcher.stream.clone();
         let control = stream.alloc_zeros::<u8>(size_of::<Control>()).map_err(candle_core::Error::wrap)?;
         Ok(Self {
@@ -241,7 +241,7 @@ impl Runtime {
 
     /// Everything of an update that can fail: kernels are loaded, and all memory is there.
     fn prepare<'w>(&mut self, work: &'w [Work<'_>], measured: Option<&Measured>) -> Result<Update<'w>> {
-        self.launcher.check_no_capture()?;
+        self.launcher.begin()?;
         let tasks = work.iter().map(Prepared::new).collect::<Result<Vec<_>>>()?;
         // Those of states that have been replaced, by another encoding for instance, are of no more use.
         if self.addresses.len() > 8 * (tasks.len() + 64) {
@@ -336,8 +336,9 @@ impl Runtime {
         let mut first = 0;
         let gradients = tasks.iter().zip(&lens).zip(&tensors).map(|((task, (_, most)), tensor)| {
             let (count, len) = match &task.grad {
-                Grad::Parts(parts) => (tensor.count, parts.row_len),
-                Grad::Dense(_) | Grad::Rows(_) => (0, *most),
+                // Without a single id nothing is sorted, and there is no count.
+                Grad::Parts(parts) if tensor.count != 0 => (tensor.count, parts.row_len),
+                Grad::Parts(_) | Grad::Dense(_) | Grad::Rows(_) => (0, *most),
             };
             let gradient = Gradient { values: tensor.grad, count, len, first };
             first += most.div_ceil(LEAF as u64);
@@ -380,6 +381,7 @@ impl Runtime {
             self.launcher.launch(kernel, blocks, UpdateArgs { tensors, orders: orders_at, chunks, late })?;
         }
         drop(guards);
+        self.launcher.end()?;
         tasks.iter().try_for_each(|task| written(task.var, &self.launcher.stream))?;
         drop(held);
         self.has_measured = measured.is_some_and(|measured| measured.reported);
@@ -404,6 +406,7 @@ impl Runtime {
     /// Whether the first call of those that are not settled was skipped, if it is known, or to be waited for.
     fn settle(&mut self, wait: bool) -> Result<Option<bool>> {
         let Some((memory, copied)) = self.unsettled.front() else { return Ok(None) };
+        copied.context().bind_to_thread().map_err(candle_core::Error::wrap)?;
         if !wait && !copied.try_is_complete().map_err(candle_core::Error::wrap)? {
             return Ok(None);
         }
@@ -416,13 +419,14 @@ impl Runtime {
 
     /// What the device knows behind the last call; waits for it.
     fn control(&self) -> Result<Control> {
+        self.launcher.begin()?;
         let bytes = self.launcher.stream.clone_dtoh(&self.control).map_err(candle_core::Error::wrap)?;
         Ok(bytemuck::pod_read_unaligned(&bytes[..size_of::<Control>()]))
     }
 
     /// One launch for all pairs of the same types.
     fn pass(&mut self, pass: &Pass, pairs: &[(Tensor, Tensor)]) -> Result<()> {
-        self.launcher.check_no_capture()?;
+        self.launcher.begin()?;
         let mut kernels: Vec<(String, Vec<&(Tensor, Tensor)>)> = Vec::new();
         for pair in pairs.iter().filter(|(to, _)| to.elem_count() > 0) {
             let kernel = format!("{}_{}", pass.kernel, pair.1.dtype().as_str());
@@ -465,11 +469,11 @@ impl Runtime {
                 written(other, &self.launcher.stream)?;
             }
         }
-        Ok(())
+        self.launcher.end()
     }
 
     fn measure(&mut self, grad: &Tensor, norm: NormType) -> Result<f64> {
-        self.launcher.check_no_capture()?;
+        self.launcher.begin()?;
         let lens = [(grad.dtype(), grad.elem_count() as u64)];
         let norms = self.scratch.prepare(&mut self.launcher, &lens)?;
         let mut room = Room::default();
@@ -483,6 +487,7 @@ impl Runtime {
         let gradients = filling.put(place, &[Gradient { values, count: 0, len: lens[0].1, first: 0 }])?;
         filling.copy()?;
         norms.launch(&self.launcher, &lens, gradients, norm, 1.0)?;
+        self.launcher.end()?;
         let scratch = self.scratch.0.as_ref().ok_or_else(|| candle_core::Error::msg("no memory for norms"))?;
         let start = norms.offset();
         let norm = scratch.slice(start..start + size_of::<f64>());

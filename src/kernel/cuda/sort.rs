@@ -56,6 +56,8 @@ impl Sorter {
             launcher.plan(kernel, sums.iter().map(own).collect())?;
         }
         if self.0.as_ref().is_none_or(|memory| (memory.len() as u64) < bytes) {
+            // What is too small goes first, so that both are never there at once.
+            self.0 = None;
             self.0 = Some(alloc(&launcher.stream, bytes.next_power_of_two() as usize)?);
         }
         let mut base = self.0.as_ref().map_or(0, |memory| memory.device_ptr(&launcher.stream).0);

@@ -85,6 +85,9 @@ pub(super) enum Grad<'a> {
     Parts(Parts<'a>),
 }
 
+/// Numbers of rows are rounded up to a multiple of this.
+const PLANNED_ROWS: u64 = 1024;
+
 /// Of a `RowGrad`.
 pub(super) struct Parts<'a> {
     /// Those that are not empty.
@@ -92,7 +95,7 @@ pub(super) struct Parts<'a> {
     pub(super) row_len: u64,
     /// How many contributions there are.
     pub(super) n: u32,
-    /// How many rows there can be.
+    /// How many rows there can be, rounded up.
     rows: u64,
 }
 
@@ -100,6 +103,8 @@ impl<'a> Parts<'a> {
     fn new(parts: &'a [Part<'a>], row_len: usize, var: &Tensor) -> Result<Self> {
         let n = total(parts)? as u32;
         let rows = var.dims().first().map_or(1, |&rows| u64::from(n).min(rows as u64));
+        // Launches are planned for that many, and planned anew only where batches differ by more.
+        let rows = rows.next_multiple_of(PLANNED_ROWS).min(u32::MAX.into());
         let parts = parts.iter().filter(|part| part.occurrences.len() > 0).collect();
         Ok(Self { parts, row_len: row_len as u64, n, rows })
     }

@@ -114,6 +114,14 @@ pub(crate) fn storage_address_to_write(storage: &mut CudaStorage, stream: &CudaS
     }))
 }
 
+/// Records behind a launch that it has written a storage, if there is anybody to tell.
+pub(crate) fn storage_written(storage: &mut CudaStorage, stream: &CudaStream) -> Result<()> {
+    if stream.context().is_managing_stream_synchronization() {
+        storage_address_to_write(storage, stream)?;
+    }
+    Ok(())
+}
+
 /// A copy of the elements of a contiguous tensor.
 pub(crate) fn copied(tensor: &Tensor) -> Result<CudaStorage> {
     use candle_core::backend::{BackendDevice, BackendStorage};

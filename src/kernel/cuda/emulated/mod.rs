@@ -274,8 +274,9 @@ fn structures_are_laid_out_alike() {
         size_of::<abi::PoolArgs>(),
         size_of::<abi::DotArgs>(),
         size_of::<abi::LargestArgs>(),
+        size_of::<abi::BagsArgs>(),
     ];
-    let mut got = [0u64; 26];
+    let mut got = [0u64; 27];
     type Sizes = unsafe extern "C" fn(*mut u64);
     // SAFETY: `host.cpp` has this function, of this type.
     let host_sizes: Symbol<'_, Sizes> = unsafe { library().get(b"host_sizes") }.expect("host_sizes");

@@ -28,6 +28,19 @@ fn expected(storage: CpuStorage, shape: impl Into<Shape>) -> Result<Vec<u64>> {
 const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::BF16];
 
 #[test]
+fn each_id_is_in_its_bag() {
+    for starts in [&STARTS[..], &[0, 0, 0, 29, 29], &[0, 29]] {
+        let (mut from, mut to) = (Memory::of(starts, 0), Memory::zeros::<u32>(29));
+        let bags_n = starts.len() as u64 - 1;
+        let args = abi::BagsArgs { starts: from.address(), bags: to.address(), n: 29, bags_n };
+        launch("pool_bags", 1, &args, false);
+        let of = |(bag, range): (u32, &[u32])| std::iter::repeat_n(bag, (range[1] - range[0]) as usize);
+        let expected: Vec<u32> = (0..).zip(starts.windows(2)).flat_map(of).collect();
+        assert_eq!(to.read::<u32>(), expected);
+    }
+}
+
+#[test]
 fn bags_are_those_of_the_cpu() -> Result<()> {
     let n = STARTS.len() - 1;
     for dtype in DTYPES {
