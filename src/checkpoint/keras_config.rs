@@ -13,6 +13,13 @@ const TEXT: &str = "keras configuration";
 /// The keys that Keras gives a serialized object.
 const KEYS: [&str; 4] = ["module", "class_name", "config", "registered_name"];
 
+/// Which class a serialized object is of.
+#[derive(Deserialize)]
+struct Class {
+    #[serde(default)]
+    class_name: Option<String>,
+}
+
 /// A serialized optimizer.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -20,7 +27,8 @@ const KEYS: [&str; 4] = ["module", "class_name", "config", "registered_name"];
 struct Object {
     #[serde(default)]
     module: Option<String>,
-    class_name: String,
+    #[serde(default)]
+    class_name: Option<String>,
     config: Config,
     #[serde(default)]
     registered_name: Option<String>,
@@ -111,12 +119,15 @@ impl ParamsAdamax {
     /// A text that is not such JSON; another class; a key, or a class of schedules, that is not known; a value that is
     /// not allowed, as from [`validate`](Self::validate).
     pub fn from_keras_json(json: &str) -> Result<Self> {
-        let object: Object =
-            serde_json::from_str(json).map_err(|error| Error::invalid(TEXT, "that of an Adamax", error))?;
-        if object.class_name != "Adamax" {
-            return Err(Error::invalid("class_name", "Adamax", object.class_name));
+        // The class first: the keys of another one are not to blame.
+        if let Ok(Class { class_name }) = serde_json::from_str(json)
+            && class_name.as_deref() != Some("Adamax")
+        {
+            let expected = "Adamax, as `keras.optimizers.serialize(optimizer)` has it";
+            return Err(Error::invalid("class_name", expected, class_name.unwrap_or("none".to_owned())));
         }
-        let config = object.config;
+        let Object { config, .. } =
+            serde_json::from_str(json).map_err(|error| Error::invalid(TEXT, "that of an Adamax", error))?;
         let steps = match config.gradient_accumulation_steps {
             None => 1,
             Some(steps @ 2..) => steps,

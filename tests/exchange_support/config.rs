@@ -164,6 +164,8 @@ fn what_is_not_understood_is_refused() {
     let nested = format!("{{\"class_name\": \"Adamax\", \"config\": {}", "{\"learning_rate\":".repeat(100_000));
     for (part, json) in [
         ("class_name", r#"{"class_name": "Adam", "config": {}}"#),
+        ("`class_name`: expected Adamax", r#"{"class_name": "Adam", "config": {"amsgrad": false}}"#),
+        ("keras.optimizers.serialize", r#"{"name": "adamax", "learning_rate": 0.1}"#),
         ("missing field `config`", r#"{"class_name": "Adamax"}"#),
         ("unknown field `extra`", r#"{"class_name": "Adamax", "config": {}, "extra": 1}"#),
         ("keras configuration", ""),

@@ -1,7 +1,10 @@
 //! Keras to us and back: by path and in the legacy order.
 
 use anyhow::Result;
-use candle_adamax::{Adamax, Ema, ErrorKind, LearningRate, ParamGroup, ParamsAdamax, StepCount};
+use candle_adamax::{
+    Adamax, Ema, ErrorKind, GradScaler, LearningRate, ParamGroup, ParamsAdamax, ReduceLrOnPlateau, StepCount,
+    WeightDecay,
+};
 use candle_nn::Optimizer;
 
 use crate::run::{Model, Run, TOLERANCE, assert_same_tensors, left, load, recorded};
@@ -190,8 +193,14 @@ fn what_keras_cannot_hold_is_refused() -> Result<()> {
     let name = "fc1.bias";
     let var = &model.0[name];
     counted.apply_gradients([(var, &var.ones_like()?)])?;
+    let with = |params: ParamsAdamax| Adamax::from_named(model.vars(), params);
+    let plain = ParamsAdamax::default;
     for (entry, optimizer) in [
-        ("epsilon", Adamax::from_named(model.vars(), ParamsAdamax::pytorch())?),
+        ("epsilon", with(ParamsAdamax::pytorch())?),
+        ("weight_decay", with(ParamsAdamax { weight_decay: WeightDecay::L2(0.1), ..plain() })?),
+        ("maximize", with(ParamsAdamax { maximize: true, ..plain() })?),
+        ("grad_scaler", with(ParamsAdamax { grad_scaler: Some(GradScaler::default()), ..plain() })?),
+        ("plateau", with(ParamsAdamax { plateau: Some(ReduceLrOnPlateau::default()), ..plain() })?),
         ("groups.g.lr", grouped(ParamGroup::new("g").lr(0.5))?),
         ("groups.g.lr", grouped(ParamGroup::new("g").lr_factor(0.5))?),
         ("groups.g.beta1", grouped(ParamGroup::new("g").beta1(0.5))?),

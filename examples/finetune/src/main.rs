@@ -122,8 +122,8 @@ fn run(args: &Args) -> Result<()> {
 
 /// What the progress bar says of a step.
 fn message(step: &Step) -> String {
-    let norm = step.norm.map_or("skipped".to_owned(), |norm| format!("gradient norm {norm:.2}"));
-    format!("loss {:.3}, lr {:.1e}, {norm}", step.loss, step.lr)
+    let norm = step.norm.map_or(String::new(), |norm| format!(", gradient norm {norm:.2}"));
+    format!("loss {:.3}, lr {:.1e}{norm}", step.loss, step.lr)
 }
 
 /// What random numbers are for. Each purpose has a stream of its own, and each epoch and step, so that they draw the

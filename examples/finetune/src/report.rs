@@ -105,7 +105,7 @@ pub(crate) fn confusion(data: &Data, evaluation: &Evaluation) {
 /// What is kept in memory, beside the activations.
 pub(crate) fn memory(settings: &Settings, parts: &[Memory], total: &Memory) {
     let kib = |bytes: usize| format!("{} KiB", grouped(bytes.div_ceil(1024)));
-    println!("\n{:<24}  {:>12}  {:>12}  {:>12}  {:>12}", "memory", "numbers", "weights", "gradients", "moments");
+    println!("\n{:<24}  {:>12}  {:>12}  {:>12}  {:>12}", "memory", "numbers", "weights", "gradients", "optimizer");
     let lines = PARTS.into_iter().zip(parts).chain([("together", total)]);
     for (name, Memory { numbers, weights, gradients, moments }) in lines {
         let [weights, gradients, moments] = [*weights, *gradients, *moments].map(kib);

@@ -8,6 +8,7 @@ use anyhow::{Result, ensure};
 use candle_adamax::Adamax;
 use candle_core::backprop::GradStore;
 use candle_nn::{Optimizer, VarMap, loss};
+use rand::rngs::StdRng;
 use serde::{Deserialize, Serialize};
 
 use crate::batch::{self, Batch, Batcher};
@@ -58,6 +59,9 @@ impl Length {
     }
 }
 
+/// How often the loss scale is halved for one batch: from its first value, 2^16, to far below 1.
+const HALVINGS: usize = 24;
+
 /// What one step did.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Step {
@@ -65,8 +69,7 @@ pub(crate) struct Step {
     pub(crate) loss: f64,
     /// The learning rate of the head.
     pub(crate) lr: f64,
-    /// The norm of all gradients together, before it was clipped; none if the step was skipped, since something was not
-    /// finite.
+    /// The norm of all gradients together, before it was clipped.
     pub(crate) norm: Option<f64>,
 }
 
@@ -85,28 +88,48 @@ impl Trainer {
         let rng = &mut random(self.settings.seed, Stream::Dropout(step));
         let mut losses = 0.0;
         for texts in &batches {
-            let start = Instant::now();
-            let texts: Vec<&Encoded> = texts.iter().map(|&index| &self.train[index]).collect();
-            let batch = self.batcher.batch(&texts)?;
-            let batched = Instant::now();
-            let loss = loss::cross_entropy(&self.model.forward(&batch, Pass::Training(rng))?, &batch.labels)?;
-            let value = f64::from(loss.to_scalar::<f32>()?);
-            ensure!(value.is_finite(), "the loss is {value} in step {}: try a lower --lr", step + 1);
-            let forwarded = Instant::now();
-            let grads = self.optimizer.scale(&loss)?.backward()?;
-            self.batcher.device.synchronize()?;
-            let differentiated = Instant::now();
-            self.optimizer.step(&grads)?;
-            self.batcher.device.synchronize()?;
-            self.laps.step.push(differentiated.elapsed());
-            self.laps.backward.push(differentiated - forwarded);
-            self.laps.forward.push(forwarded - batched);
-            self.laps.batch.push(batched - start);
-            losses += value;
-            self.measure(&grads, &batch);
+            let mut loss = self.train_on(step, texts, rng)?;
+            // The scale of f16's losses is searched from above: a batch whose gradients overflow goes again, with half of it. So
+            // every step has all of its batches, and the update comes with the last of them.
+            for _ in 0..HALVINGS {
+                if !self.optimizer.report().skipped() {
+                    break;
+                }
+                loss = self.train_on(step, texts, rng)?;
+            }
+            let is_skipped = self.optimizer.report().skipped();
+            ensure!(
+                !is_skipped,
+                "the gradients are not finite in step {}, at any loss scale: try a lower --lr",
+                step + 1
+            );
+            losses += loss;
         }
         let report = self.optimizer.report();
         Ok(Step { loss: losses / batches.len() as f64, lr: report.lr(), norm: report.total_norm() })
+    }
+
+    /// One batch of step `step`: its loss, and a call of the optimizer.
+    fn train_on(&mut self, step: usize, texts: &[usize], rng: &mut StdRng) -> Result<f64> {
+        let start = Instant::now();
+        let texts: Vec<&Encoded> = texts.iter().map(|&index| &self.train[index]).collect();
+        let batch = self.batcher.batch(&texts)?;
+        let batched = Instant::now();
+        let loss = loss::cross_entropy(&self.model.forward(&batch, Pass::Training(rng))?, &batch.labels)?;
+        let value = f64::from(loss.to_scalar::<f32>()?);
+        ensure!(value.is_finite(), "the loss is {value} in step {}: try a lower --lr", step + 1);
+        let forwarded = Instant::now();
+        let grads = self.optimizer.scale(&loss)?.backward()?;
+        self.batcher.device.synchronize()?;
+        let differentiated = Instant::now();
+        self.optimizer.step(&grads)?;
+        self.batcher.device.synchronize()?;
+        self.laps.step.push(differentiated.elapsed());
+        self.laps.backward.push(differentiated - forwarded);
+        self.laps.forward.push(forwarded - batched);
+        self.laps.batch.push(batched - start);
+        self.measure(&grads, &batch);
+        Ok(value)
     }
 
     /// How good the model is after `step` steps, on what was kept out of training.

@@ -9,7 +9,7 @@ use crate::checkpoint::plain::is_zero;
 use crate::error::{Error, ErrorKind, Result};
 use crate::group::{GroupLr, GroupSettings};
 use crate::params::{ParamsAdamax, StepCount};
-use crate::rule::Epsilon;
+use crate::rule::{Epsilon, WeightDecay};
 use crate::schedule::LearningRate;
 
 impl Adamax {
@@ -28,9 +28,10 @@ impl Adamax {
     ///
     /// # Errors
     ///
-    /// What Keras cannot hold: another convention of [`epsilon`](crate::ParamsAdamax::epsilon), variables whose own
-    /// counters differ where those count, groups with numbers of their own, an average that a variable does not have yet;
-    /// variables without names; the system's errors.
+    /// What Keras cannot hold: another convention of [`epsilon`](crate::ParamsAdamax::epsilon), L2,
+    /// [`maximize`](crate::ParamsAdamax::maximize), a [`grad_scaler`](crate::ParamsAdamax::grad_scaler) or a
+    /// [`plateau`](crate::ParamsAdamax::plateau), variables whose own counters differ where those count, groups with numbers of
+    /// their own, an average that a variable does not have yet; variables without names; the system's errors.
     pub fn save_keras(&self, path: impl AsRef<Path>) -> Result<()> {
         self.require_names()?;
         let state = self.keras_state().map_err(|error| self.own(error))?;
@@ -88,6 +89,7 @@ impl Adamax {
 
     fn keras_state(&self) -> Result<KerasState> {
         self.require_epsilon(Epsilon::Outside, "Keras")?;
+        self.require_keras_settings()?;
         self.groups.iter().enumerate().try_for_each(|(index, group)| self.require_no_numbers(index, group))?;
         let (counters, mut vars) = self.plain()?;
         let Counters { calls, updates, .. } = counters;
@@ -114,6 +116,22 @@ impl Adamax {
             LearningRate::Schedule(_) | LearningRate::Custom(_) => None,
         };
         Ok(KerasState { iteration: calls, learning_rate, vars })
+    }
+
+    /// Makes sure that no setting is one that Keras's optimizer does not have: the next steps would be others there.
+    fn require_keras_settings(&self) -> Result<()> {
+        let ParamsAdamax { weight_decay, maximize, grad_scaler, plateau, .. } = &self.params;
+        let refuse =
+            |entry, expected, got: &dyn std::fmt::Debug| Err(Error::checkpoint(entry, expected, format!("{got:?}")));
+        match (weight_decay, maximize, grad_scaler, plateau) {
+            (WeightDecay::L2(decay), ..) if *decay != 0.0 => {
+                refuse("weight_decay", "None or Decoupled, Keras's way of decaying", weight_decay)
+            }
+            (_, true, ..) => refuse("maximize", "false, since Keras always goes down", maximize),
+            (_, _, Some(scaler), _) => refuse("grad_scaler", "none, which Keras's Adamax does not have", scaler),
+            (_, _, _, Some(plateau)) => refuse("plateau", "none, which Keras's Adamax does not have", plateau),
+            _ => Ok(()),
+        }
     }
 
     /// Makes sure that a group has no numbers of its own, unless it has no variables.

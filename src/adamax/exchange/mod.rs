@@ -66,8 +66,8 @@ impl Adamax {
             Ok((param.name.clone(), var))
         });
         let vars = vars.collect::<Result<_>>()?;
-        // Loss scale and plateau belong to the training loop there, and begin anew: what metrics have made of the learning
-        // rate is in the file's.
+        // Loss scale and plateau belong to the training loop there, and begin anew: what metrics have made of a learning rate
+        // is in the file's, unless that is a schedule's.
         let grad_scaler = params.grad_scaler.map(|scaler| scaler.start());
         let plateau = params.plateau.map(|_| Plateau::default());
         self.try_restore(&Snapshot { params, groups, counters, grad_scaler, plateau, vars })

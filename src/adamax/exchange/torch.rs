@@ -66,6 +66,9 @@ impl Adamax {
     ///   rate that is a schedule or comes from outside stays, as does a scheduler in PyTorch. Change settings afterwards.
     /// - What PyTorch's optimizer does not know stays as it is: clipping, accumulation, averages (which begin anew), how
     ///   state is stored, the names that `no_decay` spares.
+    /// - A [`grad_scaler`](crate::ParamsAdamax::grad_scaler) and a [`plateau`](crate::ParamsAdamax::plateau) begin anew, as they
+    ///   are no part of the optimizer there. What a plateau has made of a learning rate is in the file's; of a schedule, which
+    ///   stays, it is forgotten.
     /// - `foreach`, `capturable`, `differentiable` and the `initial_lr` of schedulers mean nothing here.
     /// - The counts of updates and of calls are those of the parameter that has had most of them.
     ///
