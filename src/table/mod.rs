@@ -36,9 +36,9 @@ pub(crate) use records::snapshot;
 /// weight is in host memory or, with the feature `cuda`, on a GPU; on any other device it is looked up and differentiated
 /// densely, candle's way.
 ///
-/// Ids on the table's GPU stay there, and nobody waits for them: rows of ids that are none are NaN, and the error that names
-/// the id is that of the optimizer's step, or of a later lookup if there is none. With ids in host memory it is the lookup's
-/// own.
+/// Ids on the table's GPU stay there, and a lookup waits for nothing: rows of ids that are none are NaN, and the error that
+/// names the id is that of the optimizer's step, or of a later lookup if there is none. With ids in host memory it is the
+/// lookup's own.
 ///
 /// ```
 /// use candle_adamax::{Adamax, ParamsAdamax, Table};

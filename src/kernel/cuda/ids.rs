@@ -1,8 +1,9 @@
 //! Ids of lookups on a GPU.
 //!
 //! Ids in host memory are checked there. Those on the GPU stay there: a kernel checks them, and says so in host memory
-//! where one is no row of the table. The host looks there before a step uses the lookup, when the kernel has run long since,
-//! and before later lookups. So nobody waits where all is well, and a bad id changes nothing.
+//! where one is no row of the table. The host looks there before a step uses the lookup, for which it waits until the GPU has
+//! come to the lookup, with the rest of the forward and the backward pass still before it; and before later lookups, without
+//! waiting. So the GPU is never idle for it, and a bad id changes nothing.
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
