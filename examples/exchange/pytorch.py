@@ -149,7 +149,7 @@ def export_state(state_dict, parameters, path, order=None):
         surplus = set(group) - SETTINGS - SCHEDULERS - {"params", "param_names"}
         if surplus:
             raise SystemExit(f"settings that Adamax does not have: {sorted(surplus)}")
-        settings = {key: group[key] for key in SETTINGS & set(group)}
+        settings = {key: group[key] for key in sorted(SETTINGS & set(group))}
         settings.update({key: float(settings[key]) for key in ("lr", "eps", "weight_decay")})
         settings["betas"] = [float(beta) for beta in settings["betas"]]
         groups.append({**settings, "params": [names[number] for number in group["params"]]})
