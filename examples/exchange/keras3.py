@@ -25,16 +25,29 @@ have other names in Rust, or lie there in another order of dimensions, --names s
 
 for a candle_nn::Linear, whose weight is the transpose of a kernel of Keras. The moments are turned as the weights are.
 
-With --legacy the state is in the order of Keras 2 and of tf_keras.optimizers.legacy: "0" is the iteration, then come all
-m, then all v, as in optimizer.get_weights(). In Rust: load_keras_legacy and save_keras_legacy, with the names in the
-order of model.trainable_variables. In a program of your own, call export_state and import_state, or export_legacy and
-import_legacy for an optimizer of tf_keras.
+After training in mixed_float16 Keras wraps the optimizer in a LossScaleOptimizer. The one inside is exported, without
+the loss scale, and imported into; the new file is then to be loaded under that policy, as the old one was.
+
+With --legacy the model is one of Keras 2, which tf_keras reads, and the state is in the order of legacy optimizers: "0"
+is the iteration, then come all m, then all v, as in optimizer.get_weights(). In Rust: load_keras_legacy and
+save_keras_legacy, with the names in the order of model.trainable_variables. Optimizers of tf_keras.optimizers.legacy
+are saved in .h5 files only; those of tf_keras.optimizers in .keras files, too:
+
+    python keras3.py export model.h5 adamax.safetensors --config adamax.json --weights model.safetensors --legacy
+    python keras3.py import adamax.safetensors model.h5 new.h5 --weights model.safetensors --legacy
+
+In a program of your own, call export_state and import_state, or export_legacy and import_legacy for an optimizer of
+tf_keras.
 """
 
 import argparse
 import json
+import os
+import sys
+import warnings
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 PARTS = ("momentum", "norm", "average", "gradient_accumulator")
@@ -45,6 +58,30 @@ def renaming(names, path):
     renamed = names.get(path, path)
     name, axes = (renamed, None) if isinstance(renamed, str) else renamed
     return name, axes
+
+
+def path_of(variable):
+    """Its path in Keras 3; the same without tf_keras's ":0"."""
+    return variable.path if hasattr(variable, "path") else variable.name.rsplit(":", 1)[0]
+
+
+def check_names(names, variables):
+    """Every entry is understood, and no two variables get one name."""
+    taken = {}
+    for variable in variables:
+        path = path_of(variable)
+        entry, rank = names.get(path, path), len(variable.shape)
+        if not isinstance(entry, str):
+            # Permutations of other things than numbers would be sorted, too.
+            is_pair = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
+            axes = entry[1] if is_pair and isinstance(entry[1], list) else []
+            if not is_pair or any(type(axis) is not int for axis in axes) or sorted(axes) != list(range(rank)):
+                expected = f'a name, or ["name", axes] with the axes 0 to {rank - 1} in some order'
+                raise SystemExit(f"--names, {path}: expected {expected}, got {json.dumps(entry)}")
+        name = renaming(names, path)[0]
+        if name in taken:
+            raise SystemExit(f"--names: {taken[name]} and {path} are both called {name}")
+        taken[name] = path
 
 
 def turned(array, axes):
@@ -58,6 +95,7 @@ def turned_back(array, axes):
 
 def keys(optimizer, variables, names):
     """The optimizer's variables by their keys in the file, each with its order of dimensions."""
+    check_names(names, variables)
     own = {variable.path.split("/", 1)[1]: variable for variable in optimizer.variables}
     found = {}
     for key in ("iteration", "learning_rate"):
@@ -111,27 +149,86 @@ def import_legacy(path, axes):
 
 
 def legacy_weights(optimizer, variables):
-    """The moments of a Keras 3 optimizer in the legacy order."""
-    own = {variable.path.split("/", 1)[1]: variable for variable in optimizer.variables}
-    spelled = [variable.path.replace("/", "_") for variable in variables]
-    return [own["iteration"], *(own[f"{name}_{part}"] for part in ("momentum", "norm") for name in spelled)]
+    """The variables of an optimizer of tf_keras in the legacy order, which are made if there are none yet."""
+    if hasattr(optimizer, "_create_all_weights"):
+        optimizer._create_all_weights(variables)
+        return optimizer.weights
+    optimizer.build(variables)
+    return [optimizer.iterations, *optimizer._m, *optimizer._u]
 
 
 def export_weights(variables, path, names):
     tensors = {}
     for variable in variables:
-        name, axes = renaming(names, variable.path)
+        name, axes = renaming(names, path_of(variable))
         tensors[name] = turned(np.asarray(variable.numpy()), axes)
     save_file(tensors, path)
 
 
 def import_weights(variables, path, names):
     tensors = load_file(path)
-    known = {renaming(names, variable.path)[0]: variable for variable in variables}
+    known = {renaming(names, path_of(variable))[0]: variable for variable in variables}
     if set(known) != set(tensors):
         raise SystemExit(f"missing or surplus weights: {sorted(set(known) ^ set(tensors))}")
+    values = {name: turned_back(tensors[name], renaming(names, path_of(known[name]))[1]) for name in known}
     for name, variable in known.items():
-        variable.assign(turned_back(tensors[name], renaming(names, variable.path)[1]))
+        if values[name].shape != tuple(variable.shape):
+            got = list(values[name].shape)
+            raise SystemExit(f"{name}: expected {list(variable.shape)} as in the model, got {got} in {path}")
+    for name, variable in known.items():
+        variable.assign(values[name])
+
+
+def load_keras(path):
+    """A model of Keras 3 with its optimizer, and what Keras only warns of although state is lost."""
+    import keras
+
+    model, lost = load_heeding(keras.saving.load_model, path, "; is it a model of Keras 2, for --legacy?")
+    # Models saved under this policy have had their optimizers wrapped, which the files do not say.
+    mixed = [layer.dtype_policy for layer in model._flatten_layers() if layer.dtype_policy.name == "mixed_float16"]
+    if lost and mixed and not hasattr(model.optimizer, "inner_optimizer"):
+        before = keras.config.dtype_policy()
+        keras.config.set_dtype_policy(mixed[0])
+        model, lost = load_heeding(keras.saving.load_model, path)
+        keras.config.set_dtype_policy(before)
+    return keras, model, lost
+
+
+def load_legacy(path):
+    """The same of Keras 2."""
+    try:
+        import tf_keras
+    except ImportError as error:
+        raise SystemExit(f"--legacy needs tf_keras, which reads models of Keras 2: {error}")
+    return tf_keras, *load_heeding(tf_keras.models.load_model, path)
+
+
+def load_heeding(load, path, hint=""):
+    """A loaded model, and the warnings that say that its optimizer's state was not."""
+    if not os.path.exists(path):
+        raise SystemExit(f"{path}: no such file")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            model = load(path)
+        except (TypeError, ValueError) as error:
+            raise SystemExit(f"{path}: {str(error).strip().splitlines()[0]}{hint}")
+    messages = [str(warning.message).strip() for warning in caught]
+    return model, [text for text in messages if "optimizer" in text and ("Skipping" in text or "loading" in text)]
+
+
+def unwrapped(optimizer, variables, path):
+    """The Adamax, inside of a LossScaleOptimizer if there is one."""
+    if optimizer is None:
+        raise SystemExit(f"{path}: a model without an optimizer; compile it before it is saved")
+    inner = optimizer
+    if hasattr(optimizer, "inner_optimizer"):
+        if not getattr(optimizer, "built", True):
+            optimizer.build(variables)
+        inner = optimizer.inner_optimizer
+    if type(inner).__name__ != "Adamax":
+        raise SystemExit(f"{path}: expected an Adamax, got {type(inner).__name__}")
+    return inner
 
 
 def main():
@@ -144,40 +241,72 @@ def main():
             sub.add_argument(file)
         sub.add_argument("--weights", help="a safetensors file of the weights, to write or to read")
         sub.add_argument("--names", help="a JSON file with the variables' names in Rust")
-        sub.add_argument("--legacy", action="store_true", help="the order of Keras 2, without names")
+        sub.add_argument("--legacy", action="store_true", help="a model of Keras 2 (tf_keras), in its order")
         if command == "export":
             sub.add_argument("--config", help="the JSON file for the settings")
     args = parser.parse_args()
-    import keras
+    try:
+        run(args)
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise SystemExit(str(error))
 
-    model = keras.saving.load_model(args.model)
-    optimizer, variables = model.optimizer, model.trainable_variables
-    names = json.load(open(args.names)) if args.names else {}
-    unknown = set(names) - {variable.path for variable in model.weights}
+
+def run(args):
+    names = {}
+    if args.names:
+        with open(args.names) as file:
+            names = json.load(file)
+    if not isinstance(names, dict):
+        raise SystemExit(f"{args.names}: expected an object of names")
+    keras, model, lost = (load_legacy if args.legacy else load_keras)(args.model)
+    variables, paths = model.trainable_variables, [path_of(variable) for variable in model.weights]
+    unknown = sorted(set(names) - set(paths))
     if unknown:
-        paths = [variable.path for variable in model.weights]
-        raise SystemExit(f"names of variables that are not in the model: {sorted(unknown)}; it has {paths}")
-    axes = [renaming(names, variable.path)[1] for variable in variables]
+        raise SystemExit(f"names of variables that are not in the model: {unknown}; it has {paths}")
+    check_names(names, model.weights)
+    axes = [renaming(names, path_of(variable))[1] for variable in variables]
+    outer = model.optimizer
+    optimizer = unwrapped(outer, variables, args.model)
     if args.command == "export":
-        if args.legacy:
-            weights = [np.asarray(own.numpy()) for own in legacy_weights(optimizer, variables)]
-            export_legacy(weights, args.state, axes)
-        else:
-            export_state(optimizer, variables, args.state, names)
-        if args.weights:
-            export_weights(model.weights, args.weights, names)
-        if args.config:
-            with open(args.config, "w") as file:
-                json.dump(keras.optimizers.serialize(optimizer), file)
+        if lost:
+            raise SystemExit(f"{args.model}: the optimizer's variables were not loaded: {lost[0]}")
+        export(args, keras, model, outer, optimizer, names, axes)
         return
     if args.legacy:
-        for own, value in zip(legacy_weights(optimizer, variables), import_legacy(args.state, axes)):
-            own.assign(value)
+        if ".optimizers.legacy." in type(optimizer).__module__ and not args.result.endswith((".h5", ".hdf5")):
+            raise SystemExit(f"{args.result}: an optimizer of tf_keras.optimizers.legacy is saved in .h5 files only")
+        own, values = legacy_weights(optimizer, variables), import_legacy(args.state, axes)
+        wrong = [i for i, (o, value) in enumerate(zip(own, values)) if tuple(o.shape) != value.shape]
+        if wrong or len(own) != len(values):
+            raise SystemExit(f"other shapes than in the model: {wrong}, of {len(own)} there and {len(values)} here")
+        for o, value in zip(own, values):
+            o.assign(value)
     else:
         import_state(optimizer, variables, args.state, names)
     if args.weights:
         import_weights(model.weights, args.weights, names)
     model.save(args.result)
+
+
+def export(args, keras, model, outer, optimizer, names, axes):
+    variables = model.trainable_variables
+    if int(optimizer.iterations) == 0:
+        hint = " Optimizers of tf_keras.optimizers.legacy are saved in .h5 files only." if args.legacy else ""
+        raise SystemExit(f"{args.model}: the optimizer has made no step, or its state is not in the file.{hint}")
+    if outer is not optimizer:
+        scale = getattr(outer, "dynamic_scale", None)
+        scale = float(scale if scale is not None else outer.loss_scale)
+        print(f"note: the loss scale, {scale}, is not carried; set it as init_scale of a GradScaler", file=sys.stderr)
+    if args.legacy:
+        weights = [np.asarray(own.numpy()) for own in legacy_weights(optimizer, variables)]
+        export_legacy(weights, args.state, axes)
+    else:
+        export_state(optimizer, variables, args.state, names)
+    if args.weights:
+        export_weights(model.weights, args.weights, names)
+    if args.config:
+        with open(args.config, "w") as file:
+            json.dump(keras.optimizers.serialize(optimizer), file, default=float)
 
 
 if __name__ == "__main__":
