@@ -4,7 +4,8 @@
 //! | --- | --- |
 //! | `runtime` | one GPU of one optimizer: an update, a pass, a norm, and what is heard late |
 //! | `work` | what an update is asked to do, before and after addresses are known |
-//! | `ids`, `pool` | ids of lookups; rows that are gathered and pooled |
+//! | `ids`, `checks` | ids of lookups, and what is heard of bad ones |
+//! | `pool` | rows that are gathered and pooled |
 //! | `sort`, `norms` | gradients of rows, sorted and summed; norms of gradients |
 //! | `exact` | what rows of a table owe |
 //! | `launcher`, `order` | kernels of one device: loaded, planned, launched, in order whichever thread it is |
@@ -20,6 +21,8 @@
 pub(crate) mod abi;
 #[cfg(not(feature = "cuda"))]
 mod absent;
+#[cfg(feature = "cuda")]
+mod checks;
 #[cfg(feature = "cuda")]
 mod compile;
 #[cfg(test)]
@@ -52,11 +55,13 @@ mod work;
 #[cfg(not(feature = "cuda"))]
 pub(crate) use absent::{GpuIds, GpuMarks, GpuRows, Runtimes, Unchecked};
 #[cfg(feature = "cuda")]
+pub(crate) use checks::Unchecked;
+#[cfg(feature = "cuda")]
 pub(crate) use compile::has_kernels;
 #[cfg(feature = "cuda")]
 pub(crate) use exact::GpuMarks;
 #[cfg(feature = "cuda")]
-pub(crate) use ids::{GpuIds, GpuRows, Unchecked};
+pub(crate) use ids::{GpuIds, GpuRows};
 #[cfg(feature = "cuda")]
 pub(crate) use pool::{dot_rows, gather, largest, largest_backward, pool};
 #[cfg(feature = "cuda")]
