@@ -31,6 +31,9 @@ pub(crate) trait Arithmetic:
     /// Zero.
     const ZERO: Self;
 
+    /// The largest finite number.
+    const LARGEST: f64;
+
     /// The absolute value; a NaN stays one.
     fn abs(self) -> Self;
 
@@ -59,6 +62,7 @@ macro_rules! arithmetic {
 
         impl Arithmetic for $t {
             const ZERO: Self = 0.0;
+            const LARGEST: f64 = <$t>::MAX as f64;
 
             #[inline(always)]
             fn abs(self) -> Self {

@@ -138,7 +138,7 @@ pub use rounding::Rounding;
 pub use rule::{Epsilon, WeightDecay};
 pub use scaler::{GradScaler, GradScalerState};
 pub use schedule::{
-    AnnealStrategy, CosineDecay, CosineDecayRestarts, ExponentialDecay, InverseTimeDecay, Join, LearningRate,
+    AnnealStrategy, Constant, CosineDecay, CosineDecayRestarts, ExponentialDecay, InverseTimeDecay, Join, LearningRate,
     LearningRateSchedule, LinearWarmup, OneCycle, PiecewiseConstantDecay, Plateau, PlateauMode, PolynomialDecay,
     ReduceLrOnPlateau, Schedule, ThresholdMode,
 };

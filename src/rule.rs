@@ -68,7 +68,7 @@ pub(crate) struct Coefficients<A> {
 }
 
 impl Coefficients<f64> {
-    /// The coefficients of update number `t`, from 1: `step_size = lr / (1 - beta1^t)`.
+    /// The coefficients of update number `t`, from 1: `step_size = lr / (1 - beta1^t)`. None is infinite but `clamp`.
     pub(crate) fn of_update(hyper: &Hyperparameters, lr: f64, t: u64) -> Self {
         let (eps_inside, eps_outside) = match hyper.epsilon {
             Epsilon::Inside => (hyper.eps, 0.0),
@@ -77,7 +77,7 @@ impl Coefficients<f64> {
         let (l2, decay) = match hyper.weight_decay {
             WeightDecay::None => (0.0, 0.0),
             WeightDecay::L2(lambda) => (lambda, 0.0),
-            WeightDecay::Decoupled(lambda) => (0.0, lr * lambda),
+            WeightDecay::Decoupled(lambda) => (0.0, (lr * lambda).min(f64::MAX)),
         };
         let bias_correction = 1.0 - hyper.beta1.powf(t as f64);
         Self {
@@ -90,23 +90,25 @@ impl Coefficients<f64> {
             eps_inside,
             eps_outside,
             decay,
-            step_size: lr / bias_correction,
+            step_size: (lr / bias_correction).min(f64::MAX),
         }
     }
 
-    /// The same numbers in the type of the arithmetic, each rounded once.
+    /// The same numbers in the type of the arithmetic, each rounded once. What f32 has no room for is its largest number:
+    /// infinity times a weight, a gradient or a moment of 0 would be NaN.
     pub(crate) fn round<A: Arithmetic>(&self) -> Coefficients<A> {
+        let finite = |x: f64| A::from_f64(x.min(A::LARGEST));
         Coefficients {
             grad_scale: A::from_f64(self.grad_scale),
             clamp: A::from_f64(self.clamp),
-            l2: A::from_f64(self.l2),
+            l2: finite(self.l2),
             beta1: A::from_f64(self.beta1),
             one_minus_beta1: A::from_f64(self.one_minus_beta1),
             beta2: A::from_f64(self.beta2),
-            eps_inside: A::from_f64(self.eps_inside),
-            eps_outside: A::from_f64(self.eps_outside),
-            decay: A::from_f64(self.decay),
-            step_size: A::from_f64(self.step_size),
+            eps_inside: finite(self.eps_inside),
+            eps_outside: finite(self.eps_outside),
+            decay: finite(self.decay),
+            step_size: finite(self.step_size),
         }
     }
 }
@@ -280,6 +282,13 @@ mod tests {
         assert_eq!(c.step_size, (0.001 / (1.0 - 0.9f64.powf(3.0))) as f32);
         // Far beyond where beta1^t has vanished, at any count of updates.
         assert_eq!(Coefficients::of_update(&KERAS, 0.001, u64::MAX).step_size, 0.001);
+        // Too large for the type, and so its largest: an element without a gradient does not move.
+        let hyper = Hyperparameters { eps: f64::MAX, weight_decay: WeightDecay::Decoupled(f64::MAX), ..KERAS };
+        let c = Coefficients::of_update(&hyper, 1e308, 1);
+        assert_eq!((c.step_size, c.decay), (f64::MAX, f64::MAX));
+        let c = c.round::<f32>();
+        assert_eq!((c.step_size, c.decay, c.eps_outside), (f32::MAX, f32::MAX, f32::MAX));
+        assert_eq!(update(&c, 0.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0));
         let beta1_zero = Hyperparameters { beta1: 0.0, ..KERAS };
         assert_eq!(Coefficients::of_update(&beta1_zero, 0.001, 1).step_size, 0.001);
     }

@@ -5,10 +5,12 @@
 use std::sync::Arc;
 
 use candle_adamax::{
-    CosineDecay, CosineDecayRestarts, Error, ErrorKind, ExponentialDecay, InverseTimeDecay, Join, LearningRate,
-    LearningRateSchedule, LinearWarmup, PiecewiseConstantDecay, PolynomialDecay, Schedule,
+    Adamax, CosineDecay, CosineDecayRestarts, Error, ErrorKind, ExponentialDecay, InverseTimeDecay, Join, LearningRate,
+    LearningRateSchedule, LinearWarmup, ParamGroup, ParamsAdamax, PiecewiseConstantDecay, PolynomialDecay,
+    ReduceLrOnPlateau, Schedule,
 };
 use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::Optimizer;
 use serde_json::{Value, json};
 
 /// A schedule with a change: shorter than a structure with `..`, where there are many of them.
@@ -157,11 +159,10 @@ fn learning_rate_refuses_bad_values() {
     }
     assert_eq!(LearningRate::from(0.0).at(0).unwrap(), 0.0);
 
-    // Its settings are right, but it has grown too large.
+    // What grows stays finite.
     let growing = LearningRate::from(ExponentialDecay::new(4.0, 1, 2.0));
     growing.validate().unwrap();
-    let error = growing.at(1 << 20).unwrap_err();
-    assert_eq!(error.to_string(), "invalid `lr`: expected a finite number that is not negative, got inf");
+    assert_eq!(growing.at(1 << 20).unwrap(), f64::MAX);
     // Never validated: the error names the cause.
     let error = LearningRate::from(CosineDecay::new(0.1, 0)).at(0).unwrap_err();
     assert_eq!(error.to_string(), "invalid `lr.decay_steps`: expected at least 1 step, got 0");
@@ -410,4 +411,58 @@ fn may_be_shared_between_threads() {
     fn shared<T: Clone + Send + Sync + 'static>() {}
     shared::<LearningRate>();
     shared::<Schedule>();
+}
+
+// === A second stage ===
+
+#[test]
+fn a_second_stage_begins_with_the_next_call() {
+    let make = |lr: LearningRate| {
+        let w = Var::new(&[1f32], &Device::Cpu).unwrap();
+        let head = Var::new(&[1f32], &Device::Cpu).unwrap();
+        let plateau = ReduceLrOnPlateau { patience: 0, factor: 0.5, ..Default::default() };
+        let params = ParamsAdamax { lr, plateau: Some(plateau), ..Default::default() };
+        let groups = [
+            ParamGroup::new("default").var("w", &w),
+            ParamGroup::new("head").var("head", &head).lr_factor(2.0),
+            ParamGroup::new("own").lr(0.125),
+        ];
+        (Adamax::from_groups(groups, params).unwrap(), w)
+    };
+    let step = |optimizer: &mut Adamax, w: &Var| {
+        optimizer.apply_gradients([(w, &Tensor::new(&[1f32], &Device::Cpu).unwrap())]).unwrap();
+        optimizer.report().lr()
+    };
+    let (mut optimizer, w) = make(CosineDecay::new(0.5, 4).into());
+    let first: Vec<f64> = (0..6).map(|_| step(&mut optimizer, &w)).collect();
+    assert_eq!((first[0], first[2], first[4], first[5]), (0.5, 0.25, 0.0, 0.0));
+
+    // A refused one changes nothing.
+    let error = optimizer.start_schedule(CosineDecay::new(0.5, 0)).unwrap_err();
+    assert_eq!(error.to_string(), "Adamax: invalid `lr.decay_steps`: expected at least 1 step, got 0");
+    let error = optimizer.start_schedule(f64::NAN).unwrap_err();
+    assert!(error.to_string().starts_with("Adamax: invalid `lr.learning_rate`: expected"), "{error}");
+    assert_eq!(optimizer.learning_rate(), 0.0);
+
+    optimizer.observe(1.0).unwrap();
+    optimizer.start_schedule(LinearWarmup::new(0.0, 1.0, 4)).unwrap();
+    let rates = |optimizer: &Adamax| ["default", "head", "own"].map(|g| optimizer.group_learning_rate(g).unwrap());
+    assert_eq!(rates(&optimizer), [0.0, 0.0, 0.125]);
+    assert_eq!([(); 2].map(|()| step(&mut optimizer, &w)), [0.0, 0.25]);
+    assert_eq!(rates(&optimizer), [0.5, 1.0, 0.125]);
+
+    // It is in checkpoints.
+    let file = std::env::temp_dir().join(format!("candle-adamax-stage-{}", std::process::id()));
+    optimizer.save(&file).unwrap();
+    let (mut resumed, w) = make(1.0.into());
+    resumed.load(&file).unwrap();
+    std::fs::remove_file(file).unwrap();
+    assert_eq!([(); 4].map(|()| step(&mut resumed, &w)), [0.5, 0.75, 1.0, 1.0]);
+
+    // A third one; a number is a schedule, too. What a metric has lowered is forgotten.
+    resumed.observe(1.0).unwrap();
+    assert_eq!(resumed.learning_rate(), 0.5);
+    resumed.start_schedule(0.75).unwrap();
+    assert_eq!(resumed.learning_rate(), 0.75);
+    assert_eq!(step(&mut resumed, &w), 0.75);
 }

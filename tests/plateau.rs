@@ -189,6 +189,56 @@ fn no_infinite_metric_is_the_best_one() {
     }
 }
 
+/// How often these metrics reduce a learning rate of 1 by half.
+fn reductions(settings: &ReduceLrOnPlateau, metrics: &[f64]) -> usize {
+    let mut plateau = Plateau::default();
+    metrics.iter().filter(|&&metric| plateau.observe(settings, metric, 1.0)).count()
+}
+
+#[test]
+fn a_negative_metric_that_stands_still_reduces() {
+    let params = ParamsAdamax {
+        lr: 1.0.into(),
+        plateau: Some(ReduceLrOnPlateau { patience: 2, ..Default::default() }),
+        ..Default::default()
+    };
+    let mut optimizer = Adamax::new(vec![], params).unwrap();
+    let reduced = [-1.0; 8].map(|metric| optimizer.observe(metric).unwrap());
+    assert_eq!(reduced, [false, false, false, true, false, false, true, false]);
+}
+
+/// A relative threshold is the same for a metric and its mirror image, and for each mode and its reverse.
+#[test]
+fn a_relative_threshold_is_a_share_of_the_magnitude() {
+    for threshold in [0.0, 1e-4, 0.125, 1.0, 2.0] {
+        let of = |mode| ReduceLrOnPlateau { mode, threshold, ..halving() };
+        let (min, max) = (of(PlateauMode::Min), of(PlateauMode::Max));
+        for best in [-3.0, -1e-300, 5e-324, 0.0, -0.0, 1e300, f64::MAX, -f64::MAX, 7.0] {
+            let step = f64::abs(best) * threshold;
+            for metric in [best, best - step, best - 1.01 * step, best + 1.01 * step, -best, 0.0, f64::NAN] {
+                // No product of these rounds to the other side of a metric that is a hundredth away.
+                let is_better = metric.is_finite() && metric < best - step;
+                let near = (metric - (best - step)).abs() <= 1e-12 * step;
+                if !near || threshold == 0.0 {
+                    let expected = usize::from(!is_better);
+                    assert_eq!(reductions(&min, &[best, metric]), expected, "Min {threshold} {best} {metric}");
+                    assert_eq!(reductions(&max, &[-best, -metric]), expected, "Max {threshold} {best} {metric}");
+                }
+            }
+            for infinite in [f64::INFINITY, f64::NEG_INFINITY] {
+                assert_eq!((reductions(&min, &[best, infinite]), reductions(&max, &[best, infinite])), (1, 1));
+            }
+        }
+        // PyTorch's product decides where the best metric is not negative, to the last bit.
+        for best in [0.3, 1.7, 0.0] {
+            let edge = best * (1.0 - threshold);
+            assert_eq!((reductions(&min, &[best, edge]), reductions(&min, &[best, edge.next_down()])), (1, 0));
+            let edge = best * (1.0 + threshold);
+            assert_eq!((reductions(&max, &[best, edge]), reductions(&max, &[best, edge.next_up()])), (1, 0));
+        }
+    }
+}
+
 #[test]
 fn an_invalid_learning_rate_is_an_error_that_changes_nothing() {
     let params = ParamsAdamax { plateau: Some(halving()), ..Default::default() };

@@ -7,8 +7,8 @@ use std::fs;
 use std::path::Path;
 
 use candle_adamax::{
-    AnnealStrategy, CosineDecay, CosineDecayRestarts, ExponentialDecay, InverseTimeDecay, Join, LearningRate,
-    LearningRateSchedule, LinearWarmup, OneCycle, PiecewiseConstantDecay, PolynomialDecay, Schedule,
+    AnnealStrategy, Constant, CosineDecay, CosineDecayRestarts, ErrorKind, ExponentialDecay, InverseTimeDecay, Join,
+    LearningRate, LearningRateSchedule, LinearWarmup, OneCycle, PiecewiseConstantDecay, PolynomialDecay, Schedule,
 };
 use proptest::prelude::*;
 use safetensors::SafeTensors;
@@ -404,6 +404,7 @@ fn all_schedules(a: f64, b: f64, steps: u64, flag: bool) -> Vec<Schedule> {
         s.warmup_steps = if flag { steps } else { 0 };
     });
     vec![
+        Constant::new(a).into(),
         with(ExponentialDecay::new(a, steps, b), |s| s.staircase = flag).into(),
         with(InverseTimeDecay::new(a, steps, b), |s| s.staircase = flag).into(),
         with(PolynomialDecay::new(a, steps), |s| {
@@ -479,6 +480,143 @@ fn any_rate() -> impl Strategy<Value = f64> {
     prop_oneof![Just(0.0), Just(1e-300), 1e-9..1e-2, 0.0..1e3]
 }
 
+/// Numbers at the edges of what an f64 holds, ordinary ones, and some that no setting may be.
+fn edge_number() -> impl Strategy<Value = f64> {
+    let edges = [0.0, -0.0, 5e-324, f64::MIN_POSITIVE, f64::EPSILON, 0.5, 1.0, 2.0, 1e15 + 0.5, 1e300, f64::MAX];
+    let near_one = [1.0 - f64::EPSILON / 2.0, 1.0 + f64::EPSILON, 1.0 + 1e-9];
+    let none = [-5e-324, -1.0, f64::INFINITY, f64::NAN];
+    prop_oneof![
+        8 => prop::sample::select(edges.to_vec()),
+        3 => prop::sample::select(near_one.to_vec()),
+        1 => prop::sample::select(none.to_vec()),
+        3 => 0.0..1.0_f64,
+        2 => 1.0..5.0_f64,
+        2 => any::<f64>().prop_map(f64::abs),
+    ]
+}
+
+fn edge_steps() -> impl Strategy<Value = u64> {
+    let edges =
+        [0, 1, 2, 3, 10, (1 << 53) - 1, 1 << 53, (1 << 53) + 1, u64::MAX / 2, u64::MAX - 2, u64::MAX - 1, u64::MAX];
+    prop_oneof![prop::sample::select(edges.to_vec()), any_step()]
+}
+
+/// A schedule of every kind, with settings of every kind.
+fn edge_schedules() -> impl Strategy<Value = Vec<Schedule>> {
+    let numbers = prop::array::uniform4(edge_number());
+    let strategies = (any::<bool>(), any::<bool>());
+    (numbers, edge_steps(), edge_steps(), strategies).prop_map(|([a, b, c, d], steps, more, (flag, other))| {
+        let anneal_strategy = if other { AnnealStrategy::Linear } else { AnnealStrategy::Cos };
+        vec![
+            a.into(),
+            ExponentialDecay { staircase: flag, ..ExponentialDecay::new(a, steps, b) }.into(),
+            InverseTimeDecay { staircase: flag, ..InverseTimeDecay::new(a, steps, b) }.into(),
+            PolynomialDecay { end_learning_rate: b, power: c, cycle: flag, ..PolynomialDecay::new(a, steps) }.into(),
+            with(CosineDecay::new(a, steps), |s| {
+                s.alpha = b;
+                s.warmup_target = flag.then_some(c);
+                s.warmup_steps = if flag { more } else { 0 };
+            })
+            .into(),
+            CosineDecayRestarts { t_mul: b, m_mul: c, alpha: d, ..CosineDecayRestarts::new(a, steps) }.into(),
+            CosineDecayRestarts { t_mul: 1.0 + b, m_mul: c, ..CosineDecayRestarts::new(a, steps) }.into(),
+            PiecewiseConstantDecay::new([c, d], [a, b, a]).into(),
+            LinearWarmup::new(a, b, steps).into(),
+            with(OneCycle::new(a, steps), |s| {
+                (s.pct_start, s.div_factor, s.final_div_factor) = (b, c, d);
+                (s.three_phase, s.anneal_strategy) = (flag, anneal_strategy);
+            })
+            .into(),
+            OneCycle { pct_start: b, three_phase: flag, anneal_strategy, ..OneCycle::new(a, steps) }.into(),
+        ]
+    })
+}
+
+/// A rate of a valid schedule, as it is and in a file: finite, and not negative.
+fn assert_valid_rates(schedule: &Schedule, steps: &[u64]) {
+    let read: Schedule = serde_json::from_str(&serde_json::to_string(schedule).unwrap()).unwrap();
+    let lr = LearningRate::from(read);
+    for &step in steps {
+        let rate = schedule.learning_rate(step);
+        assert!(rate.is_finite() && rate >= 0.0, "{schedule} at {step}: {rate}");
+        assert_eq!(lr.at(step).unwrap().to_bits(), rate.to_bits(), "{schedule} at {step}");
+    }
+}
+
+#[test]
+fn rates_that_an_f64_cannot_hold_are_its_largest() {
+    let growing = ExponentialDecay::new(4.0, 1, 2.0);
+    assert_rates(&growing, [(1, 8.0), (1020, 2f64.powi(1022)), (1022, f64::MAX), (u64::MAX, f64::MAX)]);
+    let joined = Join::new([Constant::new(1.0).into(), growing.into()], [5]);
+    assert_rates(&joined, [(4, 1.0), (5, 4.0), (1 << 40, f64::MAX)]);
+    let rising = with(CosineDecayRestarts::new(1e300, 10), |s| (s.t_mul, s.m_mul) = (1.0, 1e10));
+    assert_rates(&rising, [(0, 1e300), (10, f64::MAX), (1000, f64::MAX)]);
+    // The end of a cycle that is too high is still its end.
+    assert!(rising.learning_rate(15).is_finite());
+
+    let cycle = OneCycle { div_factor: 1.0, final_div_factor: 0.125, ..OneCycle::new(1e308, 10) };
+    assert_eq!(
+        cycle.validate().unwrap_err().to_string(),
+        "invalid `final_div_factor`: expected a number so large that max_lr / div_factor / final_div_factor is finite, \
+         got 0.125"
+    );
+}
+
+#[test]
+fn a_file_with_an_invalid_schedule_is_refused_by_name() {
+    let cosine = r#"{"class_name": "CosineDecay", "config": {"initial_learning_rate": 0.1, "decay_steps": 0}}"#;
+    let join = format!(r#"{{"class_name": "Join", "config": {{"schedules": [0.5, {cosine}], "boundaries": [5]}}}}"#);
+    let nested = join.replace("0.5, ", r#"{"class_name": "Constant", "config": {"learning_rate": 0.5}}, "#);
+    for text in [cosine, &nested] {
+        let error = serde_json::from_str::<Schedule>(text).unwrap_err().to_string();
+        assert!(error.contains("invalid `decay_steps`: expected at least 1 step, got 0"), "{error}");
+        assert!(serde_json::from_str::<LearningRate>(text).is_err());
+    }
+    assert!(serde_json::from_str::<Schedule>(&join).is_err());
+    let negative = r#"{"class_name": "Constant", "config": {"learning_rate": -0.5}}"#;
+    let error = serde_json::from_str::<Schedule>(negative).unwrap_err().to_string();
+    assert!(error.starts_with("invalid `learning_rate`: expected a finite number that is not negative, got -0.5"));
+    let error = Constant::new(f64::NAN).validate().unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::InvalidArgument { field, .. } if field == "learning_rate"));
+}
+
+#[test]
+fn a_schedule_may_start_at_any_step() {
+    assert_rates(&Constant::new(0.5), [(0, 0.5), (u64::MAX, 0.5)]);
+    let cosine = || Schedule::from(CosineDecay::new(0.5, 100));
+    assert_rates(&cosine().starting_at(1000), [(0, 0.5), (1000, 0.5), (1050, 0.25), (1100, 0.0), (u64::MAX, 0.0)]);
+    assert_rates(&cosine().starting_at(0), [(0, 0.5), (50, 0.25), (100, 0.0)]);
+    assert_rates(&cosine().starting_at(u64::MAX), [(0, 0.5), (u64::MAX, 0.5)]);
+    assert_eq!(cosine().starting_at(7).to_string(), "Join(Constant(0.5), from step 7 CosineDecay(0.5, 100 steps))");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, cases: 20_000, ..ProptestConfig::default() })]
+
+    /// Whatever is accepted, at whatever step.
+    #[test]
+    fn accepted_schedules_give_finite_rates(
+        schedules in edge_schedules(), boundary in edge_steps(), steps in prop::array::uniform4(edge_steps()),
+    ) {
+        for schedule in &schedules {
+            if schedule.validate().is_err() {
+                // Neither does JSON bring it in. (Infinity and NaN become null there, which may be allowed.)
+                let read = serde_json::from_str::<Schedule>(&serde_json::to_string(schedule).unwrap());
+                prop_assert!(read.is_err() || read.is_ok_and(|read| read != *schedule && read.validate().is_ok()));
+                continue;
+            }
+            assert_valid_rates(schedule, &steps);
+            assert_valid_rates(schedule, &HUGE);
+            assert_valid_rates(&schedule.clone().starting_at(boundary), &steps);
+        }
+        let valid: Vec<_> = schedules.into_iter().filter(|schedule| schedule.validate().is_ok()).take(3).collect();
+        let boundaries: Vec<u64> = (1..valid.len() as u64).map(|i| (boundary >> 1) + i).collect();
+        if !valid.is_empty() {
+            assert_valid_rates(&Join::new(valid, boundaries).into(), &steps);
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, cases: 2000, ..ProptestConfig::default() })]
 
@@ -535,7 +673,13 @@ proptest! {
     fn json_round_trip_is_bit_exact(a in any_rate(), b in 0.0..=1.0, steps: u64, flag: bool) {
         for schedule in all_schedules(a, b, steps, flag) {
             let text = serde_json::to_string(&schedule).unwrap();
-            prop_assert_eq!(&serde_json::from_str::<Schedule>(&text).unwrap(), &schedule);
+            let read = serde_json::from_str::<Schedule>(&text);
+            if let Err(refused) = schedule.validate() {
+                let error = read.unwrap_err().to_string();
+                prop_assert!(error.starts_with(&refused.to_string()), "{error}");
+                continue; // no steps, t_mul 0.9, a rise of 0.9 in three phases, a cycle of one step
+            }
+            prop_assert_eq!(&read.unwrap(), &schedule);
             let lr: LearningRate = serde_json::from_str(&text).unwrap();
             prop_assert!(matches!(lr, LearningRate::Schedule(read) if read == schedule));
         }

@@ -18,6 +18,7 @@ mod rates;
 mod report;
 mod rows;
 mod snapshot;
+mod stage;
 
 use std::collections::HashMap;
 

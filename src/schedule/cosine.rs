@@ -5,7 +5,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::decay::power;
+use super::decay::{finite, power};
 use super::{LearningRateSchedule, LinearWarmup, wire};
 use crate::check;
 use crate::error::Result;
@@ -195,7 +195,7 @@ impl LearningRateSchedule for CosineDecayRestarts {
             return f64::NAN;
         };
         let height = (1.0 - self.alpha) * power(self.m_mul, index as f64);
-        self.initial_learning_rate * (height * half_wave(done) + self.alpha)
+        finite(self.initial_learning_rate * (height * half_wave(done) + self.alpha))
     }
 
     fn validate(&self) -> Result<()> {

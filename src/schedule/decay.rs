@@ -16,8 +16,7 @@ use crate::error::Result;
 /// ```
 ///
 /// With `staircase`, `step / decay_steps` is a division of whole numbers and the rate falls at multiples of
-/// `decay_steps` only. A `decay_rate` above 1 grows without bound; once the rate is too large for an f64 it is
-/// infinite, which [`LearningRate::at`](crate::LearningRate::at) refuses.
+/// `decay_steps` only. A `decay_rate` above 1 grows up to [`f64::MAX`], where it stays.
 ///
 /// Source: `keras.optimizers.schedules.ExponentialDecay`. Departure: Keras takes the floor of a rounded quotient, which
 /// in f32 is wrong from step 2^24 on.
@@ -55,7 +54,7 @@ impl ExponentialDecay {
 
 impl LearningRateSchedule for ExponentialDecay {
     fn learning_rate(&self, step: u64) -> f64 {
-        self.initial_learning_rate * power(self.decay_rate, quotient(step, self.decay_steps, self.staircase))
+        finite(self.initial_learning_rate * power(self.decay_rate, quotient(step, self.decay_steps, self.staircase)))
     }
 
     fn validate(&self) -> Result<()> {
@@ -242,6 +241,11 @@ fn quotient(step: u64, decay_steps: u64, staircase: bool) -> f64 {
     } else {
         step as f64 / decay_steps as f64
     }
+}
+
+/// A learning rate, but finite: the largest f64 in the place of infinity. A NaN stays one.
+pub(crate) fn finite(rate: f64) -> f64 {
+    if rate == f64::INFINITY { f64::MAX } else { rate }
 }
 
 /// `base ^ exponent`, but finite: a learning rate of 0 times a factor that has overflowed is 0, not NaN.

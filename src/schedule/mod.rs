@@ -4,6 +4,7 @@
 //! the exception: it follows a metric). The formulas are those of Keras in f64, and PyTorch's where Keras has none. Where Keras's rounding decides on which side of a boundary a step falls, whole numbers
 //! decide here: a staircase, a cycle or a restart begins at its step on every machine.
 
+mod constant;
 mod cosine;
 mod decay;
 mod join;
@@ -18,7 +19,9 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::constant::Constant;
 pub use self::cosine::{CosineDecay, CosineDecayRestarts};
+pub(crate) use self::decay::finite;
 pub use self::decay::{ExponentialDecay, InverseTimeDecay, PolynomialDecay};
 pub use self::join::Join;
 pub use self::learning_rate::LearningRate;
@@ -58,9 +61,8 @@ use crate::error::Result;
 pub trait LearningRateSchedule: fmt::Debug + Send + Sync {
     /// The learning rate of the call that `step` calls came before: the first call has `step` 0.
     ///
-    /// The result is a fraction of the gradient's unit, finite and not negative if [`validate`](Self::validate) passes
-    /// and the schedule does not grow without bound. With settings that `validate` refuses it may be anything, NaN
-    /// too, but must not panic.
+    /// The result is a fraction of the gradient's unit, finite and not negative if [`validate`](Self::validate) passes.
+    /// With settings that `validate` refuses it may be anything, NaN too, but must not panic.
     fn learning_rate(&self, step: u64) -> f64;
 
     /// Checks the settings; the optimizer calls it once, before the first step.
@@ -78,8 +80,12 @@ pub trait LearningRateSchedule: fmt::Debug + Send + Sync {
 ///
 /// Its serde form is Keras's, `{"class_name": .., "config": {..}}`, and what `keras.optimizers.schedules.serialize`
 /// writes can be read: the `name` in a config (a label of TensorFlow graphs) is dropped, other surplus fields of a
-/// config are errors, and a number of steps may be written `100.0`. [`LinearWarmup`], [`OneCycle`] and [`Join`] have the
-/// same form, but Keras has no such classes.
+/// config are errors, and a number of steps may be written `100.0`. [`Constant`],
+/// [`LinearWarmup`], [`OneCycle`] and [`Join`] have the same form, but Keras has no such classes. Reading checks the settings
+/// as [`validate`](LearningRateSchedule::validate) does, so that a schedule from a file is a valid one.
+///
+/// The rate of a valid schedule is finite and not negative at every step. A rate that a formula makes too large for an f64
+/// is [`f64::MAX`].
 ///
 /// ```
 /// use candle_adamax::{ExponentialDecay, LearningRateSchedule, Schedule};
@@ -100,6 +106,9 @@ pub trait LearningRateSchedule: fmt::Debug + Send + Sync {
 #[serde(tag = "class_name", content = "config")]
 #[non_exhaustive]
 pub enum Schedule {
+    /// The same at each step.
+    #[serde(deserialize_with = "wire::keras_config")]
+    Constant(Constant),
     /// Falls by a factor every so many steps.
     #[serde(deserialize_with = "wire::keras_config")]
     ExponentialDecay(ExponentialDecay),
@@ -133,6 +142,7 @@ pub enum Schedule {
 macro_rules! for_each {
     ($schedule:expr, $inner:ident => $result:expr) => {
         match $schedule {
+            Schedule::Constant($inner) => $result,
             Schedule::ExponentialDecay($inner) => $result,
             Schedule::PiecewiseConstantDecay($inner) => $result,
             Schedule::PolynomialDecay($inner) => $result,
@@ -144,6 +154,31 @@ macro_rules! for_each {
             Schedule::Join($inner) => $result,
         }
     };
+}
+
+impl Schedule {
+    /// The schedule that holds its first rate for `call` steps and counts its own steps from there: what a second stage of
+    /// training needs, since an optimizer counts all of its calls. It is a [`Join`] of a [`Constant`] and this schedule.
+    ///
+    /// ```text
+    /// lr = schedule(0)             before step `call`
+    /// lr = schedule(step - call)   from there on
+    /// ```
+    ///
+    /// [`Adamax::start_schedule`](crate::Adamax::start_schedule) sets one that starts at the next call.
+    ///
+    /// ```
+    /// use candle_adamax::{CosineDecay, LearningRateSchedule, Schedule};
+    ///
+    /// let schedule = Schedule::from(CosineDecay::new(0.5, 100)).starting_at(1000);
+    /// let rates = [0, 1000, 1050, 1100].map(|step| schedule.learning_rate(step));
+    /// assert_eq!(rates, [0.5, 0.5, 0.25, 0.0]);
+    /// ```
+    #[must_use]
+    pub fn starting_at(self, call: u64) -> Self {
+        let first = self.learning_rate(0);
+        Join::new([first.into(), self], [call]).into()
+    }
 }
 
 impl LearningRateSchedule for Schedule {
@@ -179,6 +214,7 @@ macro_rules! from {
 }
 
 from!(
+    Constant,
     ExponentialDecay,
     PiecewiseConstantDecay,
     PolynomialDecay,

@@ -66,7 +66,7 @@ pub struct OneCycle {
     /// How far below `max_lr` it begins; at least 1. Default: 25.
     #[serde(default = "OneCycle::default_div_factor")]
     pub div_factor: f64,
-    /// How far below its beginning it ends; positive. Default: 1e4.
+    /// How far below its beginning it ends; positive, and so large that the end is finite. Default: 1e4.
     #[serde(default = "OneCycle::default_final_div_factor")]
     pub final_div_factor: f64,
     /// Whether it comes back to where it began before it falls further. Default: false.
@@ -100,6 +100,16 @@ impl OneCycle {
         1e4
     }
 
+    /// Where it begins.
+    fn initial(&self) -> f64 {
+        self.max_lr / self.div_factor
+    }
+
+    /// Where it ends.
+    fn last(&self) -> f64 {
+        self.initial() / self.final_div_factor
+    }
+
     fn anneal(&self, from: f64, to: f64, share: f64) -> f64 {
         match self.anneal_strategy {
             AnnealStrategy::Cos => lerp(from, to, 1.0 - half_wave(share)),
@@ -110,8 +120,7 @@ impl OneCycle {
 
 impl LearningRateSchedule for OneCycle {
     fn learning_rate(&self, step: u64) -> f64 {
-        let initial = self.max_lr / self.div_factor;
-        let last = initial / self.final_div_factor;
+        let (initial, last) = (self.initial(), self.last());
         if step >= self.total_steps.saturating_sub(1) {
             return if self.pct_start == 1.0 { self.max_lr } else { last };
         }
@@ -141,7 +150,9 @@ impl LearningRateSchedule for OneCycle {
         let at_least_one = self.div_factor >= 1.0 && self.div_factor.is_finite();
         check::require(at_least_one, "div_factor", "a finite number of at least 1", self.div_factor)?;
         let is_positive = self.final_div_factor > 0.0 && self.final_div_factor.is_finite();
-        check::require(is_positive, "final_div_factor", "a finite number above 0", self.final_div_factor)
+        check::require(is_positive, "final_div_factor", "a finite number above 0", self.final_div_factor)?;
+        let expected = "a number so large that max_lr / div_factor / final_div_factor is finite";
+        check::require(self.last().is_finite(), "final_div_factor", expected, self.final_div_factor)
     }
 }
 

@@ -15,13 +15,16 @@ pub enum PlateauMode {
     Max,
 }
 
-/// What `threshold` is a part of.
+/// Whether `threshold` is a share or an amount.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ThresholdMode {
-    /// Of the best metric: `best * (1 - threshold)` is to be undercut (`Max`: `best * (1 + threshold)` exceeded).
+    /// A share of the best metric's magnitude: `best - threshold * |best|` is to be undercut (`Max`:
+    /// `best + threshold * |best|` exceeded). A metric may be negative, such as a log-likelihood: PyTorch takes the share of
+    /// `best` itself there, so that a metric that stands still counts as better for ever. Where the best metric is 0, any
+    /// metric beyond 0 is better.
     #[default]
     Relative,
-    /// Of the metric's unit: `best - threshold` is to be undercut (`Max`: `best + threshold` exceeded).
+    /// An amount in the metric's unit: `best - threshold` is to be undercut (`Max`: `best + threshold` exceeded).
     Absolute,
 }
 
@@ -39,7 +42,7 @@ pub enum ThresholdMode {
 ///
 /// Source: `torch.optim.lr_scheduler.ReduceLROnPlateau`. Departures: it multiplies what a schedule gives in place of the
 /// last learning rate; one `eps` decides for all groups, by the optimizer's own learning rate; an infinite metric is never
-/// the best one.
+/// the best one; a [relative threshold](ThresholdMode::Relative) is right for negative metrics, too.
 ///
 /// ```
 /// use candle_adamax::{Adamax, ParamsAdamax, ReduceLrOnPlateau};
@@ -64,7 +67,7 @@ pub struct ReduceLrOnPlateau {
     pub patience: u64,
     /// By how much a metric has to be better to count; not negative. Default: 1e-4.
     pub threshold: f64,
-    /// What that is a part of. Default: the best metric.
+    /// Whether that is a share of the best metric's magnitude or an amount. Default: a share.
     pub threshold_mode: ThresholdMode,
     /// For how many metrics after a reduction none is counted as no better. Default: 0.
     pub cooldown: u64,
@@ -106,11 +109,13 @@ impl ReduceLrOnPlateau {
     /// Whether `metric` is better than `best`.
     fn is_better(&self, metric: f64, best: Option<f64>) -> bool {
         let Some(best) = best else { return metric.is_finite() };
+        // PyTorch's products, bit for bit, where the best metric is not negative; mirrored where it is.
+        let share = if best < 0.0 { -self.threshold } else { self.threshold };
         metric.is_finite()
             && match (self.mode, self.threshold_mode) {
-                (PlateauMode::Min, ThresholdMode::Relative) => metric < best * (1.0 - self.threshold),
+                (PlateauMode::Min, ThresholdMode::Relative) => metric < best * (1.0 - share),
                 (PlateauMode::Min, ThresholdMode::Absolute) => metric < best - self.threshold,
-                (PlateauMode::Max, ThresholdMode::Relative) => metric > best * (1.0 + self.threshold),
+                (PlateauMode::Max, ThresholdMode::Relative) => metric > best * (1.0 + share),
                 (PlateauMode::Max, ThresholdMode::Absolute) => metric > best + self.threshold,
             }
     }

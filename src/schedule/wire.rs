@@ -4,6 +4,8 @@ use serde::de::{DeserializeOwned, Deserializer, Error};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Number, Value};
 
+use super::LearningRateSchedule;
+
 /// `{"class_name": .., "config": ..}`, as Keras stores an object.
 #[derive(Serialize)]
 pub(super) struct Object<T> {
@@ -11,11 +13,16 @@ pub(super) struct Object<T> {
     pub(super) config: T,
 }
 
-/// A schedule's config without the `name` that Keras adds: it labels a graph and changes no number.
-pub(super) fn keras_config<'de, D: Deserializer<'de>, T: DeserializeOwned>(deserializer: D) -> Result<T, D::Error> {
+/// A schedule's valid config without the `name` that Keras adds: it labels a graph and changes no number.
+pub(super) fn keras_config<'de, D: Deserializer<'de>, T>(deserializer: D) -> Result<T, D::Error>
+where
+    T: DeserializeOwned + LearningRateSchedule,
+{
     let mut config = Map::deserialize(deserializer)?;
     config.remove("name");
-    T::deserialize(Value::Object(config)).map_err(D::Error::custom)
+    let schedule = T::deserialize(Value::Object(config)).map_err(D::Error::custom)?;
+    schedule.validate().map_err(D::Error::custom)?;
+    Ok(schedule)
 }
 
 /// A number of steps, which Keras stores as it was given: `100` or `100.0`.
