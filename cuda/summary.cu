@@ -30,6 +30,7 @@ struct Gradient {
     u64 count; // u32: how many rows there are, known to the device alone; or null
     u64 len;   // elements; of a row if there is a count
     u64 first; // of its leaves, among those of all tensors
+    u64 is_f64; // 1 for elements of f64, whose squares can leave the range of f64, else 0
 };
 
 DEVICE u64 elements(const Gradient& g) { return g.count != 0 ? *reinterpret_cast<const u32*>(g.count) * g.len : g.len; }
@@ -80,6 +81,60 @@ DEVICE double fold_tree(u32 norm, double* from, double* other, u64 n) {
     return n == 0 ? 0.0 : from[0];
 }
 
+DEVICE bool is_finite(double x) { return abs_of(x) <= 1.7976931348623157e308; }
+
+DEVICE double not_a_number() { return __longlong_as_double(0x7ff8000000000000ll); }
+
+DEVICE double infinity() { return __longlong_as_double(0x7ff0000000000000ll); }
+
+// The largest of `n` values that are not negative, or NaN; the same for all threads of a block.
+template <typename Value> DEVICE double largest_of(u64 n, Value value) {
+    __shared__ double largest_of_warps[WARPS];
+    double largest = 0.0;
+    for (u64 i = threadIdx.x; i < n; i += THREADS) largest = rule::maximum(largest, value(i));
+    for (u32 distance = WARP / 2; distance > 0; distance /= 2) {
+        largest = rule::maximum(largest, __shfl_xor_sync(ALL, largest, distance));
+    }
+    // Nobody reads what the last call has left, nor writes what its caller reads.
+    __syncthreads();
+    if (threadIdx.x % WARP == 0) largest_of_warps[threadIdx.x / WARP] = largest;
+    __syncthreads();
+    for (u32 i = 0; i < WARPS; i++) largest = rule::maximum(largest, largest_of_warps[i]);
+    return largest;
+}
+
+// Norms are stored as `Norm` of src/reduce.rs: those beyond f64 are negative, in units of BEYOND.
+constexpr double BEYOND = 1.6069380442589903e60; // 2^200
+constexpr double SMALLEST_NORMAL = 2.2250738585072014e-308;
+
+// `Norm::product`.
+DEVICE double product(double a, double b) {
+    double product = a * b;
+    return product == infinity() && is_finite(b) ? -(a / BEYOND * b) : product;
+}
+
+// `Norm::times`.
+DEVICE double times(double norm, double unscale) {
+    if (norm >= 0.0 || !is_finite(norm)) return product(unscale, norm);
+    double units = -norm * unscale;
+    return units * BEYOND == infinity() ? -units : units * BEYOND;
+}
+
+DEVICE double unit_of(double largest) {
+    double unit = __longlong_as_double(__double_as_longlong(largest) & 0x7ff0000000000000ll);
+    return unit > SMALLEST_NORMAL ? unit : SMALLEST_NORMAL;
+}
+
+// `NormType::is_out_of_range`.
+DEVICE bool is_out_of_range(u32 norm, double reduced) {
+    constexpr double smallest = 1.0261342003245941e-289; // 2^-960
+    return (norm == L2 && reduced < smallest) || (norm != INF && reduced == infinity());
+}
+
+DEVICE double finish(u32 norm, double reduced, double unit) {
+    return product(unit, norm == L2 ? sqrt(reduced) : reduced);
+}
+
 struct NormsArgs {
     const Gradient* gradients;
     double* leaves;
@@ -90,11 +145,31 @@ struct NormsArgs {
     u32 padding;
 };
 
+// src/kernel/cpu/measure.rs, `measure_in_units`; for one block. (Hardly any run has such gradients.)
+DEVICE double norm_in_units(const NormsArgs& args, const Gradient& g, u64 leaves) {
+    const double* values = reinterpret_cast<const double*>(g.values);
+    u64 n = elements(g);
+    double largest = largest_of(n, [&](u64 i) { return abs_of(values[i]); });
+    if (largest == 0.0 || !is_finite(largest)) return largest;
+    double unit = unit_of(largest);
+    for (u64 leaf = threadIdx.x / WARP; leaf < leaves; leaf += WARPS) {
+        u64 start = leaf * LEAF;
+        double sum = fold_row(args.norm, n - start < LEAF ? n - start : LEAF, [&](u64 i) {
+            return statistic(args.norm, values[start + i] / unit);
+        });
+        if (threadIdx.x % WARP == 0) args.leaves[g.first + leaf] = sum;
+    }
+    __syncthreads();
+    return finish(args.norm, fold_tree(args.norm, args.leaves + g.first, args.folded + g.first, leaves), unit);
+}
+
 KERNEL(summary_norms, NormsArgs) {
     const Gradient& g = args.gradients[blockIdx.x];
     u64 leaves = (elements(g) + LEAF - 1) / LEAF;
     double sum = fold_tree(args.norm, args.leaves + g.first, args.folded + g.first, leaves);
-    if (threadIdx.x == 0) args.norms[blockIdx.x] = (args.norm == L2 ? sqrt(sum) : sum) * args.unscale;
+    bool again = g.is_f64 != 0 && is_out_of_range(args.norm, sum);
+    double norm = again ? norm_in_units(args, g, leaves) : finish(args.norm, sum, 1.0);
+    if (threadIdx.x == 0) args.norms[blockIdx.x] = times(norm, args.unscale);
 }
 
 enum Clip { CLIP_NONE = 0, CLIP_EACH = 1, CLIP_GLOBAL = 2, CLIP_TORCH = 3 };
@@ -113,40 +188,31 @@ struct JoinArgs {
     u32 padding;
 };
 
-DEVICE bool is_finite(double x) { return abs_of(x) <= 1.7976931348623157e308; }
-
-DEVICE double not_a_number() { return __longlong_as_double(0x7ff8000000000000ll); }
-
 DEVICE double keras_factor(double norm, double limit) { return norm <= limit ? 1.0 : limit / norm; }
 
-// src/gradient/summary.rs, `Clip::factor`.
-DEVICE double factor(u32 clip, double limit, double own, double total) {
-    if (clip == CLIP_EACH) return keras_factor(own, limit);
-    if (clip == CLIP_GLOBAL) return is_finite(total) ? keras_factor(total, limit) : not_a_number();
-    if (clip == CLIP_TORCH) {
-        double factor = limit / (total + 1e-6);
-        return factor > 1.0 ? 1.0 : factor;
-    }
-    return 1.0;
+// src/clip.rs, `Clip::scale`.
+DEVICE double clipped(u32 clip, double limit, double scale, double own, double total) {
+    if (clip == CLIP_NONE) return scale;
+    double norm = clip == CLIP_EACH ? own : total;
+    if (norm < 0.0) return scale * (limit / BEYOND) / -norm;
+    if (clip == CLIP_EACH) return scale * keras_factor(norm, limit);
+    if (clip == CLIP_GLOBAL) return scale * (is_finite(norm) ? keras_factor(norm, limit) : not_a_number());
+    double factor = limit / (norm + 1e-6);
+    return scale * (factor > 1.0 ? 1.0 : factor);
 }
 
-// src/reduce.rs, `NormType::join`; for one block.
-DEVICE double join_norms(const JoinArgs& args) {
-    __shared__ double largest_of_warps[WARPS];
-    double largest = 0.0;
-    for (u32 i = threadIdx.x; i < args.n; i += THREADS) largest = rule::maximum(largest, args.norms[i]);
-    for (u32 distance = WARP / 2; distance > 0; distance /= 2) {
-        largest = rule::maximum(largest, __shfl_xor_sync(ALL, largest, distance));
-    }
-    if (threadIdx.x % WARP == 0) largest_of_warps[threadIdx.x / WARP] = largest;
-    __syncthreads();
-    for (u32 i = 0; i < WARPS; i++) largest = rule::maximum(largest, largest_of_warps[i]);
+// src/reduce.rs, `NormType::join_in`; for one block.
+DEVICE double join_in(const JoinArgs& args, double unit) {
+    auto in_units = [&](u64 i) {
+        double norm = args.norms[i];
+        return norm < 0.0 ? -norm * (BEYOND / unit) : norm / unit;
+    };
+    double largest = largest_of(args.n, in_units);
     if (args.norm == INF) return largest;
     if (args.norm == L2 && (largest == 0.0 || !is_finite(largest))) return largest;
-    double scale = __longlong_as_double(__double_as_longlong(largest) & 0x7ff0000000000000ll);
-    scale = scale > 2.2250738585072014e-308 ? scale : 2.2250738585072014e-308;
+    double scale = unit_of(largest);
     for (u32 i = threadIdx.x; i < args.n; i += THREADS) {
-        double norm = args.norms[i];
+        double norm = in_units(i);
         args.squares[i] = args.norm == L2 ? (norm / scale) * (norm / scale) : norm;
     }
     __syncthreads();
@@ -154,11 +220,23 @@ DEVICE double join_norms(const JoinArgs& args) {
     return args.norm == L2 ? scale * sqrt(sum) : sum;
 }
 
+// `NormType::join`.
+DEVICE double join_norms(const JoinArgs& args) {
+    bool has_beyond = largest_of(args.n, [&](u64 i) { return args.norms[i] < 0.0 ? 1.0 : 0.0; }) > 0.0;
+    double unit = has_beyond ? BEYOND : 1.0;
+    double joined = join_in(args, unit);
+    if (joined == infinity() && largest_of(args.n, [&](u64 i) { return is_finite(args.norms[i]) ? 0.0 : 1.0; }) == 0.0) {
+        unit = BEYOND;
+        joined = join_in(args, unit);
+    }
+    return product(unit, joined);
+}
+
 KERNEL(summary_join, JoinArgs) {
     double total = join_norms(args);
     for (u32 i = threadIdx.x; i < args.orders_n; i += THREADS) {
         Coefficients<double>& wide = args.orders[i].wide;
-        wide.grad_scale = wide.grad_scale * factor(args.clip, args.limit, args.norms[i % args.n], total);
+        wide.grad_scale = clipped(args.clip, args.limit, wide.grad_scale, args.norms[i % args.n], total);
         args.orders[i].narrow.grad_scale = float(wide.grad_scale);
     }
     if (threadIdx.x == 0) {

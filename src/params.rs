@@ -4,7 +4,7 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::check;
-use crate::codec::StateDType;
+use crate::codec::{LARGEST_NOISE, StateDType, q8_noise};
 use crate::error::{Error, ErrorKind, Result};
 use crate::reduce::NormType;
 use crate::rounding::Rounding;
@@ -100,6 +100,14 @@ impl Keeping {
         if let Some(needs) = needs.filter(|_| beta1 >= beta2) {
             return Err(Error::invalid("beta1", format!("a number below `beta2`, {beta2}, for {needs}"), beta1));
         }
+        let noise = q8_noise(beta1, beta2);
+        if self.state_dtype == StateDType::Q8 && noise > LARGEST_NOISE {
+            let expected = format!(
+                "a number so far below `beta2`, {beta2}, that the rounding of `state_dtype: Q8` is at most \
+                 {LARGEST_NOISE} of the learning rate in a step, where it is {noise:.3} of it"
+            );
+            return Err(Error::invalid("beta1", expected, beta1));
+        }
         if let (SparseUpdate::Exact, WeightDecay::L2(lambda)) = (self.sparse_update, weight_decay) {
             let expected = "None or Decoupled for `sparse_update: Exact`: with L2 no row is without a gradient";
             return Err(Error::invalid("weight_decay", expected, format!("L2({lambda})")));
@@ -175,7 +183,7 @@ pub struct ParamsAdamax {
     /// Measure the L2 norm of all gradients at each update, for [`StepReport`](crate::StepReport), where no clip does
     /// so anyway; that reads all gradients once more. Default: false.
     pub measure_norm: bool,
-    /// What the loss was multiplied by, which gradients are divided by before anything else; positive.
+    /// What the loss was multiplied by, which gradients are divided by before anything else; in `[2^-126, 2^126]`.
     pub loss_scale_factor: Option<f64>,
     /// A loss scale that follows the gradients, for f16: bad calls are skipped, as with `skip_nonfinite`. It excludes
     /// `loss_scale_factor`. Default: none.
@@ -291,6 +299,9 @@ impl ParamsAdamax {
         self.keeping().validate(&self.hyperparameters())?;
         if let Some(factor) = self.loss_scale_factor {
             check_positive("loss_scale_factor", factor)?;
+            // Its reciprocal multiplies gradients, in f32 for most of them, where it must not vanish nor overflow.
+            let is_in_range = (2f64.powi(-126)..=2f64.powi(126)).contains(&factor);
+            check::require(is_in_range, "loss_scale_factor", "a number in [2^-126, 2^126]", factor)?;
         }
         self.grad_scaler.map_or(Ok(()), |scaler| scaler.validate().map_err(|e| e.within("grad_scaler")))?;
         if self.grad_scaler.is_some() && self.loss_scale_factor.is_some() {

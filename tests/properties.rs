@@ -534,3 +534,118 @@ fn the_formulas_notice_another_rule() {
         assert!(expected.mismatch(&optimizer.snapshot().unwrap(), &weights).is_some(), "change {change}");
     }
 }
+
+/// Norms, clips and numbers at the edges of what a dtype holds.
+#[test]
+fn clips_are_right_over_the_whole_range_of_f64() {
+    let clips: [fn(f64) -> ParamsAdamax; 5] = [
+        |limit| ParamsAdamax { clip_norm: Some(limit), ..Default::default() },
+        |limit| ParamsAdamax { clip_global_norm: Some(limit), skip_nonfinite: true, ..Default::default() },
+        |limit| clip_grad_norm(limit, NormType::L2),
+        |limit| clip_grad_norm(limit, NormType::L1),
+        |limit| clip_grad_norm(limit, NormType::Inf),
+    ];
+    // Gradients in units of `unit`, and a limit; the squares overflow or vanish, or so does the norm itself.
+    for (unit, limit) in [
+        (1e160, 1.0),
+        (1e-170, 1e-180),
+        (1e-300, 1e-305),
+        (f64::MAX / 4.0, 1.0),
+        (f64::MAX / 4.0, 1e300),
+        (1e-200, 1.0),
+    ] {
+        for (which, params) in clips.iter().enumerate() {
+            for loss_scale in [None, Some(2f64.powi(100)), Some(2f64.powi(-4))] {
+                let params = ParamsAdamax { beta1: 0.5, loss_scale_factor: loss_scale, ..params(limit) };
+                let scale = 1.0 / loss_scale.unwrap_or(1.0);
+                let (a, b) = (vec![3.0, -4.0, 3.0, 4.0], vec![0.0, 2.0, -2.0, 1.0]);
+                let vars = [&a, &b].map(|g| var(&vec![0.5; g.len()], &[g.len()], DType::F64));
+                let mut optimizer =
+                    Adamax::from_named([("a", vars[0].clone()), ("b", vars[1].clone())], params).unwrap();
+                let grads = [&a, &b].map(|g| {
+                    let values: Vec<f64> = g.iter().map(|x| x * unit).collect();
+                    tensor(&values, &[values.len()], DType::F64)
+                });
+                optimizer.apply_gradients(vars.iter().zip(&grads)).unwrap();
+                let (of_a, of_b, total): (f64, f64, f64) = match which {
+                    0 => (50f64.sqrt(), 3.0, 59f64.sqrt()),
+                    1 | 2 => (59f64.sqrt(), 59f64.sqrt(), 59f64.sqrt()),
+                    3 => (19.0, 19.0, 19.0),
+                    _ => (4.0, 4.0, 4.0),
+                };
+                let what = format!("{unit:e} {limit:e} clip {which} scale {scale:e}");
+                let got_total = optimizer.report().total_norm().unwrap();
+                let total = total * unit * scale;
+                assert!(got_total == total || (got_total / total - 1.0).abs() < 1e-13, "{what}: {got_total:e}");
+                for (name, own, g, w) in [("a", of_a, &a, &vars[0]), ("b", of_b, &b, &vars[1])] {
+                    // In units, and in this order, nothing leaves the range.
+                    let limit_in_units = limit / unit / scale;
+                    let torch = if which >= 2 { 1e-6 / unit / scale } else { 0.0 };
+                    let clipped = limit_in_units < own + torch;
+                    let m = values(&optimizer.state(name).unwrap().exp_avg);
+                    for (m, g) in m.iter().zip(g) {
+                        let expected = if clipped { g / (own + torch) * limit } else { g * unit * scale } / 2.0;
+                        // The factor may be a subnormal number.
+                        let error = 1e-10 * expected.abs() + 1e-320;
+                        assert!((m - expected).abs() <= error, "{what} {name}: {m:e} for {expected:e}");
+                    }
+                    assert!(values(w).iter().all(|w| w.is_finite()), "{what}");
+                }
+            }
+        }
+    }
+}
+
+fn clip_grad_norm(max_norm: f64, norm_type: NormType) -> ParamsAdamax {
+    ParamsAdamax { clip_grad_norm: Some(ClipGradNorm { max_norm, norm_type }), ..Default::default() }
+}
+
+/// Settings at the edges of what is allowed, against the formula.
+#[test]
+fn settings_at_the_edges_follow_the_formula() {
+    let beta = 1.0 - f64::EPSILON / 2.0;
+    for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
+        for lr in [0.0, 5e-324, 1e-3, 1e30, f64::MAX] {
+            for (beta1, beta2) in [(0.0, 0.0), (0.0, beta), (0.9, beta), (5e-324, 0.5), (beta, 0.999)] {
+                for (eps, epsilon) in [
+                    (0.0, Epsilon::Outside),
+                    (0.0, Epsilon::Inside),
+                    (5e-324, Epsilon::Inside),
+                    (1e300, Epsilon::Outside),
+                ] {
+                    let w = var(&[1.0, -2.0, 0.0], &[3], dtype);
+                    let params = ParamsAdamax { lr: lr.into(), beta1, beta2, eps, epsilon, ..Default::default() };
+                    let mut optimizer = Adamax::from_named([("w", w.clone())], params).unwrap();
+                    for _ in 0..3 {
+                        optimizer.apply_gradients([(&w, &tensor(&[0.5, 0.0, 0.0], &[3], dtype))]).unwrap();
+                    }
+                    let what = format!("{dtype:?} lr {lr:e} betas {beta1} {beta2} eps {eps:e}");
+                    let got = values(&w);
+                    // Without a gradient nothing moves, whatever the numbers are.
+                    assert_eq!(got[1..], [-2.0, 0.0], "{what}: {got:?}");
+                    assert!(!got[0].is_nan(), "{what}: {got:?}");
+                    if lr == 0.0 || lr == 5e-324 {
+                        assert_eq!(got[0], 1.0, "{what}");
+                    } else if lr == 1e-3 && eps < 1.0 && dtype == DType::F64 {
+                        // The same gradient each time: m / (1 - beta1^t) is it, and so is u.
+                        assert!((got[0] - 0.997).abs() < 1e-12, "{what}: {}", got[0]);
+                    }
+                }
+            }
+        }
+        // The largest weights stay, and go down.
+        let largest = match dtype {
+            DType::F16 => 65504.0,
+            DType::F64 => f64::MAX,
+            _ => 3e38,
+        };
+        let w = var(&[largest, -largest], &[2], dtype);
+        let before = values(&w);
+        let mut optimizer = Adamax::from_named([("w", w.clone())], ParamsAdamax::default()).unwrap();
+        optimizer.apply_gradients([(&w, &tensor(&[1.0, -1.0], &[2], dtype))]).unwrap();
+        assert_eq!(values(&w), before);
+    }
+    for loss_scale_factor in [1e-40, 1e40, 0.0, f64::NAN].map(Some) {
+        assert!(ParamsAdamax { loss_scale_factor, ..Default::default() }.validate().is_err());
+    }
+}

@@ -14,11 +14,14 @@
 //! which is the row's own clock, and other tensors have one for each 1,024 elements, so that it costs nothing to look
 //! for the largest value of a block before anything is written: a spike moves its block's unit, and nothing saturates.
 //!
-//! | | ratio | v | range of v in a block | u in terms of the exact one |
-//! | --- | --- | --- | --- | --- |
-//! | [`Bf16`] | bf16 | bf16, nearest | that of f32 | within 2^-8 |
-//! | [`F16`] | f16 | f16, nearest | 2^29, subnormal over 2^39 | within 2^-11 |
-//! | [`Q8`] | 8 bits, linear in `[-C, C]` | 5 bits of exponent, 3 of mantissa, rounded up | 2^31 | 1 to 1.13 |
+//! | | ratio | v | range of v | u in terms of the exact one | down to |
+//! | --- | --- | --- | --- | --- | --- |
+//! | [`Bf16`] | bf16 | bf16, nearest | that of f32 | within 2^-8 | |
+//! | [`F16`] | f16 | f16, nearest | 2^29, subnormal over 2^39 | within 2^-11 | 2^-27 |
+//! | [`Q8`] | 8 bits, linear in `[-C, C]` | 5 bits of exponent, 3 of mantissa, rounded up | 2^31 | 1 to 1.13 | 2^-29 |
+//!
+//! The last column is in terms of the largest u of the block. It is two octaves less than the range of v: a unit moves by
+//! whole octaves, from any fraction of one, so the largest v may be as small as a quarter of the largest code.
 //!
 //! Since [`Q8`] rounds u up, its steps are multiplied by what that takes away from them on average, within their bound.
 //! (Measured on MovieLens: without it decoupled decay wins over steps that are 4 % too small, and the error of the
@@ -60,17 +63,30 @@ pub enum StateDType {
     F32,
     /// 4 bytes an element: 8 bits of precision, the range of f32. u is within 2^-8 of the exact one.
     BF16,
-    /// 4 bytes an element: 11 bits of precision. u is within 2^-11 of the exact one; elements whose u is less than
-    /// 2^-29 of the largest one in their block have less, and below 2^-39 their u is too large and their steps too
-    /// small. So one gradient of 1e30 slows down its whole block until the unit has shrunk again, for some 50,000
-    /// updates where gradients are about 1: clip such gradients, or use [`BF16`](Self::BF16), whose blocks have f32's
-    /// range.
+    /// 4 bytes an element: 11 bits of precision. u is within 2^-11 of the exact one while it is at least 2^-27 of the
+    /// largest one in its block. Below that it is within 2^-38 of the largest one (between two thirds and 4/3 of the exact
+    /// one), and below 2^-38 it is too large and steps are too small. So one gradient of 1e30 slows down its whole block
+    /// until the unit has shrunk again, for some 50,000 updates where gradients are about 1: clip such gradients, or use
+    /// [`BF16`](Self::BF16), whose blocks have f32's range.
     F16,
     /// 2 bytes an element: the quotient in 8 bits, the norm in 8 bits rounded up. u is 1 to 1.13 times the exact one
-    /// while it is above 2^-30 of the largest one in its block; below, it is too large, and never too small up to 1e38.
+    /// while it is at least 2^-29 of the largest one in its block; below, it is too large, and never too small up to 1e38.
     /// A gradient of 1e30 slows down its block as with [`F16`](Self::F16). No weight moves by more than
     /// `(1 - beta1) / (1 - beta1 / beta2)` times `lr / (1 - beta1^t)` in a step; within that, steps are multiplied by
     /// 1.046, which is what rounding u up takes away from them on average.
+    ///
+    /// The 8 bits span that bound, C, so the closer beta1 is to beta2, the coarser they are. Their rounding is random, with
+    /// a mean of zero, and m carries it along: a step is off by
+    ///
+    /// ```text
+    /// C / 311 / sqrt(1 - beta1^2)  times lr      with  C = (1 - beta1) / (1 - beta1 / beta2)
+    /// ```
+    ///
+    /// (one standard deviation; 311 is 127 codes times the square root of 6). That is 0.0075 for betas of 0.9 and 0.999,
+    /// 0.025 for 0.99 and 0.999. Where it is more than 0.125, the settings are an error. Gradients that are mostly noise
+    /// make steps much smaller than lr, and there `0.01 / (1 - beta1 / beta2)` of the way is noise of this rounding: a tenth
+    /// by default, more than half with 0.99 and 0.999. Use [`F16`](Self::F16) or [`BF16`](Self::BF16) with such betas: the
+    /// rounding of their quotients is a share of the quotient, whatever beta2 is.
     ///
     /// Moments that are converted into Q8 have their u rounded up, but those that have come from it keep their bits;
     /// [`set_params`](crate::Adamax::set_params) names the exception.
@@ -106,6 +122,17 @@ impl Encoding {
 /// The largest `|m| / u` there can be: `(1 - beta1) / (1 - beta1 / beta2)`; infinite unless `beta1 < beta2`.
 pub(crate) fn largest_ratio(beta1: f64, beta2: f64) -> f64 {
     if beta1 < beta2 { (1.0 - beta1) / (1.0 - beta1 / beta2) } else { f64::INFINITY }
+}
+
+/// The largest [noise](q8_noise) that is allowed.
+pub(crate) const LARGEST_NOISE: f64 = 0.125;
+
+/// The standard deviation of what the rounding of [`Q8`]'s quotient adds to a step, in learning rates.
+///
+/// Each update rounds at random to one of two neighboring codes, with a variance of a sixth of a code's square on average,
+/// and m keeps `beta1` of all that was added before.
+pub(crate) fn q8_noise(beta1: f64, beta2: f64) -> f64 {
+    largest_ratio(beta1, beta2) / f64::from(Q8::LARGEST) / (6.0 * (1.0 - beta1 * beta1)).sqrt()
 }
 
 /// [`Encoding::limit`] in the forms that kernels use.

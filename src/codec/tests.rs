@@ -171,3 +171,46 @@ fn every_unit_has_its_logarithm() {
     }
     assert_eq!([unit::log_of(0.0), unit::log_of(f32::INFINITY)], [None; 2]);
 }
+
+/// In every fraction of a unit, with the largest value where it is worst, just above half of a power of two and of it.
+#[test]
+fn u_is_as_exact_as_stated_down_to_the_stated_part_of_the_largest() {
+    /// The worst quotients of u at and above `down_to` of the largest, and in the octave below.
+    fn worst<F: Format>(down_to: i32) -> [(f64, f64); 2] {
+        let mut worst = [(f64::MAX, 0.0f64); 2];
+        for fraction in (0..1u32 << 24).step_by(32_749).chain([1, (1 << 24) - 1]) {
+            for largest in [1.0f32, 1.0 + f32::EPSILON, 1.5, 2.0 - f32::EPSILON] {
+                let (log, _) = move_unit::<F>(90 << 24 | fraction, 0, largest);
+                let (scale, per_unit) = (scale_of(log), F::UP / scale_of(log));
+                for (octave, worst) in [(0, &mut worst[0]), (-1, &mut worst[1])] {
+                    let at = largest * 2f32.powi(down_to + octave);
+                    for k in 0..200u16 {
+                        let u = at * (1.0 + f32::from(k) / 200.0);
+                        let ratio = f64::from(F::norm(F::encode_norm(u * per_unit)) * scale) / f64::from(u);
+                        *worst = (worst.0.min(ratio), worst.1.max(ratio));
+                    }
+                }
+            }
+        }
+        worst
+    }
+    let [inside, below] = worst::<Q8>(-29);
+    assert!(inside.0 >= 1.0 && inside.1 < 1.13, "{inside:?}");
+    assert!(below.0 >= 1.0 && below.1 > 1.9, "{below:?}");
+    let [inside, below] = worst::<F16>(-27);
+    // The product with the unit is rounded, too, in f32.
+    let limit = 2f64.powi(-11) + 2f64.powi(-22);
+    assert!(inside.0 >= 1.0 - limit && inside.1 <= 1.0 + limit, "{inside:?}");
+    assert!(below.0 < 1.0 - 1.5 * limit && below.1 > 1.0 + 1.5 * limit, "{below:?}");
+    // The smallest code; what is below half of it is too large.
+    let [inside, below] = worst::<F16>(-38);
+    assert!(inside.0 > 0.66 && inside.1 < 2.01, "{inside:?}");
+    assert!(below.1 > 3.9, "{below:?}");
+}
+
+#[test]
+fn noise_of_q8_by_hand() {
+    assert!((q8_noise(0.9, 0.999) - 0.00745).abs() < 5e-5, "{}", q8_noise(0.9, 0.999));
+    assert!((q8_noise(0.99, 0.999) - 0.0253).abs() < 5e-4, "{}", q8_noise(0.99, 0.999));
+    assert_eq!(q8_noise(0.9, 0.9), f64::INFINITY);
+}

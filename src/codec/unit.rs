@@ -52,7 +52,9 @@ pub(crate) fn scale_of(log: u32) -> f32 {
 pub(super) fn log_of(scale: f32) -> Option<u32> {
     let log = (f64::from(scale).log2() + BIAS as f64) * f64::from(1u32 << POINT);
     // Logarithms lie closer than sizes do.
-    let near = (log.round() as i64 - 2).max(0)..=(log.round() as i64 + 2);
+    // (What is infinite or zero has none: the casts saturate, and so must the sums.)
+    let log = log.round() as i64;
+    let near = log.saturating_sub(2).max(0)..=log.saturating_add(2);
     near.filter_map(|log| u32::try_from(log).ok()).find(|log| log >> POINT <= LARGEST && scale_of(*log) == scale)
 }
 

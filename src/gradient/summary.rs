@@ -7,14 +7,14 @@ use crate::clip::Clip;
 use crate::error::Result;
 use crate::kernel::{Context, Measured, Source};
 use crate::params::ParamsAdamax;
-use crate::reduce::NormType;
+use crate::reduce::{Norm, NormType};
 use crate::state::Place;
 
 /// What is known of the gradients of one update.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Summary {
-    norms: Vec<f64>,
-    total_norm: Option<f64>,
+    norms: Vec<Norm>,
+    total_norm: Option<Norm>,
     /// Whether the norm is one that was asked for, and not only the check of `skip_nonfinite`.
     reported: bool,
     clip: Clip,
@@ -49,7 +49,7 @@ impl Summary {
             return Ok(Self { norms: Vec::new(), total_norm: None, reported, clip, unscale });
         };
         let mut norms = context.measure(&grads()?, norm_type)?;
-        norms.iter_mut().for_each(|norm| *norm *= unscale.abs());
+        norms.iter_mut().for_each(|norm| *norm = norm.times(unscale.abs()));
         let total_norm = Some(norm_type.join(&norms));
         Ok(Self { norms, total_norm, reported, clip, unscale })
     }
@@ -67,18 +67,18 @@ impl Summary {
 
     /// Whether every element is finite, as far as was measured.
     pub(crate) fn is_finite(&self) -> bool {
-        self.total_norm.is_none_or(f64::is_finite)
+        self.total_norm.is_none_or(Norm::is_finite)
     }
 
     /// The norm of all gradients together, where it was asked for.
     pub(crate) fn total_norm(&self) -> Option<f64> {
-        self.total_norm.filter(|_| self.reported)
+        self.total_norm.filter(|_| self.reported).map(Norm::to_f64)
     }
 
     /// What the kernel multiplies gradient `index` with: unscaled and clipped.
     pub(crate) fn grad_scale(&self, index: usize) -> f64 {
-        let own = self.norms.get(index).copied().unwrap_or(0.0);
-        self.unscale * self.clip.factor(own, self.total_norm.unwrap_or(0.0))
+        let own = self.norms.get(index).copied().unwrap_or_default();
+        self.clip.scale(self.unscale, own, self.total_norm.unwrap_or_default())
     }
 }
 

@@ -13,7 +13,7 @@ use candle_core::{DType, Tensor};
 
 use crate::clip::Clip;
 use crate::error::Result;
-use crate::reduce::NormType;
+use crate::reduce::{Norm, NormType};
 use crate::state::Place;
 use lend::Borrowed;
 
@@ -133,7 +133,7 @@ impl Context {
 
     /// The norm of each gradient, in their order; the second of each pair is where the state of its variable lives.
     /// Waits for the devices that gradients are on.
-    pub(crate) fn measure(&mut self, grads: &[(Source<'_>, Place)], norm: NormType) -> Result<Vec<f64>> {
+    pub(crate) fn measure(&mut self, grads: &[(Source<'_>, Place)], norm: NormType) -> Result<Vec<Norm>> {
         let on_host = grads.iter().filter(|(_, place)| *place == Place::Host);
         let borrowed = on_host.map(|(source, _)| source.borrow()).collect::<candle_core::Result<Vec<_>>>()?;
         let elements = borrowed.iter().map(Borrowed::elements).collect::<candle_core::Result<Vec<_>>>()?;

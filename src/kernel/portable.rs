@@ -8,7 +8,7 @@ use candle_core::{DType, Result, Shape, Tensor};
 use super::cpu::{Accumulate, Average, RowTask, Task, Update};
 use super::lend::Source;
 use super::rows::SummedRows;
-use crate::reduce::NormType;
+use crate::reduce::{Norm, NormType};
 use crate::rule::Coefficients;
 use crate::state::{Buffer, ParamState, Stored, arithmetic};
 
@@ -136,26 +136,26 @@ pub(super) fn average(tasks: Vec<Task<'_, Average<'_>>>) -> Result<()> {
 
 /// The norm of one gradient; waits for the device. Everything is divided by the largest magnitude first, because not
 /// every device has f64 to hold squares in.
-pub(super) fn measure(grad: Source<'_>, norm: NormType) -> Result<f64> {
+pub(super) fn measure(grad: Source<'_>, norm: NormType) -> Result<Norm> {
     let grad = gradient(grad)?;
     if grad.elem_count() == 0 {
-        return Ok(0.0);
+        return Ok(Norm::default());
     }
     let magnitudes = grad.to_dtype(arithmetic(grad.dtype()))?.abs()?.flatten_all()?;
     // A maximum may pass over a NaN; a sum does not.
     if number(&magnitudes.sum(0)?)?.is_nan() {
-        return Ok(f64::NAN);
+        return Ok(Norm::of(f64::NAN));
     }
     let largest = number(&magnitudes.max(0)?)?;
     if norm == NormType::Inf || largest == 0.0 || largest.is_infinite() {
-        return Ok(largest);
+        return Ok(Norm::of(largest));
     }
     let scaled = magnitudes.broadcast_div(&magnitudes.max(0)?)?;
-    Ok(largest
-        * match norm {
-            NormType::L2 => number(&scaled.sqr()?.sum(0)?)?.sqrt(),
-            _ => number(&scaled.sum(0)?)?,
-        })
+    let norm_of_scaled = match norm {
+        NormType::L2 => number(&scaled.sqr()?.sum(0)?)?.sqrt(),
+        _ => number(&scaled.sum(0)?)?,
+    };
+    Ok(Norm::product(largest, norm_of_scaled))
 }
 
 fn update_one(

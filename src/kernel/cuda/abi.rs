@@ -110,6 +110,7 @@ pub(crate) struct Chunk {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct Control {
+    /// As [`Norm`](crate::reduce::Norm) stores it.
     pub(crate) total_norm: f64,
     /// Calls so far.
     pub(crate) skipped: u64,
@@ -152,6 +153,8 @@ pub(crate) struct Gradient {
     pub(crate) len: u64,
     /// Of its leaves, among those of all tensors.
     pub(crate) first: u64,
+    /// 1 for elements of f64, whose squares can leave the range of f64, else 0.
+    pub(crate) is_f64: u64,
 }
 
 /// Of `summary_leaves_*`.

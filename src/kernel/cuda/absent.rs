@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::kernel::{
     Accumulate, Average, Listed, Measured, Occurrences, PayTask, RowTask, Source, Task, Touched, Update,
 };
-use crate::reduce::NormType;
+use crate::reduce::{Norm, NormType};
 
 /// The GPUs of one optimizer: none.
 #[derive(Default)]
@@ -33,7 +33,7 @@ impl Runtimes {
         Ok(())
     }
 
-    pub(crate) fn measure(&mut self, _: Source<'_>, _: NormType) -> Result<f64> {
+    pub(crate) fn measure(&mut self, _: Source<'_>, _: NormType) -> Result<Norm> {
         absent()
     }
 

@@ -19,7 +19,7 @@ use super::work::{Grad, Kernel, Prepared, RowPlaces, RowsAt, Work, tensor_of};
 use crate::error::Result;
 use crate::kernel::lend::gpu::{Held, address_to_write, written};
 use crate::kernel::{self, Accumulate, Average, Measured, RowTask, Source, Task};
-use crate::reduce::{LEAF, NormType};
+use crate::reduce::{LEAF, Norm, NormType};
 use crate::state::Buffer;
 
 /// The GPUs of one optimizer.
@@ -150,7 +150,7 @@ impl Runtimes {
     }
 
     /// The norm of one gradient; waits for it.
-    pub(crate) fn measure(&mut self, grad: Source<'_>, norm: NormType) -> Result<f64> {
+    pub(crate) fn measure(&mut self, grad: Source<'_>, norm: NormType) -> Result<Norm> {
         let grad = tensor_of(grad)?;
         self.of(grad.device())?.measure(grad, norm)
     }
@@ -158,7 +158,7 @@ impl Runtimes {
     /// The norm of all gradients of the last update; waits for it.
     pub(crate) fn total_norm(&self) -> Result<Option<f64>> {
         match self.0.iter().find(|runtime| runtime.has_measured) {
-            Some(runtime) => Ok(Some(runtime.control()?.total_norm)),
+            Some(runtime) => Ok(Some(Norm::of(runtime.control()?.total_norm).to_f64())),
             None => Ok(None),
         }
     }
@@ -334,13 +334,13 @@ impl Runtime {
             filling.put(*place, &of_kernel.iter().map(|&i| tensors[i]).collect::<Vec<_>>())?;
         }
         let mut first = 0;
-        let gradients = tasks.iter().zip(&lens).zip(&tensors).map(|((task, (_, most)), tensor)| {
+        let gradients = tasks.iter().zip(&lens).zip(&tensors).map(|((task, (dtype, most)), tensor)| {
             let (count, len) = match &task.grad {
                 // Without a single id nothing is sorted, and there is no count.
                 Grad::Parts(parts) if tensor.count != 0 => (tensor.count, parts.row_len),
                 Grad::Parts(_) | Grad::Dense(_) | Grad::Rows(_) => (0, *most),
             };
-            let gradient = Gradient { values: tensor.grad, count, len, first };
+            let gradient = Gradient { values: tensor.grad, count, len, first, is_f64: u64::from(*dtype == DType::F64) };
             first += most.div_ceil(LEAF as u64);
             gradient
         });
@@ -472,7 +472,7 @@ impl Runtime {
         self.launcher.end()
     }
 
-    fn measure(&mut self, grad: &Tensor, norm: NormType) -> Result<f64> {
+    fn measure(&mut self, grad: &Tensor, norm: NormType) -> Result<Norm> {
         self.launcher.begin()?;
         let lens = [(grad.dtype(), grad.elem_count() as u64)];
         let norms = self.scratch.prepare(&mut self.launcher, &lens)?;
@@ -484,7 +484,10 @@ impl Runtime {
             Some(held) => held.address(&self.launcher.stream).map(|(address, guard)| (address, Some(guard)))?,
             None => (0, None),
         };
-        let gradients = filling.put(place, &[Gradient { values, count: 0, len: lens[0].1, first: 0 }])?;
+        let gradients = filling.put(
+            place,
+            &[Gradient { values, count: 0, len: lens[0].1, first: 0, is_f64: u64::from(lens[0].0 == DType::F64) }],
+        )?;
         filling.copy()?;
         norms.launch(&self.launcher, &lens, gradients, norm, 1.0)?;
         self.launcher.end()?;
@@ -492,6 +495,6 @@ impl Runtime {
         let start = norms.offset();
         let norm = scratch.slice(start..start + size_of::<f64>());
         let bytes = self.launcher.stream.clone_dtoh(&norm).map_err(candle_core::Error::wrap)?;
-        Ok(bytemuck::pod_read_unaligned(&bytes))
+        Ok(Norm::of(bytemuck::pod_read_unaligned(&bytes)))
     }
 }
