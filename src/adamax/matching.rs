@@ -14,8 +14,7 @@ use crate::checkpoint::{Snapshot, VarSnapshot};
 use crate::error::{Error, Result};
 use crate::state::{Master, MomentTensors, Moments, Place, arithmetic};
 
-/// What [`Adamax::restore_matching`] and [`Adamax::load_matching`] took, and what they did not, each by name and in
-/// alphabetical order.
+/// The outcome of [`Adamax::restore_matching`] and [`Adamax::load_matching`]: names of variables, in alphabetical order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Restored {
@@ -158,7 +157,7 @@ impl Adamax {
 }
 
 impl Param {
-    /// Why the state of a variable of this name is not one of this variable.
+    /// The reason for which the state of a variable of this name is not one of this variable.
     fn mismatch(&self, theirs: &VarSnapshot) -> Option<String> {
         let (here, there) = (self.var.dims(), theirs.exp_avg.dims());
         if here != there {
@@ -170,7 +169,7 @@ impl Param {
         (exact != of_moments).then(|| format!("moments of {exact:?} here, of {of_moments:?} there"))
     }
 
-    /// State that is kept by the plan `there` as the plan `here` keeps it.
+    /// Converts state that is kept by the plan `there` to the plan `here`.
     fn carried(&self, theirs: &VarSnapshot, there: &GroupPlan, here: &GroupPlan) -> Result<VarSnapshot> {
         let var = self.var.as_tensor();
         let (from, to) = (there.layout(var, theirs.by_rows), here.layout(var, theirs.by_rows));

@@ -11,7 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 /// The names of files that are not complete yet: this, a part that no other save has, and [`SUFFIX`].
 const PREFIX: &str = ".candle-adamax-";
 const SUFFIX: &str = ".saving";
-/// How many names are tried, and how many links are followed.
+/// The number of names that are tried, and of links that are followed.
 const TRIES: usize = 64;
 
 /// A file that takes its place when it is [committed](Self::commit), and is gone if it is dropped before.

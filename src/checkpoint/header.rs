@@ -12,7 +12,7 @@ use super::reading::Room;
 
 /// The most dimensions that a tensor may have.
 const DIMENSIONS: usize = 64;
-/// How many names of tensors that were not looked for are kept, to say so.
+/// The number of names of tensors that are kept though they were not looked for, to say so.
 const SURPLUS: usize = 5;
 /// The key of the texts in a header.
 const TEXTS: &str = "__metadata__";

@@ -2,10 +2,10 @@
 
 use crate::error::{Error, Result};
 
-/// How many names are shown, and how many characters of each.
+/// The number of names that are shown, and of characters of each.
 const SHOWN: usize = 5;
 const LENGTH: usize = 80;
-/// How many parts of a name are tried as a prefix that the other side does not have.
+/// The number of parts of a name that are tried as a prefix that the other side does not have.
 const PARTS: usize = 8;
 
 /// The first few of these names.
@@ -25,7 +25,7 @@ pub(crate) fn listed<'n>(names: impl IntoIterator<Item = &'n str>) -> String {
     }
 }
 
-/// Where names come from, for errors.
+/// The origin of names, for errors.
 #[derive(Clone, Copy)]
 pub(crate) enum Source {
     File,
@@ -72,7 +72,7 @@ pub(crate) fn hint(own: &[&str], theirs: &[&str], source: &str) -> String {
     text
 }
 
-/// What all of `names` begin with, up to a dot or a slash, and without which most of them are names of `others`.
+/// The beginning of all `names`, up to a dot or a slash, without which most of them are names of `others`.
 fn prefix<'n>(names: &[&'n str], others: &[&str]) -> Option<&'n str> {
     let first = names.first()?;
     let mut sorted = others.to_vec();

@@ -20,8 +20,8 @@ use crate::error::{Error, Result};
 pub(crate) const PARAM_GROUPS: &str = "param_groups";
 /// What may stand after a parameter's name in the name of a tensor.
 const TENSORS: [&str; 3] = ["exp_avg", "exp_inf", "step"];
-/// What PyTorch itself keeps in the groups and no optimizer reads: its schedulers (`LRScheduler`, `SWALR`, `OneCycleLR` and
-/// `CyclicLR`, which have state of their own) and the parameters' names.
+/// Keys that PyTorch itself keeps in the groups and no optimizer reads: those of its schedulers (`LRScheduler`, `SWALR`,
+/// `OneCycleLR` and `CyclicLR`, which have state of their own) and the parameters' names.
 const KNOWN_OTHERS: [&str; 7] =
     ["initial_lr", "swa_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "param_names"];
 /// PyTorch counts in f32, in which this is the last number that can be counted to.
@@ -46,7 +46,7 @@ pub(crate) struct TorchGroup {
     differentiable: bool,
     /// The names of its parameters.
     pub(crate) params: Vec<String>,
-    /// Whatever else is in it, which PyTorch's optimizer does not read.
+    /// All other keys, which PyTorch's optimizer does not read.
     #[serde(flatten, skip_serializing)]
     others: BTreeMap<String, IgnoredAny>,
 }
@@ -76,7 +76,7 @@ impl TorchGroup {
     }
 }
 
-/// How [`Adamax::load_torch_with`](crate::Adamax::load_torch_with) reads a file.
+/// Options of [`Adamax::load_torch_with`](crate::Adamax::load_torch_with).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TorchOptions {
     /// Whether keys of `param_groups` that are not known are left out, such as the `lr_scale` of layer-wise learning rates

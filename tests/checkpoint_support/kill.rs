@@ -34,7 +34,7 @@ pub(crate) fn child(test: &str) -> Result<Command> {
     Ok(command)
 }
 
-/// The same, after what a shell script does to its process, in a folder.
+/// This very program as in [`child`], in a folder, after a shell script has prepared its process.
 #[cfg(unix)]
 pub(crate) fn through_shell(script: &str, test: &str, folder: &Path) -> Result<Command> {
     let mut command = Command::new("sh");

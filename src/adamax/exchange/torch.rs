@@ -86,7 +86,7 @@ impl Adamax {
         self.load_torch_with(path, TorchOptions::default())
     }
 
-    /// As [`load_torch`](Self::load_torch), with options.
+    /// Loads as [`load_torch`](Self::load_torch) does, with options.
     ///
     /// ```no_run
     /// use candle_adamax::{Adamax, ParamsAdamax, TorchOptions};
