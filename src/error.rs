@@ -1,14 +1,15 @@
 //! What can go wrong, one variant per cause; every message names the parameter, the value and what is allowed.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, DeviceLocation};
 
 /// The crate's result type.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// An error of this crate: its [kind](ErrorKind) and, where an optimizer raised it, that optimizer's name.
+/// An error of this crate: its [kind](ErrorKind) and, where an optimizer raised it, that optimizer's name; of what is in a
+/// file, that file's path, too.
 ///
 /// It converts into [`candle_core::Error`] with `?`, so that functions with candle's signatures can pass it on.
 ///
@@ -23,6 +24,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub struct Error {
     kind: Box<ErrorKind>,
     optimizer: Option<String>,
+    file: Option<PathBuf>,
 }
 
 impl Error {
@@ -34,6 +36,22 @@ impl Error {
     /// The name of the optimizer that raised the error.
     pub fn optimizer(&self) -> Option<&str> {
         self.optimizer.as_deref()
+    }
+
+    /// The file that the error is about.
+    pub fn path(&self) -> Option<&Path> {
+        match &*self.kind {
+            ErrorKind::Io { path, .. } | ErrorKind::SafeTensors { path, .. } => Some(path),
+            _ => self.file.as_deref(),
+        }
+    }
+
+    /// The same error, about what is in the file at `path`.
+    pub(crate) fn in_file(mut self, path: &Path) -> Self {
+        if self.path().is_none() {
+            self.file = Some(path.to_owned());
+        }
+        self
     }
 
     /// The same error, as raised by the optimizer `name`.
@@ -63,9 +81,13 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.optimizer {
-            Some(name) => write!(f, "{name}: {}", self.kind),
-            None => self.kind.fmt(f),
+        if let Some(name) = &self.optimizer {
+            write!(f, "{name}: ")?;
+        }
+        self.kind.fmt(f)?;
+        match &self.file {
+            Some(path) => write!(f, " (in {path:?})"),
+            None => Ok(()),
         }
     }
 }
@@ -78,7 +100,7 @@ impl std::error::Error for Error {
 
 impl From<ErrorKind> for Error {
     fn from(kind: ErrorKind) -> Self {
-        Self { kind: Box::new(kind), optimizer: None }
+        Self { kind: Box::new(kind), optimizer: None, file: None }
     }
 }
 
@@ -93,7 +115,7 @@ impl From<Error> for candle_core::Error {
         match *error.kind {
             ErrorKind::Candle(inner) => inner,
             // Not by `wrap`, which would print a backtrace into the message.
-            kind => candle_core::Error::Wrapped(Box::new(Error { kind: Box::new(kind), optimizer: error.optimizer })),
+            kind => candle_core::Error::Wrapped(Box::new(Error { kind: Box::new(kind), ..error })),
         }
     }
 }

@@ -36,6 +36,7 @@
 //! | what a step did | [`StepReport`] |
 //! | what is kept, and how many bytes of it | [`StateBytes`], [`MomentStatistics`] |
 //! | state in memory | [`Snapshot`], [`State`] |
+//! | a part of a checkpoint | [`Adamax::load_matching`], [`Restored`] |
 //! | moving in from PyTorch or Keras, and out | [`Adamax::load_torch`], [`Adamax::load_keras`], [`ParamsAdamax::from_keras_json`] |
 //! | what goes wrong | [`Error`], [`ErrorKind`] |
 //!
@@ -124,8 +125,8 @@ mod state;
 mod table;
 mod trace;
 
-pub use adamax::{Adamax, MomentStatistics, State, StateBytes, Statistics, StepReport};
-pub use checkpoint::{AccumulatedGrad, Counters, Snapshot, VarSnapshot};
+pub use adamax::{Adamax, MomentStatistics, Restored, State, StateBytes, Statistics, StepReport};
+pub use checkpoint::{AccumulatedGrad, Counters, Snapshot, TorchOptions, VarSnapshot};
 pub use codec::StateDType;
 pub use embedding::{Bags, Embedding, EmbeddingBag, Pooling, embedding, embedding_bag};
 pub use error::{Error, ErrorKind, Result};

@@ -5,8 +5,13 @@
 mod files;
 #[path = "checkpoint_support/kill.rs"]
 mod kill;
+#[path = "checkpoint_support/matching.rs"]
+mod matching;
 #[path = "checkpoint_support/memory.rs"]
 mod memory;
+#[cfg(unix)]
+#[path = "checkpoint_support/modes.rs"]
+mod modes;
 #[path = "checkpoint_support/resume.rs"]
 mod resume;
 #[path = "checkpoint_support/strict.rs"]

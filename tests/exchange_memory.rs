@@ -7,7 +7,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-use candle_adamax::{Adamax, ParamsAdamax};
+use candle_adamax::{Adamax, ParamsAdamax, Snapshot};
 use candle_core::{DType, Device, Var};
 
 static LIVE: AtomicUsize = AtomicUsize::new(0);
@@ -120,6 +120,34 @@ fn no_more_than_the_file() {
     );
     let lr = format!("{{\"format_version\":1,\"params\":{{\"lr\":[{}0]}}}}", "0,".repeat(400_000));
     settings_of_many_values(&mut torch, "candle_adamax", &lr, |optimizer, path| optimizer.load(path));
+    // Objects in objects, which have no commas: as deep as a parser goes, and side by side.
+    let deep = format!("{}0{}", "{\"\":".repeat(100), "}".repeat(100));
+    let nested = (0..3000).map(|_| deep.as_str()).collect::<Vec<_>>().join(",");
+    let empty = vec!["{\"\":0}"; 100_000].join(",");
+    for hostile in [&nested, &empty] {
+        let groups = format!("[{{\"lr\":0,\"other\":[{hostile}]}}]");
+        settings_of_many_values(&mut torch, "param_groups", &groups, |optimizer, path| optimizer.load_torch(path));
+        let lr = format!("{{\"format_version\":1,\"params\":{{\"lr\":[{hostile}]}}}}");
+        settings_of_many_values(&mut torch, "candle_adamax", &lr, |optimizer, path| optimizer.load(path));
+        settings_of_many_values(&mut torch, "candle_adamax", &lr, |_, path| Snapshot::read(path).map(drop));
+    }
+    // Just below what is refused by its number.
+    let most = vec![deep.as_str(); 38].join(",");
+    let lr = format!("{{\"format_version\":1,\"params\":{{\"lr\":[{most}]}}}}");
+    let header = format!("{{\"__metadata__\":{{\"candle_adamax\":\"{}\"}}}}", lr.replace('"', "\\\""));
+    std::fs::write(&bad, with_header(&header, 0)).unwrap();
+    let (loaded, peak) = peak(|| torch.load(&bad));
+    let error = loaded.unwrap_err().to_string();
+    assert!(!error.contains("values of settings"), "{error}");
+    assert!(peak <= 4 << 20, "{peak} bytes of memory for {} of a file", header.len());
+    // A file of any variables, as it is read into a snapshot: a few times its header.
+    let many = (0..50_000).map(|i| entry(&format!("t{i}"), "[0]", 0)).collect::<Vec<_>>().join(",");
+    let header = format!("{{{many}}}");
+    std::fs::write(&bad, with_header(&header, 0)).unwrap();
+    let (read, peak) = self::peak(|| Snapshot::read(&bad));
+    read.unwrap_err();
+    assert!(peak <= 12 * header.len(), "{peak} bytes of memory for {} of a file", header.len());
+    std::fs::remove_file(&bad).unwrap();
 }
 
 /// A text of settings, whose values take far more memory than their digits, is refused by their number.

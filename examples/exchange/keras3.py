@@ -53,6 +53,25 @@ from safetensors.numpy import load_file, save_file
 PARTS = ("momentum", "norm", "average", "gradient_accumulator")
 
 
+def put(path, write):
+    """Lets write(beside) make a file beside `path`, which then takes its place and the mode of what was there.
+
+    A new file has what the umask leaves of mode 666 (save_file of some versions gives 600), and links are followed.
+    """
+    target = os.path.realpath(path)
+    beside = f"{target}.{os.getpid()}.part{os.path.splitext(target)[1]}"
+    umask = os.umask(0o077)
+    os.umask(umask)
+    mode = os.stat(target).st_mode & 0o7777 if os.path.exists(target) else 0o666 & ~umask
+    try:
+        write(beside)
+        os.chmod(beside, mode)
+        os.replace(beside, target)
+    finally:
+        if os.path.exists(beside):
+            os.remove(beside)
+
+
 def renaming(names, path):
     """The name and the order of dimensions that a variable has in Rust."""
     renamed = names.get(path, path)
@@ -115,7 +134,8 @@ def keys(optimizer, variables, names):
 def export_state(optimizer, variables, path, names={}):
     """Writes the variables of a built Keras optimizer for the trainable `variables` to `path`."""
     found = keys(optimizer, variables, names)
-    save_file({key: turned(np.asarray(own.numpy()), axes) for key, (own, axes) in found.items()}, path)
+    tensors = {key: turned(np.asarray(own.numpy()), axes) for key, (own, axes) in found.items()}
+    put(path, lambda beside: save_file(tensors, beside))
 
 
 def import_state(optimizer, variables, path, names={}):
@@ -137,7 +157,8 @@ def export_legacy(weights, path, axes):
     axes = [None, *axes, *axes]
     if len(weights) != len(axes):
         raise SystemExit(f"expected {len(axes)} weights, got {len(weights)}")
-    save_file({str(i): turned(np.asarray(w), a) for i, (w, a) in enumerate(zip(weights, axes))}, path)
+    tensors = {str(i): turned(np.asarray(w), a) for i, (w, a) in enumerate(zip(weights, axes))}
+    put(path, lambda beside: save_file(tensors, beside))
 
 
 def import_legacy(path, axes):
@@ -162,7 +183,7 @@ def export_weights(variables, path, names):
     for variable in variables:
         name, axes = renaming(names, path_of(variable))
         tensors[name] = turned(np.asarray(variable.numpy()), axes)
-    save_file(tensors, path)
+    put(path, lambda beside: save_file(tensors, beside))
 
 
 def import_weights(variables, path, names):
@@ -254,7 +275,7 @@ def main():
 def run(args):
     names = {}
     if args.names:
-        with open(args.names) as file:
+        with open(args.names, encoding="utf-8-sig") as file:
             names = json.load(file)
     if not isinstance(names, dict):
         raise SystemExit(f"{args.names}: expected an object of names")

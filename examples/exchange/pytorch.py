@@ -33,8 +33,12 @@ model.named_parameters(). Otherwise:
 Names begin with "module." or "_orig_mod." where the model was wrapped by DistributedDataParallel or torch.compile;
 --strip-prefix module. _orig_mod. leaves that out on the way there and puts it back on the way back.
 
-What a scheduler leaves in the groups ("initial_lr", "max_momentum", ..) is left out: it has state of its own. In a
-program of your own, call export_state and import_state with the optimizer's state_dict() and model.named_parameters().
+What a scheduler leaves in the groups ("initial_lr", "swa_lr", "max_momentum", ..) is left out: it has state of its own.
+On the way back, the checkpoint's own stays. Other keys that Adamax does not have, such as the "lr_scale" of layer-wise
+learning rates, are an error on the way there, unless --ignore-unknown is given; they stay, too.
+
+In a program of your own, call export_state and import_state with the optimizer's state_dict() and
+model.named_parameters().
 """
 
 import argparse
@@ -51,9 +55,28 @@ from safetensors.torch import load_file, save_file
 TENSORS = ("exp_avg", "exp_inf", "step")
 SETTINGS = {"lr", "betas", "eps", "weight_decay", "maximize", "foreach", "capturable", "differentiable"}
 # What PyTorch's schedulers keep in the groups.
-SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
+SCHEDULERS = {"initial_lr", "swa_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
 # What PyTorch's load_state_dict would take over from here, although the file says nothing of it.
 OWN = {"foreach", "capturable", "differentiable", "param_names"} | SCHEDULERS
+
+
+def put(path, write):
+    """Lets write(beside) make a file beside `path`, which then takes its place and the mode of what was there.
+
+    A new file has what the umask leaves of mode 666 (save_file of some versions gives 600), and links are followed.
+    """
+    target = os.path.realpath(path)
+    beside = f"{target}.{os.getpid()}.part{os.path.splitext(target)[1]}"
+    umask = os.umask(0o077)
+    os.umask(umask)
+    mode = os.stat(target).st_mode & 0o7777 if os.path.exists(target) else 0o666 & ~umask
+    try:
+        write(beside)
+        os.chmod(beside, mode)
+        os.replace(beside, target)
+    finally:
+        if os.path.exists(beside):
+            os.remove(beside)
 
 
 def order_of(optimizer, parameters):
@@ -129,7 +152,7 @@ def note_cycled(group, names):
         )
 
 
-def export_state(state_dict, parameters, path, order=None):
+def export_state(state_dict, parameters, path, order=None, ignore_unknown=False):
     """Writes an optimizer's state_dict() to `path`; `parameters` are pairs of names and tensors."""
     parameters = list(parameters)
     names, tensors, groups = named(state_dict, parameters, order), {}, []
@@ -147,14 +170,17 @@ def export_state(state_dict, parameters, path, order=None):
             tensors[f"{name}.{key}"] = state[key].detach().cpu().clone().contiguous()
     for group in state_dict["param_groups"]:
         surplus = set(group) - SETTINGS - SCHEDULERS - {"params", "param_names"}
-        if surplus:
-            raise SystemExit(f"settings that Adamax does not have: {sorted(surplus)}")
+        if surplus and not ignore_unknown:
+            raise SystemExit(
+                f"settings that Adamax does not have: {sorted(surplus)}; --ignore-unknown leaves them out, if PyTorch's "
+                "optimizer does not read them"
+            )
         settings = {key: group[key] for key in sorted(SETTINGS & set(group))}
         settings.update({key: float(settings[key]) for key in ("lr", "eps", "weight_decay")})
         settings["betas"] = [float(beta) for beta in settings["betas"]]
         groups.append({**settings, "params": [names[number] for number in group["params"]]})
         note_cycled(group, groups[-1]["params"])
-    save_file(tensors, path, metadata={"param_groups": json.dumps(groups)})
+    put(path, lambda beside: save_file(tensors, beside, metadata={"param_groups": json.dumps(groups)}))
 
 
 def import_state(path, state_dict, parameters, order=None):
@@ -270,6 +296,9 @@ def main():
         sub.add_argument("--buffers", nargs="*", default=[], help="tensors that the optimizer does not have")
         sub.add_argument("--order", help="a file of the parameters' names in the optimizer's order, one a line")
         sub.add_argument("--strip-prefix", nargs="+", default=[], help="beginnings of names to leave out, as module.")
+        if command == "export":
+            help = "leave out what others keep in param_groups and Adamax does not read, as lr_scale"
+            sub.add_argument("--ignore-unknown", action="store_true", help=help)
     args = parser.parse_args()
     try:
         run(args)
@@ -294,13 +323,14 @@ def run(args):
     if unknown:
         raise SystemExit(f"--buffers that are not in the model: {unknown}; it has {list(short_model)}")
     if args.order:
-        with open(args.order) as file:
+        with open(args.order, encoding="utf-8-sig") as file:
             order = strip([line.strip() for line in file if line.strip()])
     parameters, short_state = untied(short_model, buffers), {**state_dict, "param_groups": short_groups}
     if args.command == "export":
-        export_state(short_state, parameters, args.state, order)
+        export_state(short_state, parameters, args.state, order, args.ignore_unknown)
         if args.weights:
-            save_file({name: tensor.contiguous().clone() for name, tensor in short_model.items()}, args.weights)
+            weights = {name: tensor.contiguous().clone() for name, tensor in short_model.items()}
+            put(args.weights, lambda beside: save_file(weights, beside))
         return
     taken = import_state(args.state, short_state, parameters, order)
     for group, own in zip(taken["param_groups"], state_dict["param_groups"]):
@@ -309,10 +339,8 @@ def run(args):
     if args.weights:
         weights = import_weights(args.weights, short_model, parameters)
         checkpoint[args.model_key] = {full: weights[name] for name, full in full_names.items()}
-    # Beside the result first, which may be the checkpoint itself.
-    beside = f"{args.result}.part"
-    torch.save(checkpoint, beside)
-    os.replace(beside, args.result)
+    # The result may be the checkpoint itself.
+    put(args.result, lambda beside: torch.save(checkpoint, beside))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ use candle_core::{DType, Tensor};
 use super::held::{GroupPlan, Held};
 use super::late::without;
 use super::{Accumulated, Adamax, Param, Sum, collect};
-use crate::checkpoint::{self, AccumulatedGrad, Counters, Snapshot, VarSnapshot};
+use crate::checkpoint::plain::check_norm;
+use crate::checkpoint::{self, AccumulatedGrad, AtomicFile, Counters, Snapshot, VarSnapshot, names};
 use crate::codec::{LARGEST_LOG, POINT};
 use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::{SparseGrad, sparse};
@@ -17,7 +18,7 @@ use crate::kernel::RowGrad;
 use crate::params::ParamsAdamax;
 use crate::scaler::GradScalerState;
 use crate::schedule::{LearningRate, Plateau};
-use crate::state::{Buffer, Master, MomentTensors, Moments, ParamState, arithmetic};
+use crate::state::{Buffer, Layout, Master, MomentTensors, Moments, ParamState, arithmetic};
 
 /// The state of one variable: copies, in host memory, in the shape of the variable; f64 for f64 variables, else f32.
 #[derive(Clone, Debug)]
@@ -92,8 +93,11 @@ impl Adamax {
     ///
     /// A variable or group that is missing, surplus or of another shape, dtype or group; another convention for
     /// epsilon or the counters than this optimizer's. Nothing has changed then.
+    /// [`restore_matching`](Self::restore_matching) takes what fits.
     pub fn restore(&mut self, snapshot: &Snapshot) -> Result<()> {
-        self.try_restore(snapshot).map_err(|error| self.own(error))
+        let names: Vec<_> = snapshot.vars.keys().map(String::as_str).collect();
+        let restored = names::check(&self.names().collect::<Vec<_>>(), &names, names::Source::Snapshot);
+        restored.and_then(|()| self.try_restore(snapshot)).map_err(|error| self.own(error))
     }
 
     /// Writes all state to a safetensors file, keyed by the variables' names, in a format that is described in the
@@ -101,15 +105,23 @@ impl Adamax {
     /// [`SparseUpdate::Exact`](crate::SparseUpdate::Exact) call that afterwards, since saving lets all rows pay what
     /// they owe, as [`snapshot`](Self::snapshot) does.
     ///
-    /// The file is complete or it is not there: it is written beside `path`, synced and renamed.
+    /// The file is complete or it is not there: it is written beside `path`, synced and renamed. Its mode is 666 less the
+    /// umask, or that of the file that it replaces; a symbolic link is followed. The [guide](crate::guide::resume) says
+    /// more.
     ///
     /// # Errors
     ///
     /// Variables that were given without names, by which another process could not know them; settings of more than a
-    /// mebibyte, or of more than some 16,000 values; the system's errors.
+    /// mebibyte, or of more than some 65,000 values; the system's errors. Where the file cannot be made, no row has caught
+    /// up; if the disk is full later, all have, as by [`catch_up`](Self::catch_up).
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         self.require_names()?;
-        checkpoint::native::write(&self.snapshot()?, path.as_ref()).map_err(|error| self.own(error))
+        let write = || {
+            checkpoint::native::check_settings(&self.params, &self.groups)?;
+            let file = AtomicFile::create(path.as_ref())?;
+            checkpoint::native::write(&self.snapshot()?, file)
+        };
+        write().map_err(|error| self.own(error))
     }
 
     /// Takes all state from a file that [`save`](Self::save) wrote, as [`restore`](Self::restore) does. The next steps
@@ -118,11 +130,13 @@ impl Adamax {
     /// # Errors
     ///
     /// As [`restore`](Self::restore), and a file that is missing, truncated or not such a checkpoint.
+    /// [`load_matching`](Self::load_matching) takes what fits.
     pub fn load(&mut self, path: impl AsRef<Path>) -> Result<()> {
         self.require_names()?;
-        let names: Vec<_> = self.names().collect();
-        let snapshot = checkpoint::native::read(path.as_ref(), &names).map_err(|error| self.own(error))?;
-        self.restore(&snapshot)
+        let path = path.as_ref();
+        let snapshot = checkpoint::native::read(path, Some(&self.names().collect::<Vec<_>>()));
+        let loaded = snapshot.and_then(|snapshot| self.try_restore(&snapshot).map_err(|error| error.in_file(path)));
+        loaded.map_err(|error| self.own(error))
     }
 
     pub(super) fn require_names(&self) -> Result<()> {
@@ -157,9 +171,8 @@ impl Adamax {
         })
     }
 
-    pub(super) fn try_restore(&mut self, snapshot: &Snapshot) -> Result<()> {
-        self.settle(true)?;
-        let Snapshot { params, groups, counters, grad_scaler, plateau, vars } = snapshot;
+    /// Makes sure that u and the counters are what they are here.
+    pub(super) fn check_convention(&self, theirs: &ParamsAdamax) -> Result<()> {
         let convention = |entry: &str, own: &dyn std::fmt::Debug, theirs: &dyn std::fmt::Debug| {
             let (own, theirs) = (format!("{own:?}"), format!("{theirs:?}"));
             if own == theirs {
@@ -168,20 +181,32 @@ impl Adamax {
                 Err(Error::checkpoint(entry, format!("this optimizer's convention, {own}"), theirs))
             }
         };
-        convention("epsilon", &self.params.epsilon, &params.epsilon)?;
-        convention("step_count", &self.params.step_count, &params.step_count)?;
+        convention("epsilon", &self.params.epsilon, &theirs.epsilon)?;
+        convention("step_count", &self.params.step_count, &theirs.step_count)
+    }
+
+    /// Takes all state from a snapshot. A variable that is not in it begins anew.
+    pub(super) fn try_restore(&mut self, snapshot: &Snapshot) -> Result<()> {
+        self.settle(true)?;
+        self.check_convention(&snapshot.params)?;
+        let Snapshot { params, groups, counters, grad_scaler, plateau, vars } = snapshot;
         let mut params = params.clone();
         params.lr = merge_lr(&self.params.lr, params.lr);
         params.validate()?;
         check_counters(counters, params.gradient_accumulation_steps)?;
         check_trainer(&params, grad_scaler.as_ref(), plateau.as_ref())?;
         let groups = self.merge_groups(groups)?;
-        if let Some(surplus) = vars.keys().find(|name| self.index_of(name).is_err()) {
-            return Err(Error::checkpoint(surplus, "no such var", "a surplus one"));
-        }
         let plans = self.plans(&params, &groups, self.kernel)?;
-        let restored =
-            self.vars.iter().map(|param| self.restore_var(param, &plans[param.group], counters, vars.get(&param.name)));
+        let restored = self.vars.iter().map(|param| {
+            let plan = &plans[param.group];
+            match vars.get(&param.name) {
+                Some(snapshot) => self.restore_var(param, plan, counters, snapshot),
+                None => {
+                    let (layout, rounding) = (plan.layout(&param.var, false), plan.keeping.rounding);
+                    Ok((ParamState::zeros(&param.var, param.place(), &layout, rounding)?, None, None))
+                }
+            }
+        });
         let restored = restored.collect::<Result<Vec<_>>>()?;
         for (param, (state, accumulated, ema)) in self.vars.iter_mut().zip(restored) {
             // What rows owe is not paid: the weights are those of the snapshot, or will be.
@@ -231,30 +256,15 @@ impl Adamax {
         param: &Param,
         plan: &GroupPlan,
         counters: &Counters,
-        snapshot: Option<&VarSnapshot>,
+        snapshot: &VarSnapshot,
     ) -> Result<(ParamState, Option<Accumulated>, Option<Buffer>)> {
         let name = &param.name;
-        let Some(snapshot) = snapshot else {
-            return Err(Error::checkpoint(name, "the state of this var", "none"));
-        };
         let group = &self.groups[param.group].name;
         if snapshot.group != *group {
             return Err(Error::checkpoint(name, format!("a var of group `{group}`"), format!("`{}`", snapshot.group)));
         }
-        let check =
-            |what: &'static str, tensor: &Tensor, (expected_dtype, expected): (DType, Vec<usize>)| -> Result<()> {
-                let (name, got) = (name.clone(), tensor.dims().to_vec());
-                if expected != got {
-                    return Err(ErrorKind::ShapeMismatch { what, name, expected, got }.into());
-                }
-                let (expected, got) = (format!("{expected_dtype:?}"), tensor.dtype());
-                if expected_dtype != got {
-                    return Err(ErrorKind::DTypeMismatch { what, name, expected, got }.into());
-                }
-                Ok(())
-            };
         let buffer = |what: &'static str, tensor: &Tensor| -> Result<Buffer> {
-            check(what, tensor, (arithmetic(param.var.dtype()), param.var.dims().to_vec()))?;
+            check_tensor(name, what, tensor, (arithmetic(param.var.dtype()), param.var.dims().to_vec()))?;
             Buffer::from_tensor(tensor, &param.var, param.place())
         };
         let Counters { updates, pending, .. } = *counters;
@@ -263,22 +273,10 @@ impl Adamax {
             return Err(Error::checkpoint(entry, expected, snapshot.step));
         }
         let layout = plan.layout(&param.var, snapshot.by_rows);
-        let [of_exp_avg, of_exp_inf] = Moments::expected(&param.var, &layout);
-        check("exp_avg", &snapshot.exp_avg, of_exp_avg)?;
-        check("exp_inf", &snapshot.exp_inf, of_exp_inf)?;
-        let optional = |what: &'static str, tensor: &Option<Tensor>, expected: Option<(DType, Vec<usize>)>| match (
-            tensor, expected,
-        ) {
-            (None, None) => Ok(()),
-            (Some(tensor), Some(expected)) => check(what, tensor, expected),
-            (None, Some(_)) => Err(Error::checkpoint(format!("{name}.{what}"), "a tensor", "none")),
-            (Some(_), None) => Err(Error::checkpoint(format!("{name}.{what}"), "no such tensor", "a surplus one")),
-        };
-        optional("units", &snapshot.units, Moments::expected_units(&param.var, &layout))?;
-        check_units(name, snapshot.units.as_ref())?;
+        check_moments(name, snapshot, &param.var, &layout)?;
         let has_master = Master::is_kept(param.var.dtype(), plan.keeping.rounding);
         let of_master = has_master.then(|| (Master::dtype(param.var.dtype()), param.var.dims().to_vec()));
-        optional("master", &snapshot.master, of_master)?;
+        check_optional(name, "master", snapshot.master.as_ref(), of_master)?;
         let tensors = MomentTensors {
             exp_avg: snapshot.exp_avg.clone(),
             exp_inf: snapshot.exp_inf.clone(),
@@ -325,6 +323,47 @@ impl Adamax {
     }
 }
 
+/// Makes sure that moments are as this layout stores them, and such as an update can have made.
+pub(super) fn check_moments(name: &str, snapshot: &VarSnapshot, var: &Tensor, layout: &Layout) -> Result<()> {
+    let [of_exp_avg, of_exp_inf] = Moments::expected(var, layout);
+    check_tensor(name, "exp_avg", &snapshot.exp_avg, of_exp_avg)?;
+    check_tensor(name, "exp_inf", &snapshot.exp_inf, of_exp_inf)?;
+    check_optional(name, "units", snapshot.units.as_ref(), Moments::expected_units(var, layout))?;
+    check_units(name, snapshot.units.as_ref())?;
+    // Bytes are codes, and each of them is one.
+    if snapshot.exp_inf.dtype().is_float() {
+        check_norm(&format!("{name}.exp_inf"), &snapshot.exp_inf)?;
+    }
+    Ok(())
+}
+
+fn check_tensor(name: &str, what: &'static str, tensor: &Tensor, expected: (DType, Vec<usize>)) -> Result<()> {
+    let (expected_dtype, expected) = expected;
+    let (name, got) = (name.to_owned(), tensor.dims().to_vec());
+    if expected != got {
+        return Err(ErrorKind::ShapeMismatch { what, name, expected, got }.into());
+    }
+    let (expected, got) = (format!("{expected_dtype:?}"), tensor.dtype());
+    if expected_dtype != got {
+        return Err(ErrorKind::DTypeMismatch { what, name, expected, got }.into());
+    }
+    Ok(())
+}
+
+fn check_optional(
+    name: &str,
+    what: &'static str,
+    tensor: Option<&Tensor>,
+    expected: Option<(DType, Vec<usize>)>,
+) -> Result<()> {
+    match (tensor, expected) {
+        (None, None) => Ok(()),
+        (Some(tensor), Some(expected)) => check_tensor(name, what, tensor, expected),
+        (None, Some(_)) => Err(Error::checkpoint(format!("{name}.{what}"), "a tensor", "none")),
+        (Some(_), None) => Err(Error::checkpoint(format!("{name}.{what}"), "no such tensor", "a surplus one")),
+    }
+}
+
 /// Logarithms that units can have.
 fn check_units(name: &str, units: Option<&Tensor>) -> Result<()> {
     let Some(units) = units else { return Ok(()) };
@@ -343,6 +382,7 @@ fn check_counters(counters: &Counters, accumulation_steps: u64) -> Result<()> {
         ("skipped", skipped, u64::MAX / 2, "more would overflow"),
         ("updates", updates, u64::MAX / 2, "more would overflow"),
         ("pending", pending, accumulation_steps - 1, "one less than the accumulation steps"),
+        ("pending", pending, calls, "they are calls, too"),
     ] {
         if value > limit {
             return Err(Error::checkpoint(format!("counters.{entry}"), format!("at most {limit} ({what})"), value));

@@ -12,6 +12,8 @@ use super::reading::Room;
 
 /// The most dimensions that a tensor may have.
 const DIMENSIONS: usize = 64;
+/// The number of names of tensors that are kept though they were not looked for, to say so.
+const SURPLUS: usize = 5;
 /// The key of the texts in a header.
 const TEXTS: &str = "__metadata__";
 
@@ -21,8 +23,8 @@ pub(super) struct Wanted<'w> {
     pub(super) text: Option<&'static str>,
     /// Whether a tensor of this name may be there.
     pub(super) is_tensor: &'w dyn Fn(&str) -> bool,
-    /// How much the text may hold.
-    pub(super) room: Room,
+    /// How much the text may hold; if it is not known, as much as those of the variables in the file need.
+    pub(super) room: Option<Room>,
 }
 
 /// What of a header is kept.
@@ -32,8 +34,8 @@ pub(super) struct Header {
     pub(super) text: Option<String>,
     /// The tensors that were looked for.
     pub(super) tensors: BTreeMap<String, TensorInfo>,
-    /// The first tensor that was not.
-    pub(super) surplus: Option<String>,
+    /// The first few tensors that were not.
+    pub(super) surplus: Vec<String>,
 }
 
 impl Header {
@@ -93,7 +95,10 @@ impl<'de> Visitor<'de> for &Wanted<'_> {
                     header.text = map.next_value_seed(Texts { wanted: self.text })?;
                 }
                 Kind::Tensor(name) => {
-                    let Entry { dtype, shape, data_offsets } = map.next_value()?;
+                    let entry = map.next_value();
+                    // A dtype that nobody knows has no name otherwise.
+                    let named = |error| A::Error::custom(format_args!("the tensor `{name}`: {error}"));
+                    let Entry { dtype, shape, data_offsets } = entry.map_err(named)?;
                     if header.tensors.contains_key(&name) {
                         return Err(A::Error::custom(format_args!("the tensor `{name}` is there twice")));
                     }
@@ -101,7 +106,9 @@ impl<'de> Visitor<'de> for &Wanted<'_> {
                 }
                 Kind::Surplus(name) => {
                     map.next_value::<IgnoredAny>()?;
-                    header.surplus.get_or_insert(name);
+                    if header.surplus.len() < SURPLUS {
+                        header.surplus.push(name);
+                    }
                 }
             }
         }

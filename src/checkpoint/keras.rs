@@ -17,7 +17,7 @@ use candle_core::Tensor;
 use super::header::Wanted;
 use super::plain::{PlainVar, count, of_scalar, scalar};
 use super::reading::{Room, TensorFile};
-use super::write_tensors;
+use super::{AtomicFile, write_tensors};
 use crate::error::{Error, Result};
 
 const ITERATION: &str = "iteration";
@@ -70,7 +70,7 @@ pub(crate) struct Extras {
 }
 
 /// Writes the variables by path.
-pub(crate) fn write(state: &KerasState, path: &Path) -> Result<()> {
+pub(crate) fn write(state: &KerasState, file: AtomicFile) -> Result<()> {
     // As the iteration of Keras; and all of the rate's digits, which Keras rounds to f32.
     let scalars = [
         Some((ITERATION.to_owned(), iteration(state)?)),
@@ -84,11 +84,11 @@ pub(crate) fn write(state: &KerasState, path: &Path) -> Result<()> {
         moments.into_iter().chain(average).chain(accumulator)
     });
     let scalars = scalars.iter().flatten().map(|(key, tensor)| (key.clone(), tensor));
-    write_tensors(path, scalars.chain(vars), None)
+    write_tensors(file, scalars.chain(vars), None)
 }
 
 /// Writes the variables in the legacy order, where the variables of the model are in the order of `names`.
-pub(crate) fn write_legacy(state: &KerasState, names: &[&str], path: &Path) -> Result<()> {
+pub(crate) fn write_legacy(state: &KerasState, names: &[&str], file: AtomicFile) -> Result<()> {
     let iteration = iteration(state)?;
     let vars = names
         .iter()
@@ -96,12 +96,20 @@ pub(crate) fn write_legacy(state: &KerasState, names: &[&str], path: &Path) -> R
     let vars = vars.collect::<Result<Vec<_>>>()?;
     let moments = vars.iter().map(|var| &var.exp_avg).chain(vars.iter().map(|var| &var.exp_inf));
     let tensors = std::iter::once(&iteration).chain(moments);
-    write_tensors(path, tensors.enumerate().map(|(position, tensor)| (position.to_string(), tensor)), None)
+    write_tensors(file, tensors.enumerate().map(|(position, tensor)| (position.to_string(), tensor)), None)
+}
+
+/// Makes sure that Keras can count so many calls.
+pub(crate) fn check_iteration(calls: u64) -> Result<()> {
+    as_iteration(calls).map(drop)
+}
+
+fn as_iteration(calls: u64) -> Result<i64> {
+    i64::try_from(calls).map_err(|error| Error::checkpoint(ITERATION, "a number that an i64 can hold", error))
 }
 
 fn iteration(state: &KerasState) -> Result<Tensor> {
-    let iteration = i64::try_from(state.iteration);
-    of_scalar(iteration.map_err(|error| Error::checkpoint(ITERATION, "a number that an i64 can hold", error))?)
+    of_scalar(as_iteration(state.iteration)?)
 }
 
 /// Reads the variables of variables of these names.
@@ -112,7 +120,7 @@ pub(crate) fn read(path: &Path, names: &[&str], extras: Extras) -> Result<KerasS
     known.extend([ITERATION, LEARNING_RATE].map(str::to_owned));
     // With or without the optimizer's name.
     let is_tensor = |key: &str| known.contains(key) || key.split_once('/').is_some_and(|(_, key)| known.contains(key));
-    let wanted = Wanted { text: None, is_tensor: &is_tensor, room: Room::of(names.iter().copied()) };
+    let wanted = Wanted { text: None, is_tensor: &is_tensor, room: Some(Room::of(names.iter().copied())) };
     let mut file = TensorFile::open(path, &wanted)?;
     file.no_surplus()?;
     // The iteration tells whether, and which.
@@ -152,7 +160,7 @@ pub(crate) fn read_legacy(path: &Path, names: &[&str]) -> Result<KerasState> {
         let position = key.parse().ok().filter(|position: &usize| position.to_string() == key);
         position.is_some_and(|position| position < count_of_tensors)
     };
-    let wanted = Wanted { text: None, is_tensor: &is_tensor, room: Room::of(names.iter().copied()) };
+    let wanted = Wanted { text: None, is_tensor: &is_tensor, room: Some(Room::of(names.iter().copied())) };
     let mut file = TensorFile::open(path, &wanted)?;
     let mut take = |position: usize| file.take(&position.to_string());
     let iteration = count("0", &take(0)?)?;

@@ -119,6 +119,8 @@ impl ParamsAdamax {
     /// A text that is not such JSON; another class; a key, or a class of schedules, that is not known; a value that is
     /// not allowed, as from [`validate`](Self::validate).
     pub fn from_keras_json(json: &str) -> Result<Self> {
+        // Editors put a mark before the text, which serde_json refuses.
+        let json = json.strip_prefix('\u{feff}').unwrap_or(json);
         // The class first: the keys of another one are not to blame.
         if let Ok(Class { class_name }) = serde_json::from_str(json)
             && class_name.as_deref() != Some("Adamax")

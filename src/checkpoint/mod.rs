@@ -4,6 +4,7 @@ mod atomic;
 mod header;
 pub(crate) mod keras;
 mod keras_config;
+pub(crate) mod names;
 pub(crate) mod native;
 pub(crate) mod plain;
 mod reading;
@@ -14,14 +15,20 @@ use std::path::Path;
 
 use candle_core::Tensor;
 use safetensors::SafeTensorError;
+use safetensors::tensor::{Metadata, TensorInfo, View};
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::atomic::AtomicFile;
+pub use self::torch::TorchOptions;
 use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::SparseGrad;
 use crate::group::GroupSettings;
 use crate::params::ParamsAdamax;
 use crate::scaler::GradScalerState;
 use crate::schedule::Plateau;
+
+/// The most bytes of a header that readers of safetensors files take.
+const LARGEST_HEADER: usize = 100_000_000;
 
 /// What an optimizer has counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,6 +61,48 @@ pub struct Snapshot {
     pub plateau: Option<Plateau>,
     /// The state of each variable, by name.
     pub vars: BTreeMap<String, VarSnapshot>,
+}
+
+impl Snapshot {
+    /// Reads a file that [`Adamax::save`](crate::Adamax::save) or [`write`](Self::write) wrote, whatever variables are in it:
+    /// to look at, to edit, or to take a part of it by [`restore_matching`](crate::Adamax::restore_matching).
+    ///
+    /// ```
+    /// use candle_adamax::{Adamax, ParamsAdamax, Snapshot};
+    /// use candle_core::{Device, Var};
+    ///
+    /// let path = std::env::temp_dir().join(format!("candle-adamax-snapshot-{}.safetensors", std::process::id()));
+    /// let w = Var::new(&[1f32, 2.0], &Device::Cpu)?;
+    /// Adamax::from_named([("module.w", w.clone())], ParamsAdamax::default())?.save(&path)?;
+    ///
+    /// // Other names, and other settings, for the next run.
+    /// let mut snapshot = Snapshot::read(&path)?;
+    /// let vars = std::mem::take(&mut snapshot.vars).into_iter();
+    /// snapshot.vars = vars.map(|(name, var)| (name.trim_start_matches("module.").to_owned(), var)).collect();
+    /// snapshot.params.lr = 0.01.into();
+    /// snapshot.write(&path)?;
+    /// Adamax::from_named([("w", w)], ParamsAdamax::default())?.load(&path)?;
+    /// # std::fs::remove_file(&path)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// A file that is missing, truncated or not such a checkpoint. Whether settings and counters are allowed, and tensors as
+    /// an optimizer needs them, is checked by whoever takes the snapshot.
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        native::read(path.as_ref(), None)
+    }
+
+    /// Writes the file that [`Adamax::save`](crate::Adamax::save) would have written, in the same way: it is complete or not
+    /// there.
+    ///
+    /// # Errors
+    ///
+    /// Settings of more than a mebibyte, or of more than some 65,000 values; the system's errors.
+    pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
+        native::write(self, AtomicFile::create(path.as_ref())?)
+    }
 }
 
 /// The state of one variable, bit for bit. Tensors are in host memory, in the variable's shape and in f64 for f64
@@ -114,16 +163,38 @@ impl From<Tensor> for AccumulatedGrad {
     }
 }
 
-/// Writes a safetensors file of these tensors, with at most one text of metadata: it is complete or not there.
+/// Fills a safetensors file with these tensors and at most one text of metadata, and puts it in its place.
+///
+/// The bytes are those that `safetensors::serialize` gives, which would hold all of them in memory.
 fn write_tensors<'t>(
-    path: &Path,
+    mut file: AtomicFile,
     tensors: impl IntoIterator<Item = (String, &'t Tensor)>,
     text: Option<(&str, String)>,
 ) -> Result<()> {
+    let mut tensors: Vec<_> = tensors.into_iter().collect();
+    // Wide elements first, so that all are aligned.
+    tensors.sort_by(|(a, left), (b, right)| View::dtype(right).cmp(&View::dtype(left)).then_with(|| a.cmp(b)));
+    let mut end = 0;
+    let infos = tensors.iter().map(|(name, tensor)| {
+        let begin = end;
+        end += tensor.data_len();
+        let (dtype, shape) = (View::dtype(tensor), tensor.dims().to_vec());
+        (name.clone(), TensorInfo { dtype, shape, data_offsets: (begin, end) })
+    });
+    let infos = infos.collect();
     let metadata = text.map(|(key, text)| HashMap::from([(key.to_owned(), text)]));
-    atomic::write(path, |file| {
-        safetensors::serialize_to_file(tensors, metadata, file).map_err(|error| unreadable(path, error))
-    })
+    let metadata = Metadata::new(metadata, infos).map_err(|error| unreadable(file.path(), error))?;
+    let mut header = serde_json::to_vec(&metadata).map_err(|error| unreadable(file.path(), error.into()))?;
+    header.resize(header.len().next_multiple_of(size_of::<u64>()), b' ');
+    if header.len() > LARGEST_HEADER {
+        return Err(unreadable(file.path(), SafeTensorError::HeaderTooLarge));
+    }
+    file.write(&(header.len() as u64).to_le_bytes())?;
+    file.write(&header)?;
+    for (_, tensor) in &tensors {
+        file.write(&tensor.data())?;
+    }
+    file.commit()
 }
 
 fn unreadable(path: &Path, source: SafeTensorError) -> Error {

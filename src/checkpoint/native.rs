@@ -4,22 +4,24 @@
 //!
 //! Invariant: reading accepts exactly what writing makes. Whatever is missing or surplus is an error that names it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::{self, Display};
 use std::path::Path;
 
 use candle_core::Tensor;
+use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::header::Wanted;
 use super::reading::{Room, TensorFile};
-use super::{AccumulatedGrad, Counters, Snapshot, VarSnapshot, write_tensors};
+use super::{AccumulatedGrad, AtomicFile, Counters, Snapshot, VarSnapshot, names, write_tensors};
 use crate::error::{Error, Result};
 use crate::gradient::SparseGrad;
 use crate::group::GroupSettings;
 use crate::params::ParamsAdamax;
-use crate::scaler::{GradScaler, GradScalerState};
-use crate::schedule::{Plateau, ReduceLrOnPlateau};
+use crate::scaler::GradScalerState;
+use crate::schedule::Plateau;
 
 /// The key of the JSON text in the metadata.
 const METADATA: &str = "candle_adamax";
@@ -66,7 +68,7 @@ struct Version {
 }
 
 /// Writes a snapshot.
-pub(crate) fn write(snapshot: &Snapshot, path: &Path) -> Result<()> {
+pub(crate) fn write(snapshot: &Snapshot, file: AtomicFile) -> Result<()> {
     let Snapshot { params, groups, counters, grad_scaler, plateau, vars } = snapshot;
     let mut tensors: Vec<(String, &Tensor)> = Vec::with_capacity(2 * vars.len());
     let mut headers = BTreeMap::new();
@@ -105,29 +107,38 @@ pub(crate) fn write(snapshot: &Snapshot, path: &Path) -> Result<()> {
         plateau: *plateau,
         vars: headers,
     };
-    let json = serde_json::to_string(&header)
-        .map_err(|error| Error::checkpoint(METADATA, "settings that JSON can hold", error))?;
+    let json = to_json(&header)?;
     Room::of(vars.keys().map(String::as_str)).check(METADATA, &json)?;
-    write_tensors(path, tensors, Some((METADATA, json)))
+    write_tensors(file, tensors, Some((METADATA, json)))
 }
 
-/// Reads what [`write()`] has written for variables of these names, which are in alphabetical order.
-pub(crate) fn read(path: &Path, names: &[&str]) -> Result<Snapshot> {
-    let is_var = |name: &str| names.binary_search(&name).is_ok();
+/// Makes sure that a file has room for these settings, whatever variables there are.
+pub(crate) fn check_settings(params: &ParamsAdamax, groups: &[GroupSettings]) -> Result<()> {
+    Room::of([]).check(METADATA, &to_json(&(params, groups))?)
+}
+
+/// Reads what [`write()`] has written for variables of these names, which are in alphabetical order, or for any.
+pub(crate) fn read(path: &Path, names: Option<&[&str]>) -> Result<Snapshot> {
+    try_read(path, names).map_err(|error| error.in_file(path))
+}
+
+fn try_read(path: &Path, names: Option<&[&str]>) -> Result<Snapshot> {
+    let is_var = |name: &str| names.is_none_or(|names| names.binary_search(&name).is_ok());
     let is_tensor = |key: &str| {
         TENSORS.iter().any(|what| {
             let name = key.strip_suffix(what).and_then(|key| key.strip_suffix('.'));
             name.is_some_and(is_var)
         })
     };
-    let room = Room::of(names.iter().copied());
+    let room = names.map(|names| Room::of(names.iter().copied()));
     let mut file = TensorFile::open(path, &Wanted { text: Some(METADATA), is_tensor: &is_tensor, room })?;
     let Some(json) = file.text() else {
         return Err(Error::checkpoint(METADATA, "metadata of a checkpoint of this crate", "none"));
     };
     let header = parse(json)?;
-    if let Some(surplus) = header.vars.keys().find(|name| !is_var(name)) {
-        return Err(Error::checkpoint(surplus, "no such var", "a surplus one"));
+    if let Some(names) = names {
+        let theirs: Vec<_> = header.vars.keys().map(String::as_str).collect();
+        names::check(names, &theirs, names::Source::File)?;
     }
     let mut vars = BTreeMap::new();
     for (name, header) in header.vars {
@@ -166,24 +177,92 @@ fn parse(json: &str) -> Result<Header> {
     if format_version != FORMAT_VERSION {
         return Err(Error::checkpoint("format_version", format!("{FORMAT_VERSION}"), format_version));
     }
-    let fields: Value = serde_json::from_str(json).map_err(malformed)?;
-    require_fields("params", &fields["params"], &ParamsAdamax::default())?;
-    require_fields("params.grad_scaler", &fields["params"]["grad_scaler"], &GradScaler::default())?;
-    require_fields("params.plateau", &fields["params"]["plateau"], &ReduceLrOnPlateau::default())?;
-    for group in fields["groups"].as_array().into_iter().flatten() {
-        require_fields("groups", group, &GroupSettings::new(""))?;
+    let header: Header = serde_json::from_str(json).map_err(malformed)?;
+    // Elsewhere, what is left out has its default, and what Keras writes beside a schedule is passed over. Here, something
+    // was lost or does not belong there.
+    let written = serde_json::to_value(&header).map_err(malformed)?;
+    let same = SameKeys { entry: None, written: &written };
+    let difference = same.deserialize(&mut serde_json::Deserializer::from_str(json)).map_err(malformed)?;
+    match difference {
+        Some(Difference::Missing(entry)) => Err(Error::checkpoint(entry, "a setting", "none")),
+        Some(Difference::Surplus(entry)) => Err(Error::checkpoint(entry, "no such setting", "a surplus one")),
+        None => Ok(header),
     }
-    serde_json::from_str(json).map_err(malformed)
 }
 
-/// Refuses settings in which something is left out. Elsewhere that means its default; here, that something was lost.
-fn require_fields(entry: &str, settings: &Value, complete: &impl Serialize) -> Result<()> {
-    let complete = serde_json::to_value(complete).map_err(|error| Error::checkpoint(entry, "settings", error))?;
-    let (Some(settings), Some(complete)) = (settings.as_object(), complete.as_object()) else {
-        return Ok(()); // of another kind altogether, which is an error of its own
-    };
-    match complete.keys().find(|&field| !settings.contains_key(field)) {
-        Some(field) => Err(Error::checkpoint(format!("{entry}.{field}"), "a setting", "none")),
-        None => Ok(()),
+fn to_json(settings: &impl Serialize) -> Result<String> {
+    serde_json::to_string(settings).map_err(|error| Error::checkpoint(METADATA, "settings that JSON can hold", error))
+}
+
+/// The first entry of a JSON text that writing would not have made, or would have made, too.
+enum Difference {
+    Missing(String),
+    Surplus(String),
+}
+
+/// Looks for keys that a JSON text does not have in common with `written`.
+struct SameKeys<'w> {
+    /// Where in the text this is.
+    entry: Option<&'w str>,
+    written: &'w Value,
+}
+
+impl SameKeys<'_> {
+    fn entry_of(&self, key: impl Display) -> String {
+        self.entry.map_or_else(|| key.to_string(), |parent| format!("{parent}.{key}"))
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for SameKeys<'_> {
+    type Value = Option<Difference>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> std::result::Result<Self::Value, D::Error> {
+        match self.written {
+            Value::Object(_) | Value::Array(_) => deserializer.deserialize_any(self),
+            _ => deserializer.deserialize_ignored_any(IgnoredAny).map(|_| None),
+        }
+    }
+}
+
+impl<'de> Visitor<'de> for SameKeys<'_> {
+    type Value = Option<Difference>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object or an array")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Self::Value, A::Error> {
+        let (mut found, mut difference) = (BTreeSet::new(), None);
+        while let Some(key) = map.next_key::<String>()? {
+            let entry = self.entry_of(&key);
+            match self.written.get(&key) {
+                Some(written) if found.insert(key) => {
+                    let inner = map.next_value_seed(SameKeys { entry: Some(&entry), written })?;
+                    difference = difference.or(inner);
+                }
+                _ => {
+                    map.next_value::<IgnoredAny>()?;
+                    difference.get_or_insert(Difference::Surplus(entry));
+                }
+            }
+        }
+        let missing = || self.written.as_object()?.keys().find(|key| !found.contains(*key));
+        Ok(difference.or_else(|| missing().map(|key| Difference::Missing(self.entry_of(key)))))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> std::result::Result<Self::Value, A::Error> {
+        let mut difference = None;
+        let elements = self.written.as_array().into_iter().flatten();
+        for (index, written) in elements.enumerate() {
+            let entry = self.entry_of(index);
+            match seq.next_element_seed(SameKeys { entry: Some(&entry), written })? {
+                Some(inner) => difference = difference.or(inner),
+                None => return Ok(difference.or(Some(Difference::Missing(entry)))),
+            }
+        }
+        while seq.next_element::<IgnoredAny>()?.is_some() {
+            difference.get_or_insert_with(|| Difference::Surplus(self.entry_of("..")));
+        }
+        Ok(difference)
     }
 }

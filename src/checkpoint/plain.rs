@@ -38,14 +38,18 @@ pub(crate) fn widened(name: &str, what: &'static str, tensor: &Tensor, var: &Ten
 
 /// Makes sure that a norm is one: a maximum of magnitudes. (NaN is what a gradient that was NaN leaves.)
 pub(crate) fn check_norm(entry: &str, norm: &Tensor) -> Result<()> {
-    let negative = norm.lt(0.0)?.flatten_all()?.to_vec1::<u8>()?;
-    match negative.iter().position(|&is_negative| is_negative != 0) {
-        Some(index) => {
-            let got = norm.flatten_all()?.get(index)?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
-            Err(Error::checkpoint(entry, "numbers that are not negative", got))
+    /// So that little memory is taken beside the norm.
+    const PART: usize = 1 << 16;
+    let norm = norm.flatten_all()?;
+    for begin in (0..norm.elem_count()).step_by(PART) {
+        let part = norm.narrow(0, begin, PART.min(norm.elem_count() - begin))?;
+        let negative = part.lt(0.0)?.to_vec1::<u8>()?;
+        if let Some(index) = negative.iter().position(|&is_negative| is_negative != 0) {
+            let got = part.get(index)?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+            return Err(Error::checkpoint(entry, "numbers that are not negative", got));
         }
-        None => Ok(()),
     }
+    Ok(())
 }
 
 /// Whether all elements are zero, which NaN is not.

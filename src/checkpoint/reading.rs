@@ -19,7 +19,8 @@ use safetensors::{Dtype, SafeTensorError};
 
 use super::atomic::failed;
 use super::header::{Header, Wanted};
-use super::unreadable;
+use super::names::listed;
+use super::{LARGEST_HEADER, unreadable};
 use crate::error::{Error, Result};
 
 /// How much a JSON text in a header may hold: far more than settings of variables with certain names need.
@@ -31,19 +32,21 @@ pub(super) struct Room {
 }
 
 impl Room {
+    /// An object takes as much memory as so many numbers, whatever is in it.
+    const OBJECT: usize = 16;
+
     pub(super) fn of<'n>(names: impl IntoIterator<Item = &'n str>) -> Self {
-        let mut room = Self { bytes: 1 << 20, values: 1 << 14 };
+        let mut room = Self { bytes: 1 << 20, values: 1 << 16 };
         for name in names {
             room.bytes += 2048 + 64 * name.len();
-            // Commas in the name count, too.
-            room.values += 64 + name.len();
+            room.values += 64;
         }
         room
     }
 
     /// Makes sure that the text `entry` is no longer.
     pub(super) fn check(self, entry: &str, text: &str) -> Result<()> {
-        let values = text.bytes().filter(|&byte| byte == b',').count();
+        let values = count_values(text);
         for (what, limit, got) in [("bytes", self.bytes, text.len()), ("values", self.values, values)] {
             if got > limit {
                 return Err(Error::checkpoint(entry, format!("at most {limit} {what} of settings"), got));
@@ -51,6 +54,23 @@ impl Room {
         }
         Ok(())
     }
+}
+
+/// How many values a JSON text has, an object counted as [`Room::OBJECT`]: what makes a parser allocate.
+fn count_values(text: &str) -> usize {
+    let (mut values, mut in_string, mut is_escaped) = (0, false, false);
+    for byte in text.bytes() {
+        match byte {
+            _ if is_escaped => is_escaped = false,
+            b'\\' => is_escaped = in_string,
+            b'"' => in_string = !in_string,
+            _ if in_string => {}
+            b'{' => values += Room::OBJECT,
+            b'[' | b',' | b':' => values += 1,
+            _ => {}
+        }
+    }
+    values
 }
 
 /// A safetensors file whose header has been read and checked against the file's length.
@@ -62,8 +82,8 @@ pub(super) struct TensorFile {
     text: Option<String>,
     /// The tensors that were looked for and have not been taken yet.
     tensors: BTreeMap<String, TensorInfo>,
-    /// The first tensor that was not looked for.
-    surplus: Option<String>,
+    /// The first few tensors that were not looked for.
+    surplus: Vec<String>,
 }
 
 impl TensorFile {
@@ -75,10 +95,11 @@ impl TensorFile {
         let Header { text, tensors, surplus } =
             parsed.map_err(|error| unreadable(path, SafeTensorError::InvalidHeaderDeserialization(error)))?;
         if let (Some(key), Some(text)) = (wanted.text, &text) {
-            wanted.room.check(key, text)?;
+            let of_vars = || Room::of(tensors.keys().filter_map(|name| name.strip_suffix(".exp_avg")));
+            wanted.room.unwrap_or_else(of_vars).check(key, text).map_err(|error| error.in_file(path))?;
         }
         // What is surplus was not kept, so the rest has gaps; nothing is taken from such a file.
-        if surplus.is_none() {
+        if surplus.is_empty() {
             let mut by_offset: Vec<_> = tensors.iter().map(|(name, info)| (name.clone(), info.clone())).collect();
             by_offset.sort_by_key(|(_, info)| info.data_offsets);
             let metadata = Metadata::new(None, by_offset).map_err(|error| unreadable(path, error))?;
@@ -146,9 +167,13 @@ impl TensorFile {
 
     /// Makes sure that there was no tensor that was not looked for.
     pub(super) fn no_surplus(&self) -> Result<()> {
-        match &self.surplus {
-            Some(name) => Err(surplus(name)),
-            None => Ok(()),
+        match self.surplus.as_slice() {
+            [] => Ok(()),
+            [name] => Err(surplus(name)),
+            [name, others @ ..] => {
+                let got = format!("a surplus one, and others: {}", listed(others.iter().map(String::as_str)));
+                Err(Error::checkpoint(name, NO_SUCH_TENSOR, got))
+            }
         }
     }
 
@@ -162,12 +187,14 @@ impl TensorFile {
     }
 }
 
+const NO_SUCH_TENSOR: &str = "no such tensor";
+
 fn surplus(name: &str) -> Error {
-    Error::checkpoint(name, "no such tensor", "a surplus one")
+    Error::checkpoint(name, NO_SUCH_TENSOR, "a surplus one")
 }
 
 /// The bytes of the header, the file, and how many bytes that has.
-fn read_header(path: &Path, room: Room) -> Result<(Vec<u8>, File, u64)> {
+fn read_header(path: &Path, room: Option<Room>) -> Result<(Vec<u8>, File, u64)> {
     let failed = || failed("reading", path);
     let mut file = File::open(path).map_err(failed())?;
     let metadata = file.metadata().map_err(failed())?;
@@ -184,7 +211,7 @@ fn read_header(path: &Path, room: Room) -> Result<(Vec<u8>, File, u64)> {
         return Err(unreadable(path, SafeTensorError::InvalidHeaderLength));
     }
     // A text is at most twice as long as a string of JSON, and the entries of tensors are short.
-    if claimed > 4 * room.bytes as u64 {
+    if claimed > room.map_or(LARGEST_HEADER, |room| 4 * room.bytes) as u64 {
         return Err(unreadable(path, SafeTensorError::HeaderTooLarge));
     }
     let mut header = vec![0; claimed as usize];

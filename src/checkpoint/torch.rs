@@ -6,24 +6,29 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
 use super::header::Wanted;
+use super::names::{differences, hint, listed};
 use super::plain::{PlainVar, count, of_scalar};
 use super::reading::{Room, TensorFile};
-use super::write_tensors;
+use super::{AtomicFile, write_tensors};
 use crate::error::{Error, Result};
 
 /// The key of the JSON text in the metadata.
 pub(crate) const PARAM_GROUPS: &str = "param_groups";
 /// What may stand after a parameter's name in the name of a tensor.
 const TENSORS: [&str; 3] = ["exp_avg", "exp_inf", "step"];
+/// Keys that PyTorch itself keeps in the groups and no optimizer reads: those of its schedulers (`LRScheduler`, `SWALR`,
+/// `OneCycleLR` and `CyclicLR`, which have state of their own) and the parameters' names.
+const KNOWN_OTHERS: [&str; 7] =
+    ["initial_lr", "swa_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "param_names"];
 /// PyTorch counts in f32, in which this is the last number that can be counted to.
 const LARGEST_STEP: u64 = 1 << f32::MANTISSA_DIGITS;
 
 /// One of PyTorch's `param_groups`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct TorchGroup {
     pub(crate) lr: f64,
     pub(crate) betas: [f64; 2],
@@ -39,12 +44,11 @@ pub(crate) struct TorchGroup {
     /// Whether autograd goes through it.
     #[serde(default)]
     differentiable: bool,
-    /// Where one of PyTorch's schedulers began; the scheduler has state of its own.
-    #[serde(default, skip_serializing)]
-    #[allow(dead_code, reason = "a known key that means nothing here")]
-    initial_lr: Option<f64>,
     /// The names of its parameters.
     pub(crate) params: Vec<String>,
+    /// All other keys, which PyTorch's optimizer does not read.
+    #[serde(flatten, skip_serializing)]
+    others: BTreeMap<String, IgnoredAny>,
 }
 
 impl TorchGroup {
@@ -66,10 +70,19 @@ impl TorchGroup {
             foreach: None,
             capturable: false,
             differentiable: false,
-            initial_lr: None,
             params,
+            others: BTreeMap::new(),
         }
     }
+}
+
+/// Options of [`Adamax::load_torch_with`](crate::Adamax::load_torch_with).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TorchOptions {
+    /// Whether keys of `param_groups` that are not known are left out, such as the `lr_scale` of layer-wise learning rates
+    /// (their `lr` has been scaled already). Otherwise they are an error, since a setting may be lost with them. Those that
+    /// PyTorch's own schedulers keep there are always left out. Default: false.
+    pub ignore_unknown: bool,
 }
 
 /// What is in such a file.
@@ -79,36 +92,45 @@ pub(crate) struct TorchState {
     pub(crate) vars: BTreeMap<String, PlainVar>,
 }
 
-/// Writes the state; averages and gradients that wait have no place in it, and the caller has made sure of that.
-pub(crate) fn write(state: &TorchState, path: &Path) -> Result<()> {
-    let steps = state.vars.iter().map(|(name, var)| {
-        let key = format!("{name}.step");
-        if var.step > LARGEST_STEP {
+/// Makes sure that a file can hold the counts of these parameters and these groups.
+pub(crate) fn check<'n>(steps: impl IntoIterator<Item = (&'n str, u64)>, groups: &[TorchGroup]) -> Result<()> {
+    for (name, step) in steps {
+        if step > LARGEST_STEP {
             let expected = format!("at most {LARGEST_STEP}, which is as far as PyTorch counts in f32");
-            return Err(Error::checkpoint(key, expected, var.step));
+            return Err(Error::checkpoint(format!("{name}.step"), expected, step));
         }
-        Ok((key, of_scalar(var.step as f32)?))
-    });
+    }
+    let names = groups.iter().flat_map(|group| &group.params).map(String::as_str);
+    Room::of(names).check(PARAM_GROUPS, &to_json(groups)?)
+}
+
+fn to_json(groups: &[TorchGroup]) -> Result<String> {
+    serde_json::to_string(groups).map_err(|error| Error::checkpoint(PARAM_GROUPS, "settings that JSON can hold", error))
+}
+
+/// Writes a state that has been [checked](check); averages and gradients that wait have no place in it.
+pub(crate) fn write(state: &TorchState, file: AtomicFile) -> Result<()> {
+    let steps = state.vars.iter().map(|(name, var)| Ok((format!("{name}.step"), of_scalar(var.step as f32)?)));
     let steps = steps.collect::<Result<Vec<_>>>()?;
     let moments = state
         .vars
         .iter()
         .flat_map(|(name, var)| [(format!("{name}.exp_avg"), &var.exp_avg), (format!("{name}.exp_inf"), &var.exp_inf)]);
-    let groups = serde_json::to_string(&state.groups)
-        .map_err(|error| Error::checkpoint(PARAM_GROUPS, "settings that JSON can hold", error))?;
-    Room::of(state.vars.keys().map(String::as_str)).check(PARAM_GROUPS, &groups)?;
     let tensors = moments.chain(steps.iter().map(|(key, step)| (key.clone(), step)));
-    write_tensors(path, tensors, Some((PARAM_GROUPS, groups)))
+    write_tensors(file, tensors, Some((PARAM_GROUPS, to_json(&state.groups)?)))
 }
 
 /// Reads the state of parameters of these names, which are in alphabetical order, and of no others.
-pub(crate) fn read(path: &Path, names: &[&str]) -> Result<TorchState> {
+///
+/// Errors do not name the file yet: what its state does not fit is found later.
+pub(crate) fn read(path: &Path, names: &[&str], options: TorchOptions) -> Result<TorchState> {
     let is_var = |name: &str| names.binary_search(&name).is_ok();
     let is_tensor =
         |key: &str| key.rsplit_once('.').is_some_and(|(name, what)| TENSORS.contains(&what) && is_var(name));
-    let wanted = Wanted { text: Some(PARAM_GROUPS), is_tensor: &is_tensor, room: Room::of(names.iter().copied()) };
+    let wanted =
+        Wanted { text: Some(PARAM_GROUPS), is_tensor: &is_tensor, room: Some(Room::of(names.iter().copied())) };
     let mut file = TensorFile::open(path, &wanted)?;
-    let groups = parse_groups(file.text(), names)?;
+    let groups = parse_groups(file.text(), names, options)?;
     file.no_surplus()?;
     let mut vars = BTreeMap::new();
     for &name in names {
@@ -127,22 +149,26 @@ pub(crate) fn read(path: &Path, names: &[&str]) -> Result<TorchState> {
 }
 
 /// The groups, which have each of the names once and no other.
-fn parse_groups(json: Option<&str>, names: &[&str]) -> Result<Vec<TorchGroup>> {
+fn parse_groups(json: Option<&str>, names: &[&str], options: TorchOptions) -> Result<Vec<TorchGroup>> {
     let Some(json) = json else {
         return Err(Error::checkpoint(PARAM_GROUPS, "the settings of torch.optim.Adamax, in the metadata", "none"));
     };
     let groups: Vec<TorchGroup> = serde_json::from_str(json)
         .map_err(|error| Error::checkpoint(PARAM_GROUPS, "the settings of torch.optim.Adamax", error))?;
-    let mut listed: Vec<&str> = groups.iter().flat_map(|group| &group.params).map(String::as_str).collect();
-    listed.sort_unstable();
-    if let Some(twice) = listed.windows(2).find(|pair| pair[0] == pair[1]) {
+    let mut others = groups.iter().flat_map(|group| group.others.keys()).map(String::as_str);
+    if let Some(other) = others.find(|key| !options.ignore_unknown && !KNOWN_OTHERS.contains(key)) {
+        let expected = "the settings of torch.optim.Adamax (`load_torch_with` and `ignore_unknown` leave out others)";
+        return Err(Error::checkpoint(PARAM_GROUPS, expected, format!("unknown field {}", listed([other]))));
+    }
+    let mut theirs: Vec<&str> = groups.iter().flat_map(|group| &group.params).map(String::as_str).collect();
+    theirs.sort_unstable();
+    if let Some(twice) = theirs.windows(2).find(|pair| pair[0] == pair[1]) {
         return Err(Error::checkpoint(PARAM_GROUPS, format!("`{}` in one group", twice[0]), "in two"));
     }
-    if let Some(surplus) = listed.iter().find(|name| names.binary_search(name).is_err()) {
-        return Err(Error::checkpoint(PARAM_GROUPS, format!("no parameter `{surplus}`"), "a surplus one"));
-    }
-    if let Some(missing) = names.iter().find(|name| listed.binary_search(name).is_err()) {
-        return Err(Error::checkpoint(PARAM_GROUPS, format!("a group of `{missing}`"), "none"));
-    }
-    Ok(groups)
+    let (expected, got) = match differences(names, &theirs) {
+        (Some(surplus), _) => (format!("no parameter `{surplus}`"), "a surplus one"),
+        (None, Some(missing)) => (format!("a group of `{missing}`"), "none"),
+        (None, None) => return Ok(groups),
+    };
+    Err(Error::checkpoint(PARAM_GROUPS, expected, format!("{got}{}", hint(names, &theirs, "file"))))
 }

@@ -4,11 +4,14 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use candle_adamax::{Adamax, ErrorKind, ParamsAdamax};
-use candle_core::DType;
+use candle_adamax::{Adamax, ErrorKind, ParamsAdamax, SparseUpdate, Table};
+use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::Optimizer;
 
+#[cfg(unix)]
+use crate::kill::through_shell;
 use crate::kill::{child, is_child};
-use crate::support::{Folder, Model, fingerprint};
+use crate::support::{Folder, Model, bits, fingerprint};
 
 fn trained(calls: u64) -> Result<(Model, Adamax)> {
     let model = Model::new(DType::F32)?;
@@ -18,7 +21,7 @@ fn trained(calls: u64) -> Result<(Model, Adamax)> {
 }
 
 /// Everything in a folder, hidden or not.
-fn listing(folder: &Path) -> Result<Vec<OsString>> {
+pub(crate) fn listing(folder: &Path) -> Result<Vec<OsString>> {
     let mut names = std::fs::read_dir(folder)?.map(|entry| Ok(entry?.file_name())).collect::<Result<Vec<_>>>()?;
     names.sort();
     Ok(names)
@@ -126,41 +129,95 @@ fn where_no_file_can_be_is_an_error() -> Result<()> {
 }
 
 #[test]
-fn what_a_killed_save_left_is_no_obstacle_and_is_swept() -> Result<()> {
+fn what_killed_saves_left_is_swept_and_what_goes_on_is_not() -> Result<()> {
     let folder = Folder::new()?;
     let file = folder.file("optimizer.safetensors");
     let (model, optimizer) = trained(3)?;
-    for existing in [false, true] {
-        let left = folder.file(".optimizer.safetensors.saving");
-        std::fs::create_dir_all(left.join("a folder"))?;
-        std::fs::write(left.join("a folder").join("junk"), "junk")?;
-        std::fs::write(left.join("4711-0"), vec![0; 100_000])?;
-        // The next saves of this very process would use these names.
-        for save in 0..1000 {
-            std::fs::write(left.join(format!("{}-{save}", std::process::id())), "junk that is longer than nothing")?;
-        }
-        assert_eq!(file.exists(), existing);
+    for save in 0..100 {
+        let left = format!(".candle-adamax-{}-{save}-0123456789abcdef.saving", std::process::id());
+        std::fs::write(folder.file(&left), "junk that is longer than nothing")?;
+    }
+    // Another process is writing this one, and these are none.
+    let going_on = ".candle-adamax-4711-0-0123456789abcdef.saving";
+    let lock = std::fs::File::create(folder.file(going_on))?;
+    lock.lock()?;
+    let others = [".candle-adamax-folder.saving", ".candle-adamax-4711-0.safetensors", ".other.saving"];
+    std::fs::create_dir(folder.file(others[0]))?;
+    std::fs::write(folder.file(others[1]), "kept")?;
+    std::fs::write(folder.file(others[2]), "kept")?;
+    for _ in 0..2 {
         optimizer.save(&file)?;
-        assert_eq!(listing(folder.path())?, ["optimizer.safetensors"]);
+        let mut expected = [others.as_slice(), &[going_on, "optimizer.safetensors"]].concat();
+        expected.sort_unstable();
+        assert_eq!(listing(folder.path())?, expected);
         let mut resumed = model.optimizer(ParamsAdamax::default())?;
         resumed.load(&file)?;
         assert_eq!(fingerprint(&resumed)?, fingerprint(&optimizer)?);
     }
+    drop(lock);
+    optimizer.save(&file)?;
+    assert!(!folder.file(going_on).exists());
+    Ok(())
+}
+
+/// A disk that is full, as the system has it for one process.
+#[cfg(unix)]
+#[test]
+fn a_save_that_fails_half_way_leaves_the_old_file() -> Result<()> {
+    if is_child() {
+        for save in [Adamax::save, Adamax::save_keras] as [fn(&Adamax, PathBuf) -> candle_adamax::Result<()>; 2] {
+            let model = Model::new(DType::F32)?;
+            let error = save(&model.optimizer(ParamsAdamax::default())?, "state".into()).unwrap_err();
+            assert!(matches!(error.kind(), ErrorKind::Io { action: "writing", .. }), "{error}");
+            assert!(error.to_string().contains("\"state\""), "{error}");
+        }
+        return Ok(());
+    }
+    let folder = Folder::new()?;
+    let file = folder.file("state");
+    trained(3)?.1.save(&file)?;
+    let before = std::fs::read(&file)?;
+    let script = "trap '' XFSZ; ulimit -f 1; exec \"$0\" \"$@\"";
+    let output =
+        through_shell(script, "files::a_save_that_fails_half_way_leaves_the_old_file", folder.path())?.output()?;
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(std::fs::read(&file)?, before);
+    assert_eq!(listing(folder.path())?, ["state"], "what was written so far takes no room");
     Ok(())
 }
 
 #[test]
-fn a_save_that_fails_leaves_the_old_file() -> Result<()> {
+fn a_save_that_cannot_begin_changes_no_row() -> Result<()> {
     let folder = Folder::new()?;
-    let file = folder.file("optimizer.safetensors");
-    let (_, optimizer) = trained(3)?;
-    optimizer.save(&file)?;
-    let before = std::fs::read(&file)?;
-    // A file where the folder for the new one should be.
-    std::fs::write(folder.file(".optimizer.safetensors.saving"), "in the way")?;
-    let error = trained(4)?.1.save(&file).unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::Io { .. }), "{error}");
-    assert_eq!(std::fs::read(&file)?, before);
+    let nowhere = folder.file("missing").join("state");
+    type Save = fn(&Adamax, &Path) -> candle_adamax::Result<()>;
+    let keras = ParamsAdamax { lr: 0.1.into(), ..Default::default() };
+    let ways: [(ParamsAdamax, Save); 6] = [
+        (keras.clone(), |optimizer, path| optimizer.save(path)),
+        (keras.clone(), |optimizer, path| optimizer.save_keras(path)),
+        (keras.clone(), |optimizer, path| optimizer.save_keras_legacy(path, &["table"])),
+        (ParamsAdamax { lr: 0.1.into(), ..ParamsAdamax::pytorch() }, |optimizer, path| optimizer.save_torch(path)),
+        // What the other side cannot hold.
+        (keras, |optimizer, path| optimizer.save_torch(path.parent().unwrap().parent().unwrap().join("torch"))),
+        (ParamsAdamax::pytorch(), |optimizer, path| {
+            optimizer.save_keras(path.parent().unwrap().parent().unwrap().join("keras"))
+        }),
+    ];
+    for (params, save) in ways {
+        let var = Var::ones((8, 2), DType::F32, &Device::Cpu)?;
+        let table = Table::new(&var)?;
+        let params = ParamsAdamax { sparse_update: SparseUpdate::Exact, ..params };
+        let mut optimizer = Adamax::from_named([("table", var.clone())], params)?;
+        for row in [0u32, 1, 1, 1] {
+            optimizer.backward_step(&table.lookup(&Tensor::new(&[row], &Device::Cpu)?)?.sum_all()?)?;
+        }
+        let before = bits(&var)?;
+        save(&optimizer, &nowhere).unwrap_err();
+        assert_eq!(bits(&var)?, before);
+        optimizer.catch_up()?;
+        assert_ne!(bits(&var)?, before, "row 0 has missed three updates");
+    }
+    assert!(listing(folder.path())?.is_empty());
     Ok(())
 }
 
@@ -204,5 +261,27 @@ fn one_file_from_several_threads_at_once() -> Result<()> {
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..4).map(|calls| scope.spawn(move || save(calls))).collect();
         threads.into_iter().try_for_each(|thread| thread.join().unwrap())
-    })
+    })?;
+    assert_eq!(listing(folder.path())?, ["state"]);
+    Ok(())
+}
+
+#[test]
+fn one_file_from_several_processes_at_once() -> Result<()> {
+    const SAVES: u64 = 100;
+    if is_child() {
+        let (model, optimizer) = trained(2)?;
+        for _ in 0..SAVES {
+            optimizer.save("state")?;
+            model.optimizer(ParamsAdamax::default())?.load("state")?;
+        }
+        return Ok(());
+    }
+    let folder = Folder::new()?;
+    let spawn = |_| Ok(child("files::one_file_from_several_processes_at_once")?.current_dir(folder.path()).spawn()?);
+    for mut process in (0..4).map(spawn).collect::<Result<Vec<_>>>()? {
+        assert!(process.wait()?.success());
+    }
+    assert_eq!(listing(folder.path())?, ["state"]);
+    Ok(())
 }

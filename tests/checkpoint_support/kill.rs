@@ -1,6 +1,7 @@
 //! A process that saves again and again is killed, many times, at moments of chance: there is always a checkpoint, it
 //! is whole, and it is the old one or the new one.
 
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -13,6 +14,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Optimizer;
 use rand::Rng;
 
+use crate::files::listing;
 use crate::support::{Folder, bits};
 
 /// Set in processes that a test has started, to the folder that they work in.
@@ -29,6 +31,15 @@ const ELEMENTS: usize = 50_000;
 pub(crate) fn child(test: &str) -> Result<Command> {
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["--exact", test, "--nocapture"]).env(CHILD, "1");
+    Ok(command)
+}
+
+/// This very program as in [`child`], in a folder, after a shell script has prepared its process.
+#[cfg(unix)]
+pub(crate) fn through_shell(script: &str, test: &str, folder: &Path) -> Result<Command> {
+    let mut command = Command::new("sh");
+    command.args(["-c", script]).arg(std::env::current_exe()?).args(["--exact", test, "--nocapture"]);
+    command.env(CHILD, "1").current_dir(folder);
     Ok(command)
 }
 
@@ -102,7 +113,8 @@ fn always_leaves_a_whole_file() -> Result<()> {
         let kill = kills;
         kills += 1;
         kill_one(folder.path(), Duration::from_micros(random.random_range(0..15_000)))?;
-        left_behind += usize::from(folder.file(".optimizer.safetensors.saving").exists());
+        let is_left = |name: &OsString| name.to_string_lossy().ends_with(".saving");
+        left_behind += usize::from(listing(folder.path())?.iter().any(is_left));
         if !file.exists() {
             ensure!(calls == 0, "kill {kill}: the file is gone");
             continue;

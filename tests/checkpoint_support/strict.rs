@@ -4,7 +4,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use candle_adamax::{Adamax, Ema, Epsilon, Error, ErrorKind, ParamGroup, ParamsAdamax, StepCount};
+use candle_adamax::{
+    Adamax, Ema, Epsilon, Error, ErrorKind, ExponentialDecay, LearningRate, ParamGroup, ParamsAdamax, StateDType,
+    StepCount,
+};
 use candle_core::{DType, Device, Var};
 use candle_nn::{Optimizer, VarMap};
 use safetensors::tensor::TensorView;
@@ -496,5 +499,129 @@ fn variables_without_names_have_no_file() -> Result<()> {
     // Not even a file that happens to have the made-up name.
     let error = refuse(&mut unnamed, &[(String::new(), var)], &folder.file("named"))?;
     assert!(matches!(error.kind(), ErrorKind::UnnamedVar(0)), "{error}");
+    Ok(())
+}
+
+#[test]
+fn a_norm_that_is_negative() -> Result<()> {
+    let mut fixture = Fixture::new()?;
+    let entry = "`head.exp_inf`: expected numbers that are not negative, got -";
+    fixture.refuse_edited(&[entry], |parts| {
+        parts.tensors.get_mut("head.exp_inf").unwrap().2[20..24].copy_from_slice(&(-1e-30f32).to_le_bytes());
+    })?;
+    // What a gradient leaves that is not finite is no mistake of the file.
+    for value in [f32::NAN, f32::INFINITY, 0.0] {
+        let mut parts = fixture.parts()?;
+        parts.tensors.get_mut("head.exp_inf").unwrap().2[20..24].copy_from_slice(&value.to_le_bytes());
+        parts.write(&fixture.folder.file("edited"))?;
+        fixture.optimizer.load(fixture.folder.file("edited"))?;
+    }
+    // In every encoding that has negative numbers, and by rows.
+    for (state_dtype, rowwise_norm, size) in [
+        (StateDType::F32, true, 4),
+        (StateDType::BF16, false, 2),
+        (StateDType::F16, false, 2),
+        (StateDType::Q8, true, 4),
+        (StateDType::F16, true, 4),
+    ] {
+        let folder = Folder::new()?;
+        let (good, edited) = (folder.file("good"), folder.file("edited"));
+        let vars = vec![("w".to_owned(), Var::ones((3, 2), DType::F32, &Device::Cpu)?)];
+        let params = ParamsAdamax { state_dtype, rowwise_norm, ..Default::default() };
+        let mut optimizer = Adamax::from_named(vars.clone(), params)?;
+        optimizer.backward_step(&vars[0].1.sqr()?.sum_all()?)?;
+        optimizer.save(&good)?;
+        let mut parts = Parts::read(&good)?;
+        let bytes = &mut parts.tensors.get_mut("w.exp_inf").unwrap().2;
+        bytes[size - 1] |= 0x80;
+        parts.write(&edited)?;
+        let message = refuse(&mut optimizer, &vars, &edited)?.to_string();
+        assert!(message.contains("`w.exp_inf`: expected numbers that are not negative"), "{state_dtype:?}: {message}");
+        optimizer.load(&good)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn keys_that_saving_does_not_write() -> Result<()> {
+    let mut fixture = Fixture::new()?;
+    // What Keras writes beside a schedule, and what nobody does.
+    let decay = serde_json::to_value(LearningRate::from(ExponentialDecay::new(0.5, 10, 0.5)))?;
+    for (key, value) in
+        [("module", json!("keras.optimizers.schedules")), ("registered_name", json!(null)), ("novel", json!(1))]
+    {
+        let mut lr = decay.clone();
+        lr[key] = value;
+        fixture.refuse_edited(&[&format!("`params.lr.{key}`: expected no such setting")], |parts| {
+            parts.header["params"]["lr"] = lr.clone();
+        })?;
+        fixture.refuse_edited(&[&format!("`groups.1.lr.Own.{key}`")], |parts| {
+            parts.header["groups"][1]["lr"] = json!({"Own": lr});
+        })?;
+    }
+    fixture.refuse_edited(&["`params.lr.config.name`: expected no such setting"], |parts| {
+        parts.header["params"]["lr"] = decay.clone();
+        parts.header["params"]["lr"]["config"]["name"] = json!("decay");
+    })?;
+    for outside in [json!({"class_name": "Tensor", "config": 0.5}), json!({"class_name": "Custom", "config": null})] {
+        fixture.refuse_edited(&["`params.lr.novel`"], |parts| {
+            parts.header["params"]["lr"] = outside;
+            parts.header["params"]["lr"]["novel"] = json!({"a": [1, 2]});
+        })?;
+    }
+    let mut parts = fixture.parts()?;
+    parts.header["params"]["lr"] = decay;
+    parts.write(&fixture.folder.file("edited"))?;
+    fixture.optimizer.load(fixture.folder.file("edited"))?;
+    Ok(())
+}
+
+#[test]
+fn counters_that_contradict_each_other() -> Result<()> {
+    let mut fixture = Fixture::new()?;
+    // Four calls, one update of three and one that waits.
+    fixture.refuse_edited(&["`counters.pending`: expected at most 0 (they are calls, too)"], |parts| {
+        parts.header["counters"]["calls"] = json!(0);
+    })?;
+    fixture.refuse_edited(&["`head.step`: expected at most the 1 updates"], |parts| {
+        parts.header["vars"]["head"]["step"] = json!(2);
+    })?;
+    fixture.refuse_edited(&["`body.0.weight.accumulated`"], |parts| {
+        parts.header["vars"]["body.0.weight"]["accumulated"] = json!(2);
+    })?;
+    for counter in ["calls", "updates", "skipped"] {
+        fixture.refuse_edited(&[counter], |parts| parts.header["counters"][counter] = json!(u64::MAX))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn errors_name_the_file_and_the_tensor() -> Result<()> {
+    let mut fixture = Fixture::new()?;
+    let file = fixture.folder.file("edited");
+    type Edit = fn(&mut Parts);
+    let edits: [Edit; 4] = [
+        |parts| drop(parts.tensors.remove("head.ema")),
+        |parts| drop(parts.tensors.insert("head.ema".into(), (Dtype::BOOL, vec![2, 3], vec![0; 6]))),
+        |parts| parts.header["params"]["lr"] = json!(-1.0),
+        |parts| parts.tensors.get_mut("head.exp_avg").unwrap().1 = vec![6],
+    ];
+    for edit in edits {
+        let mut parts = fixture.parts()?;
+        edit(&mut parts);
+        parts.write(&file)?;
+        let error = fixture.refuse("edited")?;
+        assert_eq!(error.path(), Some(file.as_path()), "{error}");
+        assert!(error.to_string().contains(&format!("{file:?}")), "{error}");
+        // It stays with the error on its way through candle's.
+        let message = candle_core::Error::from(error).to_string();
+        assert!(message.contains("edited"), "{message}");
+    }
+    // A dtype that no reader of safetensors knows.
+    let header = r#"{"__metadata__":{},"head.ema":{"dtype":"F7","shape":[1],"data_offsets":[0,1]}}"#;
+    let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), b"\0"].concat();
+    std::fs::write(&file, bytes)?;
+    let message = fixture.refuse("edited")?.to_string();
+    assert!(message.contains("the tensor `head.ema`: ") && message.contains("edited"), "{message}");
     Ok(())
 }

@@ -220,3 +220,14 @@ fn what_keras_does_not_have_is_refused() -> Result<()> {
     assert!(matches!(params.lr, LearningRate::Constant(0.5)));
     Ok(())
 }
+
+#[test]
+fn a_byte_order_mark_is_passed_over() -> Result<()> {
+    let json = "{\"class_name\": \"Adamax\",\r\n\"config\": {\"beta_1\": 0.5}}\r\n\r\n";
+    for text in [json.to_owned(), format!("\u{feff}{json}")] {
+        assert_eq!(ParamsAdamax::from_keras_json(&text)?.beta1, 0.5);
+    }
+    let error = ParamsAdamax::from_keras_json("\u{feff}{\"class_name\": \"Adam\"}").unwrap_err().to_string();
+    assert!(error.contains("class_name") && error.contains("Adam"), "{error}");
+    Ok(())
+}

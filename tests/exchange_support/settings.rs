@@ -1,7 +1,7 @@
 //! What becomes of PyTorch's settings and of its dtypes, and which of them are refused.
 
 use anyhow::Result;
-use candle_adamax::{Adamax, ErrorKind, ParamsAdamax, Rounding};
+use candle_adamax::{Adamax, ErrorKind, ParamsAdamax, Rounding, TorchOptions};
 use candle_core::{DType, Device, Tensor, Var};
 use serde_json::{Value, json};
 
@@ -10,6 +10,13 @@ use crate::run::left;
 
 /// One variable, and a file for it with edited settings.
 fn load(edit: impl FnOnce(&mut Value)) -> Result<(Adamax, Result<(), candle_adamax::Error>)> {
+    load_with(edit, TorchOptions::default())
+}
+
+fn load_with(
+    edit: impl FnOnce(&mut Value),
+    options: TorchOptions,
+) -> Result<(Adamax, Result<(), candle_adamax::Error>)> {
     let var = Var::new(&[1f32, 2.0], &Device::Cpu)?;
     let mut optimizer = Adamax::from_named([("w", var)], ParamsAdamax::pytorch())?;
     let mut parts = Parts::of_one("w", &[2])?;
@@ -18,9 +25,39 @@ fn load(edit: impl FnOnce(&mut Value)) -> Result<(Adamax, Result<(), candle_adam
     parts.text = Some(("param_groups".into(), groups.to_string()));
     let file = left(&format!("settings-{:?}.safetensors", std::thread::current().id()))?;
     parts.write(&file)?;
-    let loaded = optimizer.load_torch(&file);
+    let loaded = optimizer.load_torch_with(&file, options);
     std::fs::remove_file(&file)?;
     Ok((optimizer, loaded))
+}
+
+#[test]
+fn keys_of_schedulers_are_left_out_and_others_if_asked_to() -> Result<()> {
+    // As LRScheduler, SWALR, OneCycleLR and CyclicLR keep them.
+    let schedulers =
+        ["initial_lr", "swa_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"].map(|key| (key, json!(0.5)));
+    for (key, value) in schedulers.into_iter().chain([("param_names", json!(["w"]))]) {
+        let (optimizer, loaded) = load(|groups| groups[0][key] = value)?;
+        loaded?;
+        assert_eq!((optimizer.updates(), optimizer.params().eps), (3, 1e-8), "{key}");
+    }
+    // As in the layer-wise rates of ConvNeXt, and anything else.
+    for (key, value) in
+        [("lr_scale", json!(0.25)), ("layer", json!({"a": [1, null, "text"]})), ("amsgrad", json!(false))]
+    {
+        let (optimizer, loaded) = load(|groups| groups[0][key] = value.clone())?;
+        let error = loaded.unwrap_err().to_string();
+        assert!(error.contains(&format!("unknown field `{key}`")) && error.contains("`ignore_unknown`"), "{error}");
+        assert_eq!(optimizer.updates(), 0);
+        let (optimizer, loaded) =
+            load_with(|groups| groups[0][key] = value.clone(), TorchOptions { ignore_unknown: true })?;
+        loaded?;
+        assert_eq!((optimizer.updates(), optimizer.params().beta1), (3, 0.9), "{key}");
+    }
+    // What it needs is still needed.
+    let (_, loaded) =
+        load_with(|groups| groups[0] = json!({"lr_scale": 1, "params": ["w"]}), TorchOptions { ignore_unknown: true })?;
+    assert!(loaded.unwrap_err().to_string().contains("missing field `lr`"));
+    Ok(())
 }
 
 #[test]

@@ -3,9 +3,10 @@
 use std::path::Path;
 
 use super::super::Adamax;
-use crate::checkpoint::Counters;
+use super::super::late::without;
 use crate::checkpoint::keras::{self, Extras, KerasState};
 use crate::checkpoint::plain::is_zero;
+use crate::checkpoint::{AtomicFile, Counters};
 use crate::error::{Error, ErrorKind, Result};
 use crate::group::{GroupLr, GroupSettings};
 use crate::params::{ParamsAdamax, StepCount};
@@ -24,7 +25,7 @@ impl Adamax {
     /// `iteration` is the number of calls. `learning_rate` is there unless it is a schedule, of which Keras has no
     /// variable, either.
     ///
-    /// The file is complete or it is not there.
+    /// The file is complete or it is not there, as that of [`save`](Self::save).
     ///
     /// # Errors
     ///
@@ -34,8 +35,12 @@ impl Adamax {
     /// their own, an average that a variable does not have yet; variables without names; the system's errors.
     pub fn save_keras(&self, path: impl AsRef<Path>) -> Result<()> {
         self.require_names()?;
-        let state = self.keras_state().map_err(|error| self.own(error))?;
-        keras::write(&state, path.as_ref()).map_err(|error| self.own(error))
+        let write = || {
+            self.require_keras()?;
+            let file = AtomicFile::create(path.as_ref())?;
+            keras::write(&self.keras_state()?, file)
+        };
+        write().map_err(|error| self.own(error))
     }
 
     /// Takes the variables of Keras 3's Adamax from a file that `examples/exchange/keras3.py`, or
@@ -56,7 +61,10 @@ impl Adamax {
     /// a learning rate or a count that is not allowed. Nothing has changed then.
     pub fn load_keras(&mut self, path: impl AsRef<Path>) -> Result<()> {
         self.require_names()?;
-        self.try_load_keras(path.as_ref()).map_err(|error| self.own(error))
+        let path = path.as_ref();
+        let loaded = self.require_epsilon(Epsilon::Outside, "Keras");
+        let loaded = loaded.and_then(|()| self.try_load_keras(path).map_err(|error| error.in_file(path)));
+        loaded.map_err(|error| self.own(error))
     }
 
     /// Writes the state in the order of `get_weights()` of Keras 2's optimizers and of `tf_keras.optimizers.legacy`: a
@@ -70,7 +78,9 @@ impl Adamax {
     pub fn save_keras_legacy(&self, path: impl AsRef<Path>, order: &[impl AsRef<str>]) -> Result<()> {
         let write = || {
             let order = self.legacy_order(order)?;
-            keras::write_legacy(&self.keras_state()?, &order, path.as_ref())
+            self.require_keras()?;
+            let file = AtomicFile::create(path.as_ref())?;
+            keras::write_legacy(&self.keras_state()?, &order, file)
         };
         write().map_err(|error| self.own(error))
     }
@@ -83,39 +93,59 @@ impl Adamax {
     /// As [`load_keras`](Self::load_keras), and as [`save_keras_legacy`](Self::save_keras_legacy) of the order. Nothing
     /// has changed then.
     pub fn load_keras_legacy(&mut self, path: impl AsRef<Path>, order: &[impl AsRef<str>]) -> Result<()> {
-        let read = self.legacy_order(order).and_then(|order| keras::read_legacy(path.as_ref(), &order));
-        read.and_then(|state| self.take_keras(state)).map_err(|error| self.own(error))
+        let path = path.as_ref();
+        let loaded = self.legacy_order(order).and_then(|order| {
+            let read = keras::read_legacy(path, &order);
+            read.and_then(|state| self.take_keras(state)).map_err(|error| error.in_file(path))
+        });
+        loaded.map_err(|error| self.own(error))
     }
 
-    fn keras_state(&self) -> Result<KerasState> {
+    /// Makes sure that Keras can hold all that [`keras_state`](Self::keras_state) gives. It comes before that, since rows
+    /// catch up there, which changes weights.
+    fn require_keras(&self) -> Result<()> {
         self.require_epsilon(Epsilon::Outside, "Keras")?;
         self.require_keras_settings()?;
         self.groups.iter().enumerate().try_for_each(|(index, group)| self.require_no_numbers(index, group))?;
-        let (counters, mut vars) = self.plain()?;
-        let Counters { calls, updates, .. } = counters;
-        let (averages, accumulators) = (self.params.ema.is_some(), self.params.gradient_accumulation_steps > 1);
-        for (name, var) in &mut vars {
-            if self.params.step_count == StepCount::PerVar && var.step != updates {
+        let late = self.late();
+        let Counters { calls, updates, .. } = without(&self.counters, late);
+        for param in &self.vars {
+            let (name, step) = (&param.name, self.settled_step(&param.name, param.state.get().step, late));
+            if self.params.step_count == StepCount::PerVar && step != updates {
                 let expected = format!("{updates}, since Keras counts for all variables together");
-                return Err(Error::checkpoint(format!("{name}.step"), expected, var.step));
+                return Err(Error::checkpoint(format!("{name}.step"), expected, step));
             }
+            if self.params.ema.is_some() && param.ema.is_none() && calls > 0 {
+                let expected = "a moving average, which Keras has of every variable";
+                return Err(Error::checkpoint(format!("{name}.ema"), expected, "none"));
+            }
+        }
+        keras::check_iteration(calls)?;
+        self.keras_rate(calls).map(drop)
+    }
+
+    /// The learning rate after so many calls, unless it is a schedule, for which Keras has no variable.
+    fn keras_rate(&self, calls: u64) -> Result<Option<f64>> {
+        match &self.params.lr {
+            LearningRate::Constant(_) | LearningRate::Tensor(_) => self.rate(calls).map(Some),
+            LearningRate::Schedule(_) | LearningRate::Custom(_) => Ok(None),
+        }
+    }
+
+    /// The state, which [Keras can hold](Self::require_keras).
+    fn keras_state(&self) -> Result<KerasState> {
+        let (Counters { calls, .. }, mut vars) = self.plain()?;
+        let (averages, accumulators) = (self.params.ema.is_some(), self.params.gradient_accumulation_steps > 1);
+        for var in vars.values_mut() {
             let zeros = || var.exp_avg.zeros_like();
             if averages && var.ema.is_none() {
-                if calls > 0 {
-                    let expected = "a moving average, which Keras has of every variable";
-                    return Err(Error::checkpoint(format!("{name}.ema"), expected, "none"));
-                }
                 var.ema = Some(zeros()?);
             }
             if accumulators && var.accumulated.is_none() {
                 var.accumulated = Some((zeros()?, 0));
             }
         }
-        let learning_rate = match &self.params.lr {
-            LearningRate::Constant(_) | LearningRate::Tensor(_) => Some(self.rate(calls)?),
-            LearningRate::Schedule(_) | LearningRate::Custom(_) => None,
-        };
-        Ok(KerasState { iteration: calls, learning_rate, vars })
+        Ok(KerasState { iteration: calls, learning_rate: self.keras_rate(calls)?, vars })
     }
 
     /// Makes sure that no setting is one that Keras's optimizer does not have: the next steps would be others there.
@@ -163,7 +193,6 @@ impl Adamax {
     }
 
     fn try_load_keras(&mut self, path: &Path) -> Result<()> {
-        self.require_epsilon(Epsilon::Outside, "Keras")?;
         let names: Vec<_> = self.names().collect();
         let accumulators = self.params.gradient_accumulation_steps > 1;
         let state = keras::read(path, &names, Extras { averages: self.params.ema.is_some(), accumulators })?;

@@ -4,8 +4,9 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use super::super::Adamax;
-use crate::checkpoint::Counters;
-use crate::checkpoint::torch::{self, PARAM_GROUPS, TorchGroup, TorchState};
+use super::super::late::without;
+use crate::checkpoint::torch::{self, PARAM_GROUPS, TorchGroup, TorchOptions, TorchState};
+use crate::checkpoint::{AtomicFile, Counters};
 use crate::error::{Error, Result};
 use crate::group::{GroupLr, GroupSettings};
 use crate::params::{ParamsAdamax, StepCount};
@@ -41,7 +42,7 @@ impl Adamax {
     ///   which the next bias correction is the same.
     /// - Clipping, accumulation and skipping belong to the training loop in PyTorch, and are left out.
     ///
-    /// The file is complete or it is not there.
+    /// The file is complete or it is not there, as that of [`save`](Self::save).
     ///
     /// # Errors
     ///
@@ -50,8 +51,7 @@ impl Adamax {
     /// variables without names; the system's errors.
     pub fn save_torch(&self, path: impl AsRef<Path>) -> Result<()> {
         self.require_names()?;
-        let state = self.torch_state().map_err(|error| self.own(error))?;
-        torch::write(&state, path.as_ref()).map_err(|error| self.own(error))
+        self.try_save_torch(path.as_ref()).map_err(|error| self.own(error))
     }
 
     /// Takes the state of a `torch.optim.Adamax` from a file that `examples/exchange/pytorch.py`, or
@@ -69,7 +69,9 @@ impl Adamax {
     /// - A [`grad_scaler`](crate::ParamsAdamax::grad_scaler) and a [`plateau`](crate::ParamsAdamax::plateau) begin anew, as they
     ///   are no part of the optimizer there. What a plateau has made of a learning rate is in the file's; of a schedule, which
     ///   stays, it is forgotten.
-    /// - `foreach`, `capturable`, `differentiable` and the `initial_lr` of schedulers mean nothing here.
+    /// - `foreach`, `capturable` and `differentiable` mean nothing here, nor does what PyTorch's schedulers keep in
+    ///   `param_groups`: `initial_lr`, `swa_lr`, `max_lr`, `min_lr`, `base_momentum`, `max_momentum`. Other keys are an error
+    ///   unless [`ignore_unknown`](TorchOptions::ignore_unknown) is set.
     /// - The counts of updates and of calls are those of the parameter that has had most of them.
     ///
     /// # Errors
@@ -81,22 +83,54 @@ impl Adamax {
     /// between variables of one group, or that are not allowed; a decay of a variable that `no_decay` spares. Nothing has
     /// changed then.
     pub fn load_torch(&mut self, path: impl AsRef<Path>) -> Result<()> {
-        self.require_names()?;
-        self.try_load_torch(path.as_ref()).map_err(|error| self.own(error))
+        self.load_torch_with(path, TorchOptions::default())
     }
 
-    fn torch_state(&self) -> Result<TorchState> {
+    /// Loads as [`load_torch`](Self::load_torch) does, with options.
+    ///
+    /// ```no_run
+    /// use candle_adamax::{Adamax, ParamsAdamax, TorchOptions};
+    /// # let varmap = candle_nn::VarMap::new();
+    ///
+    /// let mut optimizer = Adamax::from_varmap(&varmap, ParamsAdamax::pytorch())?;
+    /// // A run whose groups have an `lr_scale`, by which their `lr` has been multiplied already.
+    /// optimizer.load_torch_with("adamax.safetensors", TorchOptions { ignore_unknown: true })?;
+    /// # Ok::<(), candle_adamax::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`load_torch`](Self::load_torch).
+    pub fn load_torch_with(&mut self, path: impl AsRef<Path>, options: TorchOptions) -> Result<()> {
+        self.require_names()?;
+        let path = path.as_ref();
+        let loaded = self.require_epsilon(Epsilon::Inside, "PyTorch");
+        let loaded = loaded.and_then(|()| self.try_load_torch(path, options).map_err(|error| error.in_file(path)));
+        loaded.map_err(|error| self.own(error))
+    }
+
+    fn try_save_torch(&self, path: &Path) -> Result<()> {
+        // All that can fail comes before rows catch up, which changes weights.
+        let (groups, counters) = self.torch_groups()?;
+        let file = AtomicFile::create(path)?;
+        let (_, mut vars) = self.plain()?;
+        if self.params.step_count == StepCount::Shared {
+            vars.values_mut().for_each(|var| var.step = counters.updates);
+        }
+        torch::write(&TorchState { groups, vars }, file)
+    }
+
+    /// The groups that PyTorch has for this optimizer, if its state can hold all of this one's; and the counters.
+    fn torch_groups(&self) -> Result<(Vec<TorchGroup>, Counters)> {
         self.require_epsilon(Epsilon::Inside, "PyTorch")?;
-        let (counters, mut vars) = self.plain()?;
-        if let Some((name, _)) = vars.iter().find(|(_, var)| var.ema.is_some()) {
-            return Err(Error::checkpoint(format!("{name}.ema"), NONE_FITS, "a moving average"));
+        let late = self.late();
+        let counters = without(&self.counters, late);
+        if let Some(param) = self.vars.iter().find(|param| param.ema.is_some()) {
+            return Err(Error::checkpoint(format!("{}.ema", param.name), NONE_FITS, "a moving average"));
         }
         if counters.pending > 0 {
             let got = format!("gradients of {} calls that wait for their update", counters.pending);
             return Err(Error::checkpoint("accumulated", NONE_FITS, got));
-        }
-        if self.params.step_count == StepCount::Shared {
-            vars.values_mut().for_each(|var| var.step = counters.updates);
         }
         let mut groups = Vec::new();
         let base = self.params.lr.at(counters.calls)?;
@@ -122,13 +156,20 @@ impl Adamax {
                 }
             }
         }
-        Ok(TorchState { groups, vars })
+        let steps = self.vars.iter().map(|param| {
+            let step = match self.params.step_count {
+                StepCount::Shared => counters.updates,
+                StepCount::PerVar => self.settled_step(&param.name, param.state.get().step, late),
+            };
+            (param.name.as_str(), step)
+        });
+        torch::check(steps, &groups)?;
+        Ok((groups, counters))
     }
 
-    fn try_load_torch(&mut self, path: &Path) -> Result<()> {
-        self.require_epsilon(Epsilon::Inside, "PyTorch")?;
+    fn try_load_torch(&mut self, path: &Path, options: TorchOptions) -> Result<()> {
         let names: Vec<_> = self.names().collect();
-        let TorchState { groups: theirs, vars } = torch::read(path, &names)?;
+        let TorchState { groups: theirs, vars } = torch::read(path, &names, options)?;
         let mut steps = vars.iter().map(|(name, var)| (name, var.step));
         if let (StepCount::Shared, Some((first, step))) = (self.params.step_count, steps.next())
             && let Some((name, other)) = steps.find(|(_, other)| *other != step)

@@ -1,0 +1,121 @@
+//! Names that a checkpoint and an optimizer do not share, and the reason that they may have.
+
+use crate::error::{Error, Result};
+
+/// The number of names that are shown, and of characters of each.
+const SHOWN: usize = 5;
+const LENGTH: usize = 80;
+/// The number of parts of a name that are tried as a prefix that the other side does not have.
+const PARTS: usize = 8;
+
+/// The first few of these names.
+pub(crate) fn listed<'n>(names: impl IntoIterator<Item = &'n str>) -> String {
+    let mut names = names.into_iter();
+    let mut text = String::new();
+    for name in names.by_ref().take(SHOWN) {
+        let separator = if text.is_empty() { "" } else { ", " };
+        let end = name.char_indices().nth(LENGTH).map_or(name.len(), |(end, _)| end);
+        let dots = if end < name.len() { ".." } else { "" };
+        text += &format!("{separator}`{}{dots}`", &name[..end]);
+    }
+    match (text.is_empty(), names.count()) {
+        (true, _) => "none".to_owned(),
+        (false, 0) => text,
+        (false, more) => format!("{text} and {more} more"),
+    }
+}
+
+/// The origin of names, for errors.
+#[derive(Clone, Copy)]
+pub(crate) enum Source {
+    File,
+    Snapshot,
+}
+
+/// Makes sure that the variables `own`, which are in alphabetical order, are those of a checkpoint.
+pub(crate) fn check(own: &[&str], theirs: &[&str], source: Source) -> Result<()> {
+    let (surplus, missing) = differences(own, theirs);
+    let (name, expected, got) = match (surplus, missing) {
+        (Some(name), _) => (name, "no such var", "a surplus one"),
+        (None, Some(name)) => (name, "the state of this var", "none"),
+        (None, None) => return Ok(()),
+    };
+    let (source, function) = match source {
+        Source::File => ("file", "load_matching"),
+        Source::Snapshot => ("snapshot", "restore_matching"),
+    };
+    let hint = hint(own, theirs, source);
+    Err(Error::checkpoint(name, expected, format!("{got}{hint}; `{function}` takes the vars that are in both")))
+}
+
+/// The first name that is only there, and the first that is only here.
+pub(crate) fn differences<'n>(own: &[&'n str], theirs: &[&'n str]) -> (Option<&'n str>, Option<&'n str>) {
+    let mut sorted = theirs.to_vec();
+    sorted.sort_unstable();
+    let surplus = sorted.iter().find(|name| own.binary_search(name).is_err());
+    let missing = own.iter().find(|name| sorted.binary_search(name).is_err());
+    (surplus.copied(), missing.copied())
+}
+
+/// The names of both sides, and the prefix that only one of them has, to stand behind "got one".
+pub(crate) fn hint(own: &[&str], theirs: &[&str], source: &str) -> String {
+    let of_source = format!("in the {source}");
+    let mut text = format!("; the names {of_source} are {}", listed(theirs.iter().copied()));
+    text += &format!(", those of this optimizer are {}", listed(own.iter().copied()));
+    for (names, others, whose, of_others) in
+        [(theirs, own, of_source.as_str(), "of this optimizer"), (own, theirs, "of this optimizer", &of_source)]
+    {
+        if let Some(prefix) = prefix(names, others) {
+            text += &format!("; every name {whose} begins with `{prefix}`, which those {of_others} do not have");
+        }
+    }
+    text
+}
+
+/// The beginning of all `names`, up to a dot or a slash, without which most of them are names of `others`.
+fn prefix<'n>(names: &[&'n str], others: &[&str]) -> Option<&'n str> {
+    let first = names.first()?;
+    let mut sorted = others.to_vec();
+    sorted.sort_unstable();
+    let ends = first.match_indices(['.', '/']).map(|(at, _)| &first[..=at]).take(PARTS);
+    let counts = ends.map_while(|prefix| {
+        let stripped: Option<Vec<_>> = names.iter().map(|name| name.strip_prefix(prefix)).collect();
+        Some((prefix, stripped?.iter().filter(|name| sorted.binary_search(name).is_ok()).count()))
+    });
+    counts.filter(|(_, count)| *count > 0).max_by_key(|(_, count)| *count).map(|(prefix, _)| prefix)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prefix_of_either_side_is_found() {
+        let plain = ["fc1.bias", "fc1.weight", "fc2.weight"];
+        for prefix_of in ["module.", "_orig_mod.", "module._orig_mod.", "model/"] {
+            let prefixed = plain.map(|name| format!("{prefix_of}{name}"));
+            let prefixed = prefixed.each_ref().map(String::as_str);
+            assert_eq!(prefix(&prefixed, &plain), Some(prefix_of));
+            assert_eq!(prefix(&plain, &prefixed), None);
+            let both = [hint(&plain, &prefixed, "file"), hint(&prefixed, &plain, "file")];
+            assert!(both[0].contains(&format!("every name in the file begins with `{prefix_of}`")), "{}", both[0]);
+            assert!(
+                both[1].contains(&format!("every name of this optimizer begins with `{prefix_of}`")),
+                "{}",
+                both[1]
+            );
+        }
+        // Another model, of which all layers are in one.
+        assert_eq!(prefix(&["head.a", "head.b"], &plain), None);
+        assert_eq!(prefix(&[], &plain), None);
+    }
+
+    #[test]
+    fn lists_are_short() {
+        assert_eq!(listed([]), "none");
+        assert_eq!(listed(["a", "b"]), "`a`, `b`");
+        assert_eq!(listed(["a"; 9]), "`a`, `a`, `a`, `a`, `a` and 4 more");
+        let long = "ö".repeat(1000);
+        assert!(listed([long.as_str()]).len() < 200);
+    }
+}
