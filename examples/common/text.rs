@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::io::BufRead;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 
 /// Reads the lines of the file `name` and hands each with its number, from 1, to `take`, but for those of white space
 /// only. A line ends with LF, CR LF or CR. A byte order mark before a line is left out: Excel and Notepad begin files
@@ -33,7 +33,7 @@ pub(crate) fn for_each_line(
                 let line = decoded(line)?;
                 if line.trim().is_empty() { Ok(()) } else { take(number, line) }
             };
-            take_line().with_context(|| format!("{name}:{number}"))?;
+            take_line().map_err(|error| anyhow!("{name}:{number}: {error:#}"))?;
         }
     }
 }

@@ -230,9 +230,9 @@ mod tests {
 
         // A learning rate that does not depend on the number of epochs goes on for more of them.
         train(&folder, "resumed", &epochs("4", &["--resume"]))?;
-        train(&folder, "unbroken", &epochs("4", &[]))?;
+        train(&folder, "longer", &epochs("4", &[]))?;
         let weights = |out: &str| fs::read(folder.join(out).join("checkpoint-4/weights.safetensors"));
-        ensure!(weights("resumed")? == weights("unbroken")?, "more epochs are not those of a longer run");
+        ensure!(weights("resumed")? == weights("longer")?, "more epochs are not those of a longer run");
         let error = train(&folder, "resumed", &epochs("3", &["--resume"])).expect_err("fewer epochs");
         ensure!(format!("{error:#}").contains("--epochs 4, and this one has --epochs 3"), "{error:#}");
 
