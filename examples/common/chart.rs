@@ -2,10 +2,12 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use plotters::coord::Shift;
 use plotters::element::DashedPathElement;
 use plotters::prelude::*;
+
+use crate::files;
 
 pub(crate) const BLUE: RGBColor = RGBColor(31, 105, 173);
 pub(crate) const ORANGE: RGBColor = RGBColor(217, 104, 28);
@@ -61,13 +63,13 @@ pub(crate) fn values(curves: &[Curve]) -> impl Iterator<Item = f64> {
 /// Draws panels of the first `last` epochs into the file `path`, two in a row.
 pub(crate) fn draw(path: &Path, panels: &[Panel], last: f64) -> Result<()> {
     let rows = panels.len().div_ceil(2);
-    let draw = || -> Drawn {
+    let draw = |path: &Path| -> Drawn {
         let root = SVGBackend::new(path, (2 * SIZE.0, rows as u32 * SIZE.1)).into_drawing_area();
         root.fill(&WHITE)?;
         root.split_evenly((rows, 2)).iter().zip(panels).try_for_each(|(area, panel)| draw_panel(area, panel, last))?;
         root.present()
     };
-    draw().with_context(|| format!("cannot write {}", path.display()))
+    files::write(path, |path| Ok(draw(path)?))
 }
 
 /// The most ticks that an axis of `last` epochs may have, so that all of them are whole epochs; parts of one where there

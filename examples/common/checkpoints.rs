@@ -13,6 +13,8 @@ use candle_nn::VarMap;
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
+use crate::files;
+
 const WEIGHTS: &str = "weights.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const PROGRESS: &str = "progress.json";
@@ -32,7 +34,7 @@ impl Checkpoints {
         self.write(|folder| {
             // Rows of tables may owe updates; whoever reads the weights from the file will not know of that.
             optimizer.catch_up()?;
-            varmap.save(folder.join(WEIGHTS))?;
+            files::write(&folder.join(WEIGHTS), |path| Ok(varmap.save(path)?))?;
             optimizer.save(folder.join(OPTIMIZER))?;
             Ok(fs::write(folder.join(PROGRESS), serde_json::to_string_pretty(progress)?)?)
         })

@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
 use crate::task::EVERY;
-use crate::{Line, Outcome};
+use crate::{Line, Outcome, files};
 
 /// One for each encoding.
 const COLORS: [RGBColor; 5] = [
@@ -28,7 +28,7 @@ type Drawn = Result<(), DrawingAreaErrorKind<std::io::Error>>;
 
 /// Draws curves above, and the table below.
 pub(crate) fn draw(path: &Path, outcomes: &[Outcome], lines: &[Line], steps: u64) -> Result<()> {
-    let draw = || -> Drawn {
+    let draw = |path: &Path| -> Drawn {
         let root = SVGBackend::new(path, (1080, 900)).into_drawing_area();
         root.fill(&WHITE)?;
         let (above, below) = root.split_vertically(610);
@@ -36,7 +36,7 @@ pub(crate) fn draw(path: &Path, outcomes: &[Outcome], lines: &[Line], steps: u64
         table(&below, lines)?;
         root.present()
     };
-    draw().with_context(|| format!("cannot write {}", path.display()))
+    files::write(path, |path| Ok(draw(path)?))
 }
 
 /// For each encoding the mean over the seeds, and each seed as a thin line behind it.

@@ -16,6 +16,8 @@
 //! standard deviation between seeds is a factor of 1.15.
 
 mod chart;
+#[path = "../common/files.rs"]
+mod files;
 mod task;
 
 use std::path::PathBuf;

@@ -1,14 +1,11 @@
 //! Ratings, read from a file of MovieLens in any of its three forms, with the ids made dense.
 
-use std::{
-    collections::HashMap,
-    fs::File,
-    io::{BufRead, BufReader},
-    path::Path,
-    str::FromStr,
-};
+use std::{collections::HashMap, fs::File, io::BufRead, io::BufReader, path::Path};
 
 use anyhow::{Context, Result, bail, ensure};
+
+use crate::form::{Form, Line};
+use crate::text::for_each_line;
 
 /// One user's rating of one item. Users and items are numbered from 0, without gaps.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -40,27 +37,38 @@ impl Ratings {
 
     fn parse(name: &str, text: impl BufRead) -> Result<Self> {
         let (mut users, mut items) = (Numbering::default(), Numbering::default());
-        let (mut list, mut form) = (Vec::new(), None);
-        for (index, line) in text.lines().enumerate() {
-            let at = || format!("{name}:{}", index + 1);
-            let line = line.with_context(at)?;
+        let (mut list, mut form, mut fractions) = (Vec::new(), None, Vec::new());
+        // The lines that have no rating, which are few.
+        let mut others = Vec::new();
+        for_each_line(name, text, |number, line| {
             let form = match form {
                 Some(form) => form,
                 None => {
-                    let found = *form.insert(Form::of(&line).with_context(at)?);
-                    if found == Form::Csv {
-                        continue; // the header
+                    let (found, is_header) = Form::of(line)?;
+                    form = Some(found);
+                    if is_header {
+                        return Ok(());
                     }
                     found
                 }
             };
-            let (user, item, value, time) = form.parse(&line).with_context(at)?;
-            list.push(Rating { user: users.number(user), item: items.number(item), value, time });
-        }
+            let Line { user, item, value, time: (time, fraction) } = form.parse(line)?;
+            while list.len() + others.len() + 1 < number {
+                others.push(list.len() + others.len() + 1);
+            }
+            if fraction > 0.0 {
+                fractions.push((list.len(), fraction));
+            }
+            list.push(Rating { user: users.number(&user), item: items.number(&item), value, time });
+            Ok(())
+        })?;
         ensure!(!list.is_empty(), "{name}: there are no ratings in this file");
+        if !fractions.is_empty() {
+            rank_times(&mut list, &fractions);
+        }
         let ratings = Self { list, users: users.len(), items: items.len() };
         if let Some((first, second)) = ratings.find_repeated() {
-            let line = |index| index + 1 + usize::from(form == Some(Form::Csv));
+            let line = |index| others.iter().fold(index + 1, |line, &other| line + usize::from(other <= line));
             bail!("{name}:{}: this user has rated this item before, on line {}", line(second), line(first));
         }
         Ok(ratings)
@@ -84,73 +92,41 @@ impl Ratings {
     }
 }
 
-/// Numbers from 0 for ids, in the order in which they turn up.
+/// Replaces times by their ranks, where the times at some positions have these fractions of a second beside them.
+fn rank_times(list: &mut [Rating], fractions: &[(usize, f64)]) {
+    let mut times: Vec<(i64, f64, usize)> =
+        list.iter().enumerate().map(|(index, rating)| (rating.time, 0.0, index)).collect();
+    fractions.iter().for_each(|&(index, fraction)| times[index].1 = fraction);
+    times.sort_unstable_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
+    let mut rank = 0;
+    for (place, &(time, fraction, index)) in times.iter().enumerate() {
+        rank += i64::from(place > 0 && (times[place - 1].0, times[place - 1].1) != (time, fraction));
+        list[index].time = rank;
+    }
+}
+
+/// Numbers from 0 for ids, in the order in which they turn up. An id is a whole number or any other text.
 #[derive(Default)]
-struct Numbering(HashMap<i64, u32>);
+struct Numbering {
+    numbers: HashMap<i64, u32>,
+    texts: HashMap<String, u32>,
+}
 
 impl Numbering {
-    fn number(&mut self, id: i64) -> u32 {
-        let next = self.0.len() as u32;
-        *self.0.entry(id).or_insert(next)
+    fn number(&mut self, id: &str) -> u32 {
+        let next = self.len() as u32;
+        if let Ok(number) = id.parse() {
+            return *self.numbers.entry(number).or_insert(next);
+        }
+        if !self.texts.contains_key(id) {
+            self.texts.insert(id.to_owned(), next);
+        }
+        self.texts[id]
     }
 
     fn len(&self) -> usize {
-        self.0.len()
+        self.numbers.len() + self.texts.len()
     }
-}
-
-/// The forms in which MovieLens has published its ratings, each a line of user, item, rating and time.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Form {
-    /// `u.data` of MovieLens 100K: `196\t242\t3\t881250949`.
-    Tabs,
-    /// `ratings.dat` of MovieLens 1M and 10M: `1::1193::5::978300760`.
-    Colons,
-    /// `ratings.csv` since MovieLens 20M: `1,296,5.0,1147880044`, below a header.
-    Csv,
-}
-
-impl Form {
-    /// The form of a file that begins with `line`.
-    fn of(line: &str) -> Result<Self> {
-        match line.trim_end() {
-            "userId,movieId,rating,timestamp" => Ok(Self::Csv),
-            line if line.contains('\t') => Ok(Self::Tabs),
-            line if line.contains("::") => Ok(Self::Colons),
-            line => bail!(
-                "expected ratings separated by tabs or `::`, or the header `userId,movieId,rating,timestamp`, got `{}`",
-                shortened(line),
-            ),
-        }
-    }
-
-    fn parse(self, line: &str) -> Result<(i64, i64, f32, i64)> {
-        let separator = match self {
-            Self::Tabs => "\t",
-            Self::Colons => "::",
-            Self::Csv => ",",
-        };
-        let fields: Vec<&str> = line.split(separator).map(str::trim).collect();
-        let &[user, item, value, time] = fields.as_slice() else {
-            bail!("expected 4 fields separated by {separator:?}, got {} in `{}`", fields.len(), shortened(line));
-        };
-        let value: f32 = field("rating", value)?;
-        ensure!(value.is_finite(), "expected a finite rating, got {value}");
-        Ok((field("user", user)?, field("item", item)?, value, field("time", time)?))
-    }
-}
-
-/// One field of a line.
-fn field<T: FromStr>(what: &str, text: &str) -> Result<T>
-where
-    T::Err: std::error::Error + Send + Sync + 'static,
-{
-    text.parse().with_context(|| format!("the {what} is not a number: `{}`", shortened(text)))
-}
-
-/// What an error message quotes of a line, which may be of any length where the file is of another kind.
-fn shortened(text: &str) -> String {
-    text.chars().take(60).collect()
 }
 
 #[cfg(test)]
@@ -175,20 +151,72 @@ mod tests {
     }
 
     #[test]
+    fn files_of_other_systems_say_the_same() -> Result<()> {
+        let plain = parse(b"196\t242\t3\t881250949\n7\t242\t5\t1\n")?;
+        for text in [
+            "\u{feff}196\t242\t3\t881250949\r\n7\t242\t5\t1\r\n\r\n",
+            "196\t242\t3\t881250949\r7\t242\t5\t1",
+            "\u{feff}userId,movieId,rating,timestamp\n196,242,3.0,881250949.0\n7,242,5,1e0\n",
+            "\"userId\",\"movieId\",\"rating\",\"timestamp\"\n\"196\",\"242\",\"3\",\"881250949\"\n7,242,5,1\n",
+            "\nUserID::MovieID::Rating::Timestamp\n196::242::3::8.81250949e8\n7::242::5::1\n\n",
+            "196,242,3,881250949\n7,242,5,1\n",
+        ] {
+            let ratings = parse(text.as_bytes()).with_context(|| text.to_owned())?;
+            assert_eq!((ratings.fingerprint(), ratings.list), (plain.fingerprint(), plain.list.clone()), "{text:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn ids_are_numbers_of_any_size_and_texts() -> Result<()> {
+        let ids = [
+            "9223372036854775807",
+            "9223372036854775808",
+            "18446744073709551615",
+            "99999999999999999999",
+            "-7",
+            "b07-é",
+            "0000013714",
+            "13714",
+        ];
+        let text: String = ids.iter().map(|id| format!("{id}\t1\t3\t4\n")).collect();
+        let error = parse(text.as_bytes()).expect_err("the last two are the same number").to_string();
+        assert_eq!(error, "file:8: this user has rated this item before, on line 7");
+        let text: String =
+            ids[..7].iter().flat_map(|id| [format!("{id}\t1\t3\t4\n"), format!("{id}\t2\t3\t4\n")]).collect();
+        let ratings = parse(text.as_bytes())?;
+        assert_eq!((ratings.users, ratings.items), (7, 2));
+        assert!(ratings.list.iter().enumerate().all(|(index, rating)| rating.user as usize == index / 2));
+        Ok(())
+    }
+
+    #[test]
+    fn fractions_of_seconds_keep_their_order() -> Result<()> {
+        let times = ["978301000.75", "978301000", "978301000.25", "978300999.5", "978301000.75", "-1e9", "978301001"];
+        let text: String = times.iter().enumerate().map(|(item, time)| format!("1,{item},3,{time}\n")).collect();
+        let ranks: Vec<i64> = parse(text.as_bytes())?.list.iter().map(|rating| rating.time).collect();
+        assert_eq!(ranks, [4, 2, 3, 1, 4, 0, 5]);
+        Ok(())
+    }
+
+    #[test]
     fn errors_name_file_and_line() {
         for (text, expected) in [
             ("", "file: there are no ratings"),
             ("userId,movieId,rating,timestamp\n", "file: there are no ratings"),
             ("user,item\n", "file:1: expected ratings separated by tabs or `::`, or the header"),
             ("1\t2\t3\t4\n1\t3\t4\n", r#"file:2: expected 4 fields separated by "\t", got 3 in `1"#),
-            ("1::2::3::4\n1::x::3::4\n", "file:2: the item is not a number: `x`"),
-            ("1::2::3::4\n\n", r#"file:2: expected 4 fields separated by "::", got 1 in ``"#),
+            ("1::2::3::4\n1::::3::4\n", "file:2: the item is missing in `1::::3::4`"),
+            ("1::2::3::4\n1::5::x::4\n", "file:2: the rating is not a number: `x`"),
+            ("1::2::3::4\n\n1::3\n", r#"file:3: expected 4 fields separated by "::", got 2 in `1::3`"#),
+            ("1::2::3::4\n1::3::3::1e19\n", "file:2: the time is too large for 64 bits: `1e19`"),
             ("userId,movieId,rating,timestamp\n1,2,NaN,4\n", "file:2: expected a finite rating, got NaN"),
             ("userId,movieId,rating,timestamp\n1,2,1e39,4\n", "file:2: expected a finite rating, got inf"),
             (
                 "userId,movieId,rating,timestamp\n1,2,3,4\n1,3,3,4\n1,2,5,6\n",
                 "file:4: this user has rated this item before, on line 2",
             ),
+            ("1,2,3,4\n\n\n1,3,3,4\n\n1,2,5,6\n", "file:6: this user has rated this item before, on line 1"),
         ] {
             let error = parse(text.as_bytes()).expect_err(text);
             assert!(format!("{error:#}").starts_with(expected), "{error:#}");

@@ -38,7 +38,7 @@
 //! | file | what it does |
 //! | --- | --- |
 //! | `settings.rs` | the options, and the optimizer's settings that follow from them |
-//! | `data.rs`, `synthetic.rs` | ratings, read from a file or made up |
+//! | `data.rs`, `form.rs`, `synthetic.rs` | ratings, read from a file or made up |
 //! | `split.rs` | what is trained on and what is kept for the evaluation |
 //! | `model.rs` | embeddings, MLP, two heads |
 //! | `train.rs` | one epoch: batches, loss, step |
@@ -46,8 +46,10 @@
 //! | `evaluate.rs` | RMSE, HR@10, NDCG@10, and the baselines |
 //! | `progress.rs`, `../common/checkpoints.rs` | weights and optimizer, together or not at all |
 //! | `report.rs`, `curves.rs` | what is printed, and the learning curves |
-//! | `../common/` | what other programs have, too: the device, options, charts, times |
+//! | `../common/` | what other programs have, too: the device, options, files, progress, charts, times |
 
+#[path = "../common/bar.rs"]
+mod bar;
 #[path = "../common/chart.rs"]
 mod chart;
 #[path = "../common/checkpoints.rs"]
@@ -58,6 +60,9 @@ mod data;
 #[path = "../common/device.rs"]
 mod device;
 mod evaluate;
+#[path = "../common/files.rs"]
+mod files;
+mod form;
 #[path = "../common/laps.rs"]
 mod laps;
 mod model;
@@ -70,6 +75,8 @@ mod report;
 mod settings;
 mod split;
 mod synthetic;
+#[path = "../common/text.rs"]
+mod text;
 mod train;
 
 use std::process::ExitCode;
@@ -77,9 +84,9 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use indicatif::{ProgressBar, ProgressStyle};
 use rand::rngs::StdRng;
 
+use crate::bar::Bar;
 use crate::checkpoints::Checkpoints;
 use crate::data::Ratings;
 use crate::evaluate::{Baselines, Epoch};
@@ -115,8 +122,7 @@ fn run(args: &Args) -> Result<()> {
 
     let done = progress.history.len();
     let steps = trainer.steps_per_epoch as u64;
-    let bar = ProgressBar::new(steps * settings.epochs as u64).with_position(steps * done as u64);
-    bar.set_style(ProgressStyle::with_template("{bar:40} {pos}/{len} steps, {eta} left, {msg}")?);
+    let bar = Bar::new(40, "steps", steps.saturating_mul(settings.epochs as u64), steps * done as u64)?;
     report::epoch_header();
     progress.history.iter().for_each(|epoch| report::epoch(epoch, None));
     for epoch in done + 1..=settings.epochs {
@@ -127,7 +133,7 @@ fn run(args: &Args) -> Result<()> {
         checkpoints.save(&progress, &trainer.varmap, &trainer.optimizer)?;
         bar.suspend(|| report::epoch(&progress.history[epoch - 1], Some(start.elapsed())));
     }
-    bar.finish_and_clear();
+    bar.finish();
 
     let mut quality = progress.history.last().context("there is no epoch to report")?.quality;
     if settings.ema.is_some() {
@@ -213,7 +219,24 @@ mod tests {
         }
         ensure!(fs::read_dir(folder.join("resumed"))?.count() == 2, "expected one checkpoint and the curves");
 
-        let error = train(&folder, "resumed", &epochs("3", &["--resume", "--seed", "2"])).expect_err("another seed");
+        #[cfg(unix)]
+        for file in ["learning-curves.svg", "checkpoint-3/weights.safetensors", "checkpoint-3/progress.json"] {
+            use std::os::unix::fs::PermissionsExt;
+            // The mode of a file that nobody asked to be private.
+            let mode = |path: &Path| Ok::<_, anyhow::Error>(fs::metadata(path)?.permissions().mode());
+            let (got, expected) = (mode(&folder.join("resumed").join(file))?, mode(&folder.join("u.data"))?);
+            ensure!(got == expected, "{file} has the mode {got:o}, and the umask gives {expected:o}");
+        }
+
+        // A learning rate that does not depend on the number of epochs goes on for more of them.
+        train(&folder, "resumed", &epochs("4", &["--resume"]))?;
+        train(&folder, "longer", &epochs("4", &[]))?;
+        let weights = |out: &str| fs::read(folder.join(out).join("checkpoint-4/weights.safetensors"));
+        ensure!(weights("resumed")? == weights("longer")?, "more epochs are not those of a longer run");
+        let error = train(&folder, "resumed", &epochs("3", &["--resume"])).expect_err("fewer epochs");
+        ensure!(format!("{error:#}").contains("--epochs 4, and this one has --epochs 3"), "{error:#}");
+
+        let error = train(&folder, "resumed", &epochs("4", &["--resume", "--seed", "2"])).expect_err("another seed");
         ensure!(format!("{error:#}").contains("--seed 1, and this one has --seed 2"), "{error:#}");
         let error = train(&folder, "nowhere", &epochs("3", &["--resume"])).expect_err("no checkpoint");
         ensure!(format!("{error:#}").contains("there is no checkpoint"), "{error:#}");

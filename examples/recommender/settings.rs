@@ -144,7 +144,7 @@ impl Settings {
     /// The settings of the optimizer.
     pub(crate) fn adamax(&self, steps_per_epoch: usize) -> ParamsAdamax {
         let epoch = steps_per_epoch as u64;
-        let total = epoch * self.epochs as u64;
+        let total = epoch.saturating_mul(self.epochs as u64);
         let lr: LearningRate = match self.schedule {
             Schedule::Constant => self.lr.into(),
             Schedule::Cosine => CosineDecay::new(self.lr, total).into(),

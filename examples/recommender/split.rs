@@ -35,7 +35,7 @@ pub(crate) struct Ranking {
 impl Split {
     /// Splits `ratings` as `rng` decides.
     ///
-    /// It is an error if they are too few for both evaluations.
+    /// It is an error if nothing is left to train on or for one of the evaluations.
     pub(crate) fn new(ratings: &Ratings, rng: &mut StdRng) -> Result<Self> {
         let mut order: Vec<usize> = (0..ratings.list.len()).collect();
         order.shuffle(rng);
@@ -72,13 +72,17 @@ impl Split {
             })
             .filter(|ranking| ranking.candidates.len() > 1)
             .collect();
+        ensure!(!tests.is_empty(), "expected at least 10 ratings, got {}", ratings.list.len());
         ensure!(
-            !tests.is_empty() && !train.is_empty() && !rankings.is_empty(),
-            "too few ratings to train on some and to evaluate with others: there are {} of {} users and {} items",
-            ratings.list.len(),
-            ratings.users,
-            ratings.items,
+            !latest.is_empty(),
+            "no user has rated two items, so that one could be learned and the other be ranked"
         );
+        ensure!(
+            !rankings.is_empty(),
+            "every user with two ratings has rated all of the {} items: there is no other to rank the latest one among",
+            ratings.items
+        );
+        ensure!(!train.is_empty(), "all of the {} ratings are kept for the evaluation", ratings.list.len());
         Ok(Self {
             trained: ItemSets::new(ratings.users, ratings.items, &train),
             histories: Histories::new(ratings.users, &train),
@@ -191,6 +195,28 @@ mod tests {
         assert_eq!(histories.before(0, 99, 0), [0u32; 0]);
         assert_eq!(histories.before(1, 99, 9), [0u32; 0]);
         assert_eq!(histories.before(2, 8, 9), [1]);
+    }
+
+    #[test]
+    fn users_who_have_rated_every_item_are_not_ranked() -> Result<()> {
+        let of = |pairs: Vec<(u32, u32)>, users, items| {
+            let list = (0..).zip(pairs).map(|(time, (user, item))| Rating { user, item, value: 3.0, time }).collect();
+            Split::new(&Ratings { list, users, items }, &mut random(1, Stream::Split))
+        };
+        let all = |users: u32, items: u32| (0..users * items).map(|i| (i / items, i % items)).collect::<Vec<_>>();
+        let refused = |pairs, users, items| of(pairs, users, items).err().map(|error| error.to_string());
+        let every =
+            "every user with two ratings has rated all of the 4 items: there is no other to rank the latest one among";
+        assert_eq!(refused(all(5, 4), 5, 4).as_deref(), Some(every));
+        let few = Some("expected at least 10 ratings, got 4");
+        assert_eq!(refused(all(1, 4), 1, 4).as_deref(), few);
+        let one = "no user has rated two items, so that one could be learned and the other be ranked";
+        assert_eq!(refused((0..20).map(|user| (user, user % 3)).collect(), 20, 3).as_deref(), Some(one));
+        // One user has every item, another one has not.
+        let pairs = [all(1, 12), vec![(1, 0), (1, 5)]].concat();
+        let split = of(pairs, 2, 12)?;
+        assert_eq!(split.rankings.iter().map(|ranking| ranking.user).collect::<Vec<_>>(), [1]);
+        Ok(())
     }
 
     #[test]

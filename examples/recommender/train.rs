@@ -6,9 +6,9 @@ use anyhow::{Result, ensure};
 use candle_adamax::Adamax;
 use candle_core::{Device, Tensor};
 use candle_nn::{Optimizer, VarMap, loss};
-use indicatif::ProgressBar;
 use rand::{rngs::StdRng, seq::SliceRandom};
 
+use crate::bar::Bar;
 use crate::data::{Rating, Ratings};
 use crate::evaluate::{self, Quality};
 use crate::laps::Laps;
@@ -65,7 +65,7 @@ impl<'a> Trainer<'a> {
     }
 
     /// Trains on every rating once. Returns the RMSE of the ratings, each as it was predicted before it was trained on.
-    pub(crate) fn epoch(&mut self, epoch: usize, bar: &ProgressBar) -> Result<f64> {
+    pub(crate) fn epoch(&mut self, epoch: usize, bar: &Bar) -> Result<f64> {
         let rng = &mut random(self.settings.seed, Stream::Epoch(epoch));
         let mut order: Vec<&Rating> = self.split.train.iter().collect();
         order.shuffle(rng);
@@ -74,8 +74,7 @@ impl<'a> Trainer<'a> {
             let mse = self.step(ratings, rng)?;
             ensure!(mse.is_finite(), "the loss is {mse} in epoch {epoch}: {DIVERGED}");
             squares += mse * ratings.len() as f64;
-            bar.set_message(format!("epoch {epoch}, RMSE {:.3}", mse.sqrt()));
-            bar.inc(1);
+            bar.advance(format!("epoch {epoch}, RMSE {:.3}", mse.sqrt()));
         }
         Ok((squares / order.len() as f64).sqrt())
     }

@@ -50,12 +50,12 @@ impl Batcher {
     }
 }
 
-/// Which texts stand together in the batches of one epoch, by their positions: each text once, at random, but with
-/// others of its length. The last batch may have fewer than `size`.
+/// Which texts are trained on in each step of one epoch, by their positions: each text once, at random, but with others
+/// of its length. One step, which may be any of them, has fewer than `size` where they do not come out even.
 pub(crate) fn epoch(texts: &[Encoded], size: usize, rng: &mut StdRng) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..texts.len()).collect();
     order.shuffle(rng);
-    for part in order.chunks_mut(size * SORTED_TOGETHER) {
+    for part in order.chunks_mut(size.saturating_mul(SORTED_TOGETHER)) {
         part.sort_by_key(|&index| texts[index].ids.len()); // stable, so that equal lengths stay shuffled
     }
     let mut batches: Vec<Vec<usize>> = order.chunks(size).map(<[usize]>::to_vec).collect();

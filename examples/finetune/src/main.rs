@@ -12,8 +12,10 @@
 //! | `evaluate.rs` | loss and accuracy on the texts that were kept |
 //! | `progress.rs`, `../../common/checkpoints.rs` | weights, optimizer and progress, together or not at all |
 //! | `memory.rs`, `report.rs`, `curves.rs` | what is kept in memory, what is printed, the learning curves |
-//! | `../../common/` | what other programs have, too: the device, options, charts, times |
+//! | `../../common/` | what other programs have, too: the device, options, files, progress, charts, times |
 
+#[path = "../../common/bar.rs"]
+mod bar;
 mod batch;
 #[path = "../../common/chart.rs"]
 mod chart;
@@ -24,6 +26,8 @@ mod data;
 #[path = "../../common/device.rs"]
 mod device;
 mod evaluate;
+#[path = "../../common/files.rs"]
+mod files;
 #[path = "../../common/laps.rs"]
 mod laps;
 mod memory;
@@ -39,6 +43,8 @@ mod settings;
 mod setup;
 #[cfg(test)]
 mod tests;
+#[path = "../../common/text.rs"]
+mod text;
 mod tokenizer;
 mod train;
 
@@ -48,9 +54,9 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use indicatif::{ProgressBar, ProgressStyle};
 use rand::rngs::StdRng;
 
+use crate::bar::Bar;
 use crate::checkpoints::Checkpoints;
 use crate::settings::Args;
 use crate::setup::{Setup, setup};
@@ -70,13 +76,13 @@ fn run(args: &Args) -> Result<()> {
     let Setup { data, tokenizer, config, mut trainer, mut progress } = setup(args)?;
     let (checkpoints, length) = (Checkpoints::new(&args.out), trainer.length);
     if args.resume {
-        progress =
-            checkpoints.load(|saved| progress.check_continues(saved), &mut trainer.varmap, &mut trainer.optimizer)?;
+        let check = |saved: &_| progress.check_continues(saved);
+        let saved = checkpoints.load(check, &mut trainer.varmap, &mut trainer.optimizer)?;
+        progress = progress.resumed(saved);
         println!("resumed after step {} from {}", progress.steps.len(), args.out.display());
     }
 
-    let bar = ProgressBar::new(length.steps as u64).with_position(progress.steps.len() as u64);
-    bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} steps, {eta} left, {msg}")?);
+    let bar = Bar::new(30, "steps", length.steps as u64, progress.steps.len() as u64)?;
     report::evaluation_header();
     (0..progress.evaluations.len()).for_each(|index| report::evaluation(&progress, index, length, None));
     let every = settings.evaluate_every.unwrap_or(length.steps_per_epoch);
@@ -85,8 +91,7 @@ fn run(args: &Args) -> Result<()> {
     for done in progress.steps.len() + 1..=last {
         let step = trainer.step(done - 1)?;
         progress.steps.push(step);
-        bar.set_message(message(&step));
-        bar.inc(1);
+        bar.advance(message(&step));
         if done.is_multiple_of(every) || done == length.steps {
             progress.evaluations.push(trainer.evaluate(done)?);
             let index = progress.evaluations.len() - 1;
@@ -97,7 +102,7 @@ fn run(args: &Args) -> Result<()> {
         }
         checkpoints.save(&progress, &trainer.varmap, &trainer.optimizer)?;
     }
-    bar.finish_and_clear();
+    bar.finish();
     if progress.steps.len() < length.steps {
         println!("\nstopped after step {}: --resume goes on from {}", progress.steps.len(), args.out.display());
         return Ok(());

@@ -1,26 +1,29 @@
 //! The optimizer's settings: a learning rate that rises and falls, and one group of weights for each layer.
 
 use std::collections::BTreeMap;
-use std::sync::PoisonError;
+use std::fmt;
+use std::sync::{Arc, PoisonError};
 
 use anyhow::Result;
 use candle_adamax::{
-    Adamax, CosineDecay, GradScaler, Join, LearningRate, LinearWarmup, ParamGroup, ParamsAdamax, PolynomialDecay,
-    Schedule as Decay, WeightDecay,
+    Adamax, CosineDecay, GradScaler, Join, LearningRate, LearningRateSchedule, LinearWarmup, ParamGroup, ParamsAdamax,
+    PolynomialDecay, Schedule as Decay, WeightDecay,
 };
 use candle_core::Var;
 use candle_nn::VarMap;
 
 use crate::model::IsTrained;
 use crate::settings::{Float, Schedule, Settings};
+use crate::train::Length;
 
-/// The optimizer of the trained weights, for `steps` steps. `pretrained` weights are moved less, and those near the text
-/// least.
+/// The optimizer of the trained weights of a model of so many `layers`. `pretrained` weights are moved less, and those
+/// near the text least.
 pub(crate) fn adamax(
     settings: &Settings,
     varmap: &VarMap,
     is_trained: IsTrained,
-    (steps, layers, pretrained): (usize, usize, bool),
+    length: Length,
+    (layers, pretrained): (usize, bool),
 ) -> Result<Adamax> {
     let decay = settings.layer_lr_decay.unwrap_or(if pretrained { 0.9 } else { 1.0 });
     let mut groups: BTreeMap<usize, Vec<(String, Var)>> = BTreeMap::new();
@@ -40,7 +43,7 @@ pub(crate) fn adamax(
             None => group,
         }
     });
-    Ok(Adamax::from_groups(groups, params(settings, steps, pretrained))?)
+    Ok(Adamax::from_groups(groups, params(settings, length, pretrained))?)
 }
 
 /// How far above the text a weight is: 0 for the embeddings, 1 for the first layer, `layers + 1` for the head.
@@ -52,13 +55,13 @@ fn height(name: &str, layers: usize) -> usize {
     layer.map_or(layers + 1, |layer| layer + 1)
 }
 
-fn params(settings: &Settings, steps: usize, pretrained: bool) -> ParamsAdamax {
+fn params(settings: &Settings, length: Length, pretrained: bool) -> ParamsAdamax {
     ParamsAdamax {
-        lr: learning_rate(settings, steps, settings.lr.unwrap_or(if pretrained { 2e-4 } else { 2e-3 })),
+        lr: learning_rate(settings, length, settings.lr.unwrap_or(if pretrained { 2e-4 } else { 2e-3 })),
         weight_decay: WeightDecay::Decoupled(settings.weight_decay),
         no_decay: vec!["bias".into(), "LayerNorm".into()],
         clip_global_norm: Some(settings.clip_norm),
-        gradient_accumulation_steps: settings.accumulate as u64,
+        gradient_accumulation_steps: length.calls as u64,
         // Small gradients vanish in f16.
         grad_scaler: (settings.dtype == Float::F16).then(GradScaler::default),
         state_dtype: settings.state.dtype(),
@@ -68,17 +71,44 @@ fn params(settings: &Settings, steps: usize, pretrained: bool) -> ParamsAdamax {
     }
 }
 
-/// From 0 to `peak` and back. A schedule counts calls, which are batches: `accumulate` of them are a step.
-fn learning_rate(settings: &Settings, steps: usize, peak: f64) -> LearningRate {
-    let calls = |steps: usize| (steps * settings.accumulate) as u64;
+/// From 0 to `peak` and back.
+fn learning_rate(settings: &Settings, length: Length, peak: f64) -> LearningRate {
+    let steps = length.steps;
     let warmup = ((settings.warmup * steps as f64).round() as usize).min(steps.saturating_sub(1));
-    let rest = calls(steps - warmup);
+    let (warmup, rest) = (warmup as u64, (steps - warmup) as u64);
     let decay: Decay = match settings.schedule {
         Schedule::Linear => PolynomialDecay { end_learning_rate: 0.0, ..PolynomialDecay::new(peak, rest) }.into(),
         Schedule::Cosine => CosineDecay::new(peak, rest).into(),
         Schedule::Constant => LinearWarmup::new(peak, peak, 0).into(),
     };
-    Join::new([LinearWarmup::new(0.0, peak, calls(warmup)).into(), decay], [calls(warmup)]).into()
+    let schedule = Join::new([LinearWarmup::new(0.0, peak, warmup).into(), decay], [warmup]).into();
+    match length.calls {
+        1 => LearningRate::Schedule(schedule),
+        calls => LearningRate::Custom(Arc::new(BySteps { schedule, calls: calls as u64 })),
+    }
+}
+
+/// A schedule that counts steps. Those of the crate count calls of the optimizer, and with accumulation the one that
+/// updates is the last of a step's.
+struct BySteps {
+    schedule: Decay,
+    calls: u64,
+}
+
+impl LearningRateSchedule for BySteps {
+    fn learning_rate(&self, call: u64) -> f64 {
+        self.schedule.learning_rate(call / self.calls)
+    }
+
+    fn validate(&self) -> candle_adamax::Result<()> {
+        self.schedule.validate()
+    }
+}
+
+impl fmt::Debug for BySteps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, in steps of {} calls", self.schedule, self.calls)
+    }
 }
 
 #[cfg(test)]
@@ -93,6 +123,11 @@ mod tests {
 
     fn settings(options: &[&str]) -> Result<Settings> {
         Ok(Args::try_parse_from([&["finetune"], options].concat())?.settings)
+    }
+
+    /// Ten steps of so many calls.
+    fn length(calls: usize) -> Length {
+        Length { steps: 10, steps_per_epoch: 10, texts: 8, calls }
     }
 
     fn vars(names: &[&str]) -> Result<VarMap> {
@@ -120,13 +155,13 @@ mod tests {
 
     #[test]
     fn the_learning_rate_falls_from_the_head_to_the_embeddings() -> Result<()> {
-        let (varmap, length) = (vars(&NAMES)?, (10, 12, true));
-        let optimizer = adamax(&settings(&["--layer-lr-decay", "0.5"])?, &varmap, |_| true, length)?;
+        let (varmap, model) = (vars(&NAMES)?, (12, true));
+        let optimizer = adamax(&settings(&["--layer-lr-decay", "0.5"])?, &varmap, |_| true, length(1), model)?;
         let expected =
             [("embeddings", 0.5f64.powi(13)), ("layer.0", 0.5f64.powi(12)), ("layer.11", 0.5), ("head", 1.0)];
         assert_eq!(factors(&optimizer), expected);
 
-        let optimizer = adamax(&settings(&[])?, &varmap, is_on_top, length)?;
+        let optimizer = adamax(&settings(&[])?, &varmap, is_on_top, length(1), model)?;
         assert_eq!(factors(&optimizer), [("head", 1.0)]);
         assert_eq!(optimizer.names().collect::<Vec<_>>(), NAMES[3..]);
         Ok(())
@@ -134,11 +169,14 @@ mod tests {
 
     #[test]
     fn warm_up_and_decay_count_steps_whatever_a_step_is_made_of() -> Result<()> {
-        for accumulate in [1, 4] {
-            let options = ["--lr", "0.5", "--warmup", "0.2", "--accumulate", &accumulate.to_string()];
+        for calls in [1, 4] {
             let lr = |schedule: &str, step: u64| -> Result<f64> {
-                let settings = settings(&[&options[..], &["--schedule", schedule]].concat())?;
-                Ok(learning_rate(&settings, 10, 0.5).at(step * accumulate)?)
+                let settings = settings(&["--lr", "0.5", "--warmup", "0.2", "--schedule", schedule])?;
+                let lr = learning_rate(&settings, length(calls), 0.5);
+                lr.validate()?;
+                let (first, last) = (lr.at(step * calls as u64)?, lr.at((step + 1) * calls as u64 - 1)?);
+                assert_eq!(first, last);
+                Ok(last)
             };
             for (schedule, expected) in [
                 ("linear", [0.0, 0.25, 0.5, 0.25, 0.0]),
@@ -150,7 +188,8 @@ mod tests {
             }
         }
         // Even a single step has a learning rate.
-        assert_eq!(learning_rate(&settings(&["--warmup", "0.9"])?, 1, 0.5).at(0)?, 0.5);
+        let one = Length { steps: 1, ..length(1) };
+        assert_eq!(learning_rate(&settings(&["--warmup", "0.9"])?, one, 0.5).at(0)?, 0.5);
         Ok(())
     }
 
@@ -161,7 +200,7 @@ mod tests {
             var.set(&var.ones_like()?)?;
         }
         let options = ["--lr", "0.5", "--weight-decay", "0.1", "--warmup", "0", "--layer-lr-decay", "1"];
-        let mut optimizer = adamax(&settings(&options)?, &varmap, |_| true, (10, 12, true))?;
+        let mut optimizer = adamax(&settings(&options)?, &varmap, |_| true, length(1), (12, true))?;
         let vars = varmap.data().lock().unwrap_or_else(PoisonError::into_inner).clone();
         let zeros = vars.values().map(|var| Ok((var, var.zeros_like()?))).collect::<Result<Vec<_>>>()?;
         optimizer.apply_gradients(zeros.iter().map(|(var, grad)| (*var, grad)))?;
@@ -176,7 +215,7 @@ mod tests {
     #[test]
     fn a_mistake_names_the_setting() -> Result<()> {
         let refused = |options: &[&str]| -> Result<String> {
-            let optimizer = adamax(&settings(options)?, &vars(&NAMES)?, |_| true, (10, 12, true));
+            let optimizer = adamax(&settings(options)?, &vars(&NAMES)?, |_| true, length(1), (12, true));
             Ok(optimizer.err().map(|error| error.to_string()).unwrap_or_default())
         };
         assert!(refused(&["--clip-norm", "-1"])?.contains("`clip_global_norm`"));

@@ -18,13 +18,12 @@ use crate::train::Length;
 pub(crate) fn data(path: Option<&Path>, data: &Data) {
     let source = path.map_or("lines of the crate's own files".to_owned(), |path| path.display().to_string());
     let Data { labels, train, test, repeated, ambiguous } = data;
-    println!(
-        "{} texts to train on, {} to test with, without {} that were repeated and {} of more than one class: {source}",
-        grouped(train.len()),
-        grouped(test.len()),
-        grouped(*repeated),
-        grouped(*ambiguous),
-    );
+    println!("{} texts to train on, {} to test with: {source}", grouped(train.len()), grouped(test.len()));
+    for (count, why) in [(*repeated, "repeated ones"), (*ambiguous, "of more than one class")] {
+        if count > 0 {
+            println!("left out: {} {why}", grouped(count));
+        }
+    }
     let counts = data.counts(train).into_iter().zip(data.counts(test));
     let classes: Vec<String> =
         labels.iter().zip(counts).map(|(label, (train, test))| format!("{label} {train} + {test}")).collect();
@@ -50,12 +49,12 @@ pub(crate) fn model(path: Option<&Path>, config: &Config, fresh: &[String]) {
 }
 
 /// How it is trained.
-pub(crate) fn optimizer(settings: &Settings, optimizer: &Adamax, length: Length) {
+pub(crate) fn optimizer(optimizer: &Adamax, length: Length) {
     println!("{optimizer}");
     println!(
         "{} steps of {} texts, {} to an epoch\n",
         grouped(length.steps),
-        grouped(settings.batch * settings.accumulate),
+        grouped(length.texts),
         grouped(length.steps_per_epoch)
     );
 }
@@ -72,7 +71,8 @@ pub(crate) fn evaluation(progress: &Progress, index: usize, length: Length, time
     let Evaluation { step, loss, .. } = progress.evaluations[index];
     let before = index.checked_sub(1).map_or(0, |before| progress.evaluations[before].step);
     let steps = &progress.steps[before..step];
-    let train: f64 = steps.iter().map(|step| step.loss).sum::<f64>() / steps.len() as f64;
+    let texts: usize = steps.iter().map(|step| step.texts).sum();
+    let train = steps.iter().map(|step| step.loss * step.texts as f64).sum::<f64>() / texts as f64;
     let lr = steps.last().map_or(0.0, |step| step.lr);
     let time = time.map_or("earlier".to_owned(), |time| format!("{:.1} s", time.as_secs_f64()));
     println!(

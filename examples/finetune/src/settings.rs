@@ -19,7 +19,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DIR")]
     pub(crate) model: Option<PathBuf>,
 
-    /// A file with a line for each text: its class, a tab, the text. Without it, lines of the files that this program
+    /// A file in UTF-8 with a line for each text: its class, a tab, the text. Without it, lines of the files that this program
     /// was built beside: which of them are Rust, CUDA C++, Markdown, TOML?
     #[arg(long, value_name = "FILE")]
     pub(crate) data: Option<PathBuf>,
@@ -103,7 +103,7 @@ pub(crate) struct Settings {
     #[arg(long, default_value_t = 32, value_parser = at_least_one)]
     pub(crate) batch: usize,
 
-    /// Batches in a step, whose gradients are averaged.
+    /// Batches in a step, which is what one batch of all their texts would be, with the memory of one of them.
     #[arg(long, value_name = "BATCHES", default_value_t = 1, value_parser = at_least_one)]
     pub(crate) accumulate: usize,
 

@@ -51,6 +51,7 @@ pub(crate) fn setup(args: &Args) -> Result<Setup> {
     };
     if let Some(dropout) = settings.dropout {
         (config.hidden_dropout_prob, config.attention_probs_dropout_prob) = (dropout, dropout);
+        config.classifier_dropout = None;
     }
     config.classifier_pooling = Some(settings.pooling.unwrap_or(config.pooling()));
     let keep_classifier = config.has_labels(&data.labels);
@@ -69,10 +70,10 @@ pub(crate) fn setup(args: &Args) -> Result<Setup> {
     let model = Classifier::new(&config, data.labels.len(), (sparse, keep_classifier), &mut weights)?;
     report::model(args.model.as_deref(), &config, &weights.fresh);
 
-    let length = Length::new(settings, train.len())?;
-    let of_steps = (length.steps, config.num_hidden_layers, args.model.is_some());
-    let optimizer = optim::adamax(settings, &varmap, is_trained, of_steps)?;
-    report::optimizer(settings, &optimizer, length);
+    let length = Length::new(settings, train.len());
+    let model_is = (config.num_hidden_layers, args.model.is_some());
+    let optimizer = optim::adamax(settings, &varmap, is_trained, length, model_is)?;
+    report::optimizer(&optimizer, length);
 
     let progress = Progress::new(settings, &config, tokenizer::fingerprint(train.iter().chain(&test)));
     let ids = if sparse { Device::Cpu } else { device.clone() };
@@ -81,7 +82,7 @@ pub(crate) fn setup(args: &Args) -> Result<Setup> {
         model,
         varmap,
         optimizer,
-        batcher: Batcher { padding: config.pad_token_id, device, ids },
+        batcher: Batcher { padding: config.padding(), device, ids },
         train,
         test,
         labels: data.labels.len(),

@@ -10,6 +10,7 @@ use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, Tokenizer, TruncationParams};
 
 use crate::data::Example;
+use crate::files;
 
 /// The file's name.
 pub(crate) const TOKENIZER: &str = "tokenizer.json";
@@ -108,8 +109,7 @@ pub(crate) fn fingerprint<'t>(texts: impl IntoIterator<Item = &'t Encoded>) -> u
 
 /// Writes the tokenizer into the folder `model`.
 pub(crate) fn save(tokenizer: &Tokenizer, model: &Path) -> Result<()> {
-    let path = model.join(TOKENIZER);
-    tokenizer.save(&path, true).map_err(Error::from_boxed).with_context(|| path.display().to_string())
+    files::write(&model.join(TOKENIZER), |path| tokenizer.save(path, true).map_err(Error::from_boxed))
 }
 
 #[cfg(test)]

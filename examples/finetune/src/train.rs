@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::PoisonError;
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use candle_adamax::Adamax;
 use candle_core::backprop::GradStore;
 use candle_nn::{Optimizer, VarMap, loss};
@@ -33,7 +33,7 @@ pub(crate) struct Trainer {
     pub(crate) laps: Laps,
     /// The bytes of the gradient of each weight: the most that there were in any batch.
     pub(crate) gradient_bytes: HashMap<String, usize>,
-    /// An epoch, and its batches.
+    /// An epoch, and the texts of its steps.
     pub(crate) order: Option<(usize, Vec<Vec<usize>>)>,
 }
 
@@ -42,21 +42,33 @@ pub(crate) struct Trainer {
 pub(crate) struct Length {
     pub(crate) steps: usize,
     pub(crate) steps_per_epoch: usize,
+    /// Texts of a step; one of each epoch has fewer where they do not come out even.
+    pub(crate) texts: usize,
+    /// Batches of a step, with a call of the optimizer for each.
+    pub(crate) calls: usize,
 }
 
 impl Length {
-    /// Of `texts`. Batches at the end of an epoch that are too few for a step are left out.
-    pub(crate) fn new(settings: &Settings, texts: usize) -> Result<Self> {
-        let batches = texts.div_ceil(settings.batch);
-        let steps_per_epoch = batches / settings.accumulate;
-        ensure!(
-            steps_per_epoch > 0,
-            "--accumulate: expected at most the {batches} batches of an epoch, got {}",
-            settings.accumulate
-        );
-        let steps = (steps_per_epoch * settings.epochs).min(settings.max_steps.unwrap_or(usize::MAX));
-        Ok(Self { steps, steps_per_epoch })
+    /// Of `all` texts.
+    pub(crate) fn new(settings: &Settings, all: usize) -> Self {
+        let texts = settings.batch.saturating_mul(settings.accumulate).min(all);
+        let steps_per_epoch = all.div_ceil(texts);
+        let steps = steps_per_epoch.saturating_mul(settings.epochs).min(settings.max_steps.unwrap_or(usize::MAX));
+        Self { steps, steps_per_epoch, texts, calls: texts.div_ceil(settings.batch) }
     }
+}
+
+/// The texts of a step in `calls` batches as even as can be, each with what its mean loss counts for, where the mean over
+/// the calls is to be that over the texts.
+///
+/// Where there are fewer texts than calls, the first one stands in for those that are missing and counts for nothing:
+/// the optimizer updates on the last of its calls.
+fn parts(texts: &[usize], calls: usize) -> impl Iterator<Item = (&[usize], f64)> {
+    (0..calls).map(move |call| {
+        let part = &texts[call * texts.len() / calls..(call + 1) * texts.len() / calls];
+        let weight = (part.len() * calls) as f64 / texts.len() as f64;
+        (if part.is_empty() { &texts[..1] } else { part }, weight)
+    })
 }
 
 /// How often the loss scale is halved for one batch: from its first value, 2^16, to far below 1.
@@ -65,6 +77,7 @@ const HALVINGS: usize = 24;
 /// What one step did.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Step {
+    pub(crate) texts: usize,
     /// The mean cross-entropy of its texts, before they were trained on.
     pub(crate) loss: f64,
     /// The learning rate of the head.
@@ -75,42 +88,40 @@ pub(crate) struct Step {
 
 impl Trainer {
     /// Step `step`, counted from 0: its batches, and the update.
+    ///
+    /// All of its texts count the same, whichever batches they are in.
     pub(crate) fn step(&mut self, step: usize) -> Result<Step> {
-        let (epoch, first) = (step / self.length.steps_per_epoch, step % self.length.steps_per_epoch);
+        let (epoch, index) = (step / self.length.steps_per_epoch, step % self.length.steps_per_epoch);
         if self.order.as_ref().is_none_or(|(of, _)| *of != epoch) {
             let rng = &mut random(self.settings.seed, Stream::Epoch(epoch));
-            self.order = Some((epoch, batch::epoch(&self.train, self.settings.batch, rng)));
+            self.order = Some((epoch, batch::epoch(&self.train, self.length.texts, rng)));
         }
-        let order = self.order.as_ref().map_or(&[][..], |(_, batches)| batches);
-        let accumulate = self.settings.accumulate;
-        let batches: Vec<Vec<usize>> = order.iter().skip(first * accumulate).take(accumulate).cloned().collect();
+        let texts = self.order.as_ref().map_or(Vec::new(), |(_, steps)| steps[index].clone());
 
         let rng = &mut random(self.settings.seed, Stream::Dropout(step));
-        let mut losses = 0.0;
-        for texts in &batches {
-            let mut loss = self.train_on(step, texts, rng)?;
-            // The scale of f16's losses is searched from above: a batch whose gradients overflow goes again, with half of it. So
-            // every step has all of its batches, and the update comes with the last of them.
-            for _ in 0..HALVINGS {
-                if !self.optimizer.report().skipped() {
-                    break;
-                }
-                loss = self.train_on(step, texts, rng)?;
-            }
-            let is_skipped = self.optimizer.report().skipped();
-            ensure!(
-                !is_skipped,
-                "the gradients are not finite in step {}, at any loss scale: try a lower --lr",
-                step + 1
-            );
-            losses += loss;
+        let mut loss = 0.0;
+        for (part, weight) in parts(&texts, self.length.calls) {
+            loss += weight * self.train_until_finite(step, part, weight, rng)?;
         }
         let report = self.optimizer.report();
-        Ok(Step { loss: losses / batches.len() as f64, lr: report.lr(), norm: report.total_norm() })
+        let loss = loss / self.length.calls as f64;
+        Ok(Step { texts: texts.len(), loss, lr: report.lr(), norm: report.total_norm() })
     }
 
-    /// One batch of step `step`: its loss, and a call of the optimizer.
-    fn train_on(&mut self, step: usize, texts: &[usize], rng: &mut StdRng) -> Result<f64> {
+    /// One batch of step `step`. The scale of f16's losses is searched from above: a batch whose gradients overflow goes
+    /// again, with half of it. So every step has all of its batches, and the update comes with the last of them.
+    fn train_until_finite(&mut self, step: usize, texts: &[usize], weight: f64, rng: &mut StdRng) -> Result<f64> {
+        for _ in 0..=HALVINGS {
+            let loss = self.train_on(step, texts, weight, rng)?;
+            if !self.optimizer.report().skipped() {
+                return Ok(loss);
+            }
+        }
+        bail!("the gradients are not finite in step {}, at any loss scale: try a lower --lr", step + 1)
+    }
+
+    /// A call of the optimizer with the gradients of a batch's mean loss, times `weight`. Returns that loss.
+    fn train_on(&mut self, step: usize, texts: &[usize], weight: f64, rng: &mut StdRng) -> Result<f64> {
         let start = Instant::now();
         let texts: Vec<&Encoded> = texts.iter().map(|&index| &self.train[index]).collect();
         let batch = self.batcher.batch(&texts)?;
@@ -119,6 +130,7 @@ impl Trainer {
         let value = f64::from(loss.to_scalar::<f32>()?);
         ensure!(value.is_finite(), "the loss is {value} in step {}: try a lower --lr", step + 1);
         let forwarded = Instant::now();
+        let loss = if weight == 1.0 { loss } else { (loss * weight)? };
         let grads = self.optimizer.scale(&loss)?.backward()?;
         self.batcher.device.synchronize()?;
         let differentiated = Instant::now();
@@ -153,5 +165,27 @@ impl Trainer {
             let most = self.gradient_bytes.entry(name.to_owned()).or_default();
             *most = numbers.saturating_mul(var.dtype().size_in_bytes()).max(*most);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_has_all_calls_and_its_texts_count_the_same() {
+        for (texts, calls) in [(8, 2), (7, 2), (3, 2), (3, 3), (2, 3), (1, 5), (33, 5), (9, 1)] {
+            let texts: Vec<usize> = (0..texts).collect();
+            let parts: Vec<(&[usize], f64)> = parts(&texts, calls).collect();
+            assert_eq!(parts.len(), calls);
+            let mut counts = vec![0.0; texts.len()];
+            for (part, weight) in &parts {
+                assert!(!part.is_empty() && part.len() <= texts.len().div_ceil(calls));
+                part.iter().for_each(|&text| counts[text] += weight / (part.len() * calls) as f64);
+            }
+            let share = 1.0 / texts.len() as f64;
+            assert!(counts.iter().all(|count| (count - share).abs() < 1e-15), "{counts:?}");
+        }
+        assert!(parts(&[4, 5, 6, 7], 2).all(|(part, weight)| part.len() == 2 && weight == 1.0));
     }
 }

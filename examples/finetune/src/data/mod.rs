@@ -1,13 +1,14 @@
 //! Texts and their classes: read, freed of repetitions, and split into what is trained on and what is kept.
 
+mod read;
 pub(crate) mod tree;
 
-use std::collections::{BTreeMap, HashMap};
-use std::fs;
-use std::path::Path;
+use std::collections::{BTreeMap, HashMap, HashSet};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use rand::{rngs::StdRng, seq::SliceRandom};
+
+pub(crate) use self::read::read;
 
 /// A text and the number of its class.
 #[derive(Clone, Debug, PartialEq)]
@@ -28,27 +29,14 @@ pub(crate) struct Data {
     pub(crate) ambiguous: usize,
 }
 
-/// Reads a file with lines of a class, a tab, and a text. Empty lines are left out.
-pub(crate) fn read(path: &Path) -> Result<Vec<(String, String)>> {
-    let name = path.display();
-    let text = fs::read_to_string(path).with_context(|| format!("cannot read {name}"))?;
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let labelled = lines.map(|(index, line)| {
-        let at = || format!("{name}:{}: expected a class, a tab and a text", index + 1);
-        let (label, text) = line.split_once('\t').with_context(at)?;
-        let (label, text) = (label.trim(), text.trim());
-        ensure!(!label.is_empty() && !text.is_empty(), at());
-        Ok((label.to_owned(), text.to_owned()))
-    });
-    labelled.collect()
-}
-
 impl Data {
     /// Leaves out what is repeated and splits the rest at random, the same share of each class.
     ///
     /// Texts that differ in white space only are the same, so that none is trained on and tested with.
     pub(crate) fn new(labelled: Vec<(String, String)>, test_share: f64, rng: &mut StdRng) -> Result<Self> {
         let all = labelled.len();
+        let names: HashSet<&str> = labelled.iter().map(|(label, _)| label.as_str()).collect();
+        let (names, first) = (names.len(), labelled.first().map(|(label, _)| label.clone()));
         let mut classes: HashMap<String, Option<String>> = HashMap::new();
         let mut order = Vec::new();
         for (label, text) in labelled {
@@ -71,12 +59,24 @@ impl Data {
             }
         }
         let ambiguous = order.len() - unambiguous;
-        ensure!(by_class.len() >= 2, "expected texts of at least 2 classes, got {}", by_class.len());
+        let hint = if names > order.len() {
+            format!(": there are {names} classes and {} different texts, so are the columns swapped?", order.len())
+        } else if by_class.len() < 2 && ambiguous > 0 {
+            format!(", apart from {ambiguous} different texts that have more than one class")
+        } else {
+            String::new()
+        };
+        ensure!(by_class.len() >= 2, "expected texts of at least 2 classes, got {}{hint}", by_class.len());
 
         let (mut train, mut test) = (Vec::new(), Vec::new());
         for (label, (name, texts)) in (0..).zip(&mut by_class) {
             let count = texts.len();
-            ensure!(count >= 2, "expected at least 2 different texts of each class, got {count} of {name:?}");
+            let is_header = hint.is_empty() && first.as_ref() == Some(name);
+            let header = if is_header { ": if the first line is a header, take it out" } else { "" };
+            ensure!(
+                count >= 2,
+                "expected at least 2 different texts of each class, got {count} of {name:?}{hint}{header}"
+            );
             texts.shuffle(rng);
             let kept = ((test_share * count as f64).round() as usize).clamp(1, count - 1);
             let mut examples = texts.drain(..).map(|text| Example { label, text });
@@ -103,6 +103,8 @@ impl Data {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use rand::SeedableRng;
 
     use super::*;
@@ -156,6 +158,18 @@ mod tests {
         assert_eq!(refused(&[("a", "one"), ("a", "two")]), "expected texts of at least 2 classes, got 1");
         let few = "expected at least 2 different texts of each class, got 1 of \"b\"";
         assert_eq!(refused(&[("a", "one"), ("a", "two"), ("b", "three"), ("b", "three")]), few);
+        let header = [("label", "text"), ("a", "one"), ("a", "two"), ("b", "three"), ("b", "four")];
+        let expected = "expected at least 2 different texts of each class, got 1 of \"label\": if the first line is a header, \
+                        take it out";
+        assert_eq!(refused(&header), expected);
+        let swapped = [("one", "a"), ("two", "a"), ("three", "b"), ("four", "b")];
+        let expected = "expected texts of at least 2 classes, got 0: there are 4 classes and 2 different texts, so are the \
+                        columns swapped?";
+        assert_eq!(refused(&swapped), expected);
+        let ambiguous = [("a", "one"), ("b", "one"), ("a", "two"), ("a", "three")];
+        let expected =
+            "expected texts of at least 2 classes, got 1, apart from 1 different texts that have more than one class";
+        assert_eq!(refused(&ambiguous), expected);
         Ok(())
     }
 }

@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::PoisonError;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candle_core::{DType, Tensor};
 use candle_nn::VarMap;
 
@@ -28,6 +28,7 @@ use self::layers::Linear;
 pub(crate) use self::layers::Pass;
 pub(crate) use self::weights::{IsTrained, WEIGHTS, Weights};
 use crate::batch::Batch;
+use crate::files;
 
 /// The name of the embeddings of words.
 pub(crate) const WORDS: &str = "bert.embeddings.word_embeddings.weight";
@@ -69,7 +70,7 @@ impl Classifier {
                 Pooling::Mean => None,
             },
             classifier: weights.linear(CLASSIFIER, size, labels)?,
-            dropout: config.hidden_dropout_prob,
+            dropout: config.classifier_dropout.unwrap_or(config.hidden_dropout_prob),
         })
     }
 
@@ -95,6 +96,5 @@ pub(crate) fn save_weights(varmap: &VarMap, model: &Path) -> Result<()> {
     let vars = varmap.data().lock().unwrap_or_else(PoisonError::into_inner);
     let tensors: BTreeMap<&str, &Tensor> = vars.iter().map(|(name, var)| (name.as_str(), var.as_tensor())).collect();
     let metadata = [("format".to_owned(), "pt".to_owned())].into();
-    let path = model.join(WEIGHTS);
-    safetensors::serialize_to_file(tensors, Some(metadata), &path).with_context(|| path.display().to_string())
+    files::write(&model.join(WEIGHTS), |path| Ok(safetensors::serialize_to_file(tensors, Some(metadata), path)?))
 }

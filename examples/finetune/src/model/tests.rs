@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::path::PathBuf;
 
+use anyhow::Context;
 use candle_adamax::{Adamax, ParamsAdamax};
 use candle_core::{Device, Var};
 use candle_nn::{Optimizer, VarBuilder, loss};

@@ -4,11 +4,13 @@
 //! it. Layers get the variable itself where it is trained, and where it is not, a tensor on the same memory that no
 //! graph knows of.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
+use std::fs;
 use std::path::Path;
 use std::sync::PoisonError;
 
 use anyhow::{Context, Result, bail, ensure};
+use candle_core::safetensors::BufferedSafetensors;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarMap;
 use rand::{Rng, rngs::StdRng};
@@ -26,7 +28,7 @@ pub(crate) type IsTrained = fn(&str) -> bool;
 /// Hands out weights by name.
 pub(crate) struct Weights {
     /// What was read; `None` if all weights are fresh.
-    file: Option<HashMap<String, Tensor>>,
+    file: Option<Source>,
     varmap: VarMap,
     dtype: DType,
     device: Device,
@@ -35,6 +37,38 @@ pub(crate) struct Weights {
     is_trained: IsTrained,
     /// The names of weights that the file did not have.
     pub(crate) fresh: Vec<String>,
+}
+
+/// A file of tensors. Only those that are asked for are made, since files have others of types that candle lacks.
+struct Source {
+    tensors: BufferedSafetensors,
+    /// Those that nobody has taken.
+    names: HashSet<String>,
+}
+
+impl Source {
+    fn read(model: &Path) -> Result<Self> {
+        let path = model.join(WEIGHTS);
+        let read = || -> Result<Self> {
+            let tensors = BufferedSafetensors::new(fs::read(&path)?)?;
+            let names = tensors.tensors().into_iter().map(|(name, _)| name).collect();
+            Ok(Self { tensors, names })
+        };
+        read().with_context(|| format!("cannot read the weights of the model, {}", path.display()))
+    }
+
+    /// Takes the weight `name` out, however the file spells it.
+    fn take(&mut self, name: &str, shape: &[usize]) -> Result<Option<Tensor>> {
+        let Some(spelling) = spellings(name).into_iter().find(|spelling| self.names.remove(spelling)) else {
+            return Ok(None);
+        };
+        let view = self.tensors.get(&spelling)?;
+        let (got, dtype) = (view.shape(), view.dtype());
+        ensure!(got == shape, "{name}: expected the shape {shape:?}, got {got:?}");
+        let is_float = DType::try_from(dtype).is_ok_and(|dtype| dtype.is_float());
+        ensure!(is_float, "{name}: expected floating point, got {dtype:?}");
+        Ok(Some(self.tensors.load(&spelling, &Device::Cpu)?))
+    }
 }
 
 /// What a fresh weight begins with.
@@ -55,13 +89,8 @@ impl Weights {
         (rng, deviation): (StdRng, f64),
         is_trained: IsTrained,
     ) -> Result<Self> {
-        let read = |model: &Path| {
-            let path = model.join(WEIGHTS);
-            candle_core::safetensors::load(&path, &Device::Cpu)
-                .with_context(|| format!("cannot read the weights of the model, {}", path.display()))
-        };
         Ok(Self {
-            file: model.map(read).transpose()?,
+            file: model.map(Source::read).transpose()?,
             varmap: varmap.clone(),
             dtype,
             device: device.clone(),
@@ -75,7 +104,7 @@ impl Weights {
     /// Forgets a weight that the file has, so that it is fresh.
     pub(crate) fn forget(&mut self, name: &str) {
         if let Some(file) = &mut self.file {
-            file.remove(name);
+            file.names.remove(name);
         }
     }
 
@@ -83,15 +112,10 @@ impl Weights {
     pub(crate) fn get(&mut self, name: &str, shape: &[usize], fresh: Fresh) -> Result<Tensor> {
         let found = match &mut self.file {
             None => None,
-            Some(file) => spellings(name).into_iter().find_map(|spelling| file.remove(&spelling)),
+            Some(file) => file.take(name, shape)?,
         };
         let tensor = match found {
-            Some(tensor) => {
-                let got = tensor.dims();
-                ensure!(got == shape, "{name}: expected the shape {shape:?}, got {got:?}");
-                ensure!(tensor.dtype().is_float(), "{name}: expected floating point, got {:?}", tensor.dtype());
-                tensor
-            }
+            Some(tensor) => tensor,
             None if self.file.is_some() && !super::is_on_top(name) => {
                 bail!("{WEIGHTS} of the model: expected a tensor `{name}`, with or without `{ENCODER}`, got none")
             }
@@ -104,7 +128,8 @@ impl Weights {
                 }
             }
         };
-        let var = Var::from_tensor(&tensor.to_dtype(self.dtype)?.to_device(&self.device)?)?;
+        let tensor = tensor.to_dtype(self.dtype).with_context(|| name.to_owned())?;
+        let var = Var::from_tensor(&tensor.to_device(&self.device)?)?;
         let weight = if (self.is_trained)(name) { var.as_tensor().clone() } else { var.as_tensor().detach() };
         self.varmap.data().lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), var);
         Ok(weight)

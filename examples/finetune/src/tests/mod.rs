@@ -1,5 +1,8 @@
 //! Whole runs of the program.
 
+mod accumulate;
+mod files;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -30,8 +33,13 @@ impl Folder {
     }
 
     fn args(&self, out: &str, options: &[&str]) -> Result<Args> {
+        self.parse(out, &[&["--batch", "8"], options].concat())
+    }
+
+    /// Arguments without the size of a batch.
+    fn parse(&self, out: &str, options: &[&str]) -> Result<Args> {
         let (data, out) = (self.text("texts.tsv"), self.text(out));
-        let always = ["finetune", "--data", &data, "--out", &out, "--batch", "8", "--max-length", "16"];
+        let always = ["finetune", "--data", &data, "--out", &out, "--max-length", "16"];
         Ok(Args::try_parse_from(always.iter().chain(options))?)
     }
 
@@ -116,6 +124,17 @@ fn resume(name: &str, options: &[&'static str]) -> Result<()> {
     ensure!(error.contains("--seed 1, and this one has --seed 2"), "{error}");
     let error = refused("resumed", &["--resume", "--lr", "0.5"]);
     ensure!(error.contains("no --lr, and this one has --lr 0.5"), "{error}");
+    if options.contains(&"constant") {
+        // Here the learning rate does not depend on the number of steps.
+        let more = |more: &[&'static str]| [options, &["--warmup", "0", "--evaluate-every", "3"], more].concat();
+        folder.run("longer", &more(&["--epochs", "3"]))?;
+        folder.run("more", &more(&["--epochs", "2"]))?;
+        folder.run("more", &more(&["--epochs", "3", "--resume"]))?;
+        let model = |out: &str| folder.read(Path::new(out).join("model.safetensors"));
+        ensure!(model("longer")? == model("more")?, "more epochs are not those of a longer run");
+    }
+    let error = refused("resumed", &["--resume", "--max-steps", "5"]);
+    ensure!(error.contains("no --max-steps, and this one has --max-steps 5"), "{error}");
     let error = refused("nowhere", &["--resume"]);
     ensure!(error.contains("there is no checkpoint"), "{error}");
     let texts = String::from_utf8(folder.read("texts.tsv")?)?;
@@ -203,16 +222,21 @@ fn the_table_of_memory_is_as_computed_by_hand() -> Result<()> {
 }
 
 #[test]
-fn steps_are_whole_and_there_is_at_least_one() -> Result<()> {
-    let length = |options: &[&str], texts| -> Result<Length> {
-        let args = Args::try_parse_from([&["finetune", "--batch", "8"], options].concat())?;
-        Length::new(&args.settings, texts)
+fn every_text_of_an_epoch_is_in_one_of_its_steps() -> Result<()> {
+    let length = |options: &[&str], texts| -> Result<(usize, usize, usize, usize)> {
+        let args = Args::try_parse_from([&["finetune"], options].concat())?;
+        let Length { steps, steps_per_epoch, texts, calls } = Length::new(&args.settings, texts);
+        Ok((steps, steps_per_epoch, texts, calls))
     };
-    assert_eq!(length(&["--epochs", "3"], 33)?, Length { steps: 15, steps_per_epoch: 5 });
-    assert_eq!(length(&["--epochs", "3", "--accumulate", "2"], 33)?, Length { steps: 6, steps_per_epoch: 2 });
-    assert_eq!(length(&["--max-steps", "7"], 33)?, Length { steps: 7, steps_per_epoch: 5 });
-    let error = length(&["--accumulate", "6"], 33).expect_err("too many").to_string();
-    assert_eq!(error, "--accumulate: expected at most the 5 batches of an epoch, got 6");
+    assert_eq!(length(&["--batch", "8", "--epochs", "3"], 33)?, (15, 5, 8, 1));
+    assert_eq!(length(&["--batch", "8", "--epochs", "3", "--accumulate", "2"], 33)?, (9, 3, 16, 2));
+    assert_eq!(length(&["--batch", "8", "--max-steps", "7"], 33)?, (7, 5, 8, 1));
+    // More than there are is all of them, as for --batch.
+    assert_eq!(length(&["--batch", "8", "--epochs", "1", "--accumulate", "6"], 33)?, (1, 1, 33, 5));
+    assert_eq!(length(&["--batch", "99", "--epochs", "1"], 33)?, (1, 1, 33, 1));
+    let most = usize::MAX.to_string();
+    let most = ["--batch", &most, "--accumulate", &most, "--epochs", &most];
+    assert_eq!(length(&most, 33)?, (usize::MAX, 1, 33, 1));
     Ok(())
 }
 

@@ -1,5 +1,9 @@
 //! What an encoder is made of: `config.json` of a Hugging Face directory.
 
+mod read;
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
@@ -9,43 +13,41 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::files;
+
 /// The file's name.
 pub(crate) const CONFIG: &str = "config.json";
 
 /// The settings of a BERT encoder, by the names that `transformers` gives them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "Map<String, Value>")]
 pub(crate) struct Config {
-    #[serde(default = "bert")]
     pub(crate) model_type: String,
     pub(crate) vocab_size: usize,
     pub(crate) hidden_size: usize,
     pub(crate) num_hidden_layers: usize,
     pub(crate) num_attention_heads: usize,
     pub(crate) intermediate_size: usize,
-    #[serde(default)]
     pub(crate) hidden_act: Activation,
-    #[serde(default = "tenth")]
     pub(crate) hidden_dropout_prob: f64,
-    #[serde(default = "tenth")]
     pub(crate) attention_probs_dropout_prob: f64,
+    /// Dropout before the classifier; `None` for that of the encoder.
+    pub(crate) classifier_dropout: Option<f64>,
     pub(crate) max_position_embeddings: usize,
     pub(crate) type_vocab_size: usize,
     /// The standard deviation of fresh weights.
-    #[serde(default = "deviation")]
     pub(crate) initializer_range: f64,
-    #[serde(default = "eps")]
     pub(crate) layer_norm_eps: f64,
-    #[serde(default)]
-    pub(crate) pad_token_id: u32,
-    #[serde(default = "absolute")]
+    /// A negative one counts from the end, and some models have none.
+    pub(crate) pad_token_id: Option<i64>,
     pub(crate) position_embedding_type: String,
     /// What the classifier sees of a text; `ModernBERT`'s name for it. BERT itself has [`Pooling::Cls`] only.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) classifier_pooling: Option<Pooling>,
     /// The classes, by their numbers as text.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub(super) id2label: BTreeMap<String, String>,
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub(super) label2id: BTreeMap<String, u32>,
     /// What else the file has, which is kept.
     #[serde(flatten)]
@@ -57,10 +59,10 @@ pub(crate) struct Config {
 pub(crate) enum Activation {
     /// `x * Phi(x)`, with the exact error function.
     #[default]
-    #[serde(rename = "gelu")]
+    #[serde(rename = "gelu", alias = "gelu_python")]
     Gelu,
     /// The same by a hyperbolic tangent.
-    #[serde(rename = "gelu_new", alias = "gelu_pytorch_tanh")]
+    #[serde(rename = "gelu_new", alias = "gelu_pytorch_tanh", alias = "gelu_fast")]
     GeluTanh,
     #[serde(rename = "relu")]
     Relu,
@@ -80,21 +82,22 @@ impl Config {
     /// A small encoder for fresh weights.
     pub(crate) fn small(vocab_size: usize, pad_token_id: u32) -> Self {
         Self {
-            model_type: bert(),
+            model_type: "bert".into(),
             vocab_size,
             hidden_size: 128,
             num_hidden_layers: 2,
             num_attention_heads: 4,
             intermediate_size: 512,
             hidden_act: Activation::Gelu,
-            hidden_dropout_prob: tenth(),
-            attention_probs_dropout_prob: tenth(),
+            hidden_dropout_prob: 0.1,
+            attention_probs_dropout_prob: 0.1,
+            classifier_dropout: None,
             max_position_embeddings: 128,
             type_vocab_size: 2,
-            initializer_range: deviation(),
-            layer_norm_eps: eps(),
-            pad_token_id,
-            position_embedding_type: absolute(),
+            initializer_range: 0.02,
+            layer_norm_eps: 1e-12,
+            pad_token_id: Some(pad_token_id.into()),
+            position_embedding_type: "absolute".into(),
             classifier_pooling: Some(Pooling::Mean),
             id2label: BTreeMap::new(),
             label2id: BTreeMap::new(),
@@ -111,7 +114,7 @@ impl Config {
         let sentence = model.join("1_Pooling").join(CONFIG);
         if config.classifier_pooling.is_none() && sentence.exists() {
             let pooling: Value = read_json(&sentence)?;
-            let is_mean = pooling["pooling_mode_mean_tokens"] == Value::Bool(true);
+            let is_mean = pooling.get("pooling_mode_mean_tokens") == Some(&Value::Bool(true));
             config.classifier_pooling = is_mean.then_some(Pooling::Mean);
         }
         Ok(config)
@@ -128,9 +131,12 @@ impl Config {
             *heads > 0 && hidden_size.is_multiple_of(*heads),
             "num_attention_heads: expected a divisor of hidden_size, {hidden_size}, got {heads}"
         );
+        let is_decoder = self.other.get("is_decoder") == Some(&Value::Bool(true));
+        ensure!(!is_decoder, "is_decoder: expected false, since this encoder sees all of a text, got true");
         for (name, p) in [
             ("hidden_dropout_prob", self.hidden_dropout_prob),
             ("attention_probs_dropout_prob", self.attention_probs_dropout_prob),
+            ("classifier_dropout", self.classifier_dropout.unwrap_or(0.0)),
         ] {
             ensure!((0.0..1.0).contains(&p), "{name}: expected a number in [0, 1), got {p}");
         }
@@ -142,7 +148,18 @@ impl Config {
         ] {
             ensure!(size > 0, "{name}: expected at least 1, got 0");
         }
+        let (words, padding) = (self.vocab_size as i64, self.pad_token_id.unwrap_or(0));
+        ensure!(
+            (-words..words).contains(&padding),
+            "pad_token_id: expected a token below vocab_size, {words}, got {padding}"
+        );
         Ok(())
+    }
+
+    /// The token that fills up short texts. It may be any, since it is not looked at.
+    pub(crate) fn padding(&self) -> u32 {
+        let padding = self.pad_token_id.unwrap_or(0);
+        (if padding < 0 { padding + self.vocab_size as i64 } else { padding }) as u32
     }
 
     /// What the classifier sees of a text.
@@ -155,6 +172,10 @@ impl Config {
         self.id2label = labels.iter().enumerate().map(|(id, label)| (id.to_string(), label.clone())).collect();
         self.label2id = (0..).zip(labels).map(|(id, label)| (label.clone(), id)).collect();
         self.other.insert("architectures".into(), vec![Value::from("BertForSequenceClassification")].into());
+        self.other.remove("num_labels"); // that of the classes is what counts
+        if let Some(problem) = self.other.get_mut("problem_type") {
+            *problem = "single_label_classification".into();
+        }
     }
 
     /// Whether the model tells exactly these classes apart, in this order.
@@ -164,102 +185,25 @@ impl Config {
     }
 
     /// Writes the file into the folder `model`, for weights of this dtype.
+    ///
+    /// The dtype stands in one field, that of the file that was read: `transformers` called it `torch_dtype` up to 4.55
+    /// and calls it `dtype` since. It still reads the older name, so files that had neither get that one.
     pub(crate) fn save(&self, model: &Path, dtype: &str) -> Result<()> {
         let mut config = self.clone();
-        config.other.insert("torch_dtype".into(), dtype.into());
-        let path = model.join(CONFIG);
-        fs::write(&path, serde_json::to_string_pretty(&config)? + "\n").with_context(|| path.display().to_string())
+        let field = if config.other.contains_key("dtype") { "dtype" } else { "torch_dtype" };
+        config.other.remove("torch_dtype");
+        config.other.insert(field.into(), dtype.into());
+        config.other.remove("quantization_config"); // the weights are plain numbers
+        let json = serde_json::to_string_pretty(&config)? + "\n";
+        files::write(&model.join(CONFIG), |path| Ok(fs::write(path, json)?))
     }
 }
 
-/// Reads a file of JSON; the error names it.
+/// Reads a file of JSON, with or without a byte order mark; the error names it.
 fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T> {
-    let read = || -> Result<T> { Ok(serde_json::from_slice(&fs::read(path)?)?) };
+    let read = || -> Result<T> {
+        let json = fs::read(path)?;
+        Ok(serde_json::from_slice(json.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&json))?)
+    };
     read().with_context(|| format!("cannot read {}", path.display()))
-}
-
-fn bert() -> String {
-    "bert".into()
-}
-
-fn absolute() -> String {
-    "absolute".into()
-}
-
-fn tenth() -> f64 {
-    0.1
-}
-
-fn deviation() -> f64 {
-    0.02
-}
-
-fn eps() -> f64 {
-    1e-12
-}
-
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    fn complete() -> Value {
-        json!({
-            "architectures": ["BertModel"], "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 7, "type_vocab_size": 2,
-            "hidden_act": "gelu_new", "transformers_version": "4.8.2"
-        })
-    }
-
-    #[test]
-    fn what_is_not_understood_is_an_error_that_names_it() -> Result<()> {
-        let refused = |field: &str, value: Value| -> Result<String> {
-            let mut config = complete();
-            config[field] = value;
-            let config: Config = serde_json::from_value(config)?;
-            Ok(config.check().expect_err("refused").to_string())
-        };
-        assert_eq!(refused("model_type", json!("roberta"))?, r#"model_type: expected "bert", got "roberta""#);
-        assert!(refused("position_embedding_type", json!("relative_key"))?.contains("relative_key"));
-        let heads = "num_attention_heads: expected a divisor of hidden_size, 8, got";
-        assert_eq!(refused("num_attention_heads", json!(3))?, format!("{heads} 3"));
-        assert_eq!(refused("num_attention_heads", json!(0))?, format!("{heads} 0"));
-        assert_eq!(
-            refused("hidden_dropout_prob", json!(1.0))?,
-            "hidden_dropout_prob: expected a number in [0, 1), got 1"
-        );
-        assert_eq!(refused("vocab_size", json!(0))?, "vocab_size: expected at least 1, got 0");
-
-        let mut config = complete();
-        config["hidden_act"] = json!("swish");
-        let error = serde_json::from_value::<Config>(config).expect_err("refused").to_string();
-        assert!(error.contains("swish") && error.contains("gelu_new"), "{error}");
-        Ok(())
-    }
-
-    #[test]
-    fn what_is_not_said_is_the_default_of_transformers_and_what_is_not_known_is_kept() -> Result<()> {
-        let config: Config = serde_json::from_value(complete())?;
-        config.check()?;
-        assert_eq!((config.hidden_act, config.layer_norm_eps), (Activation::GeluTanh, 1e-12));
-        assert_eq!((config.hidden_dropout_prob, config.pad_token_id), (0.1, 0));
-        assert_eq!(serde_json::to_value(&config)?["transformers_version"], "4.8.2");
-        Ok(())
-    }
-
-    #[test]
-    fn classes_have_an_order() -> Result<()> {
-        let labels: Vec<String> = (0..12).map(|i| format!("class {i}")).collect();
-        let mut config: Config = serde_json::from_value(complete())?;
-        assert!(!config.has_labels(&labels));
-        config.set_labels(&labels);
-        assert!(config.has_labels(&labels) && !config.has_labels(&labels[..11]));
-        let saved: Config = serde_json::from_value(serde_json::to_value(&config)?)?;
-        assert!(saved.has_labels(&labels));
-        let swapped: Vec<String> = labels.iter().rev().cloned().collect();
-        assert!(!saved.has_labels(&swapped));
-        assert_eq!(serde_json::to_value(&config)?["id2label"]["10"], "class 10");
-        Ok(())
-    }
 }
