@@ -644,11 +644,14 @@ fn snapshots_that_do_not_fit_change_nothing() {
         for (snapshot, text) in [
             (
                 with(&|s| drop(s.vars.remove("last"))),
-                "checkpoint entry `last`: expected the state of this var, got none",
+                "checkpoint entry `last`: expected the state of this var, got none; the names in the snapshot are \
+                 `first`, those of this optimizer are `first`, `last`; `restore_matching` takes the vars that are in both",
             ),
             (
                 with(&|s| drop(s.vars.insert("more".into(), s.vars["last"].clone()))),
-                "checkpoint entry `more`: expected no such var, got a surplus one",
+                "checkpoint entry `more`: expected no such var, got a surplus one; the names in the snapshot are \
+                 `first`, `last`, `more`, those of this optimizer are `first`, `last`; `restore_matching` takes the vars \
+                 that are in both",
             ),
             (
                 with(&|s| s.vars.get_mut("last").unwrap().exp_inf = wrong.clone()),
