@@ -7,6 +7,7 @@ use candle_core::{DType, Tensor};
 
 use super::held::{GroupPlan, Held};
 use super::late::without;
+use super::report::History;
 use super::{Accumulated, Adamax, Param, Sum, collect};
 use crate::checkpoint::{self, AccumulatedGrad, Counters, Snapshot, VarSnapshot};
 use crate::codec::{LARGEST_LOG, POINT};
@@ -192,6 +193,11 @@ impl Adamax {
             param.accumulated = accumulated;
             param.ema = ema;
             param.decays = params.decays(&param.name);
+            param.history = match (param.state.get().step > 0 || param.sum().is_some(), counters.calls) {
+                (true, _) => History::Trained,
+                (false, 0) => History::New,
+                (false, _) => History::Untrained,
+            };
         }
         self.params = params;
         self.groups = groups;
@@ -294,6 +300,8 @@ impl Adamax {
             step: snapshot.step,
         };
         let ema = snapshot.ema.as_ref().map(|ema| buffer("ema", ema)).transpose()?;
+        // Older files have averages of variables that were never trained.
+        let ema = ema.filter(|_| snapshot.step > 0);
         // The sum of no calls counts for nothing, whatever is in it.
         let accumulated = snapshot.accumulated.as_ref().filter(|(_, calls)| *calls > 0);
         if let Some((_, calls)) = accumulated.filter(|(_, calls)| *calls > pending) {

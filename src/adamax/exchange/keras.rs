@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use candle_core::Device;
+
 use super::super::Adamax;
 use crate::checkpoint::Counters;
 use crate::checkpoint::keras::{self, Extras, KerasState};
@@ -92,7 +94,7 @@ impl Adamax {
         self.require_keras_settings()?;
         self.groups.iter().enumerate().try_for_each(|(index, group)| self.require_no_numbers(index, group))?;
         let (counters, mut vars) = self.plain()?;
-        let Counters { calls, updates, .. } = counters;
+        let Counters { calls, updates, pending, .. } = counters;
         let (averages, accumulators) = (self.params.ema.is_some(), self.params.gradient_accumulation_steps > 1);
         for (name, var) in &mut vars {
             if self.params.step_count == StepCount::PerVar && var.step != updates {
@@ -101,11 +103,12 @@ impl Adamax {
             }
             let zeros = || var.exp_avg.zeros_like();
             if averages && var.ema.is_none() {
-                if calls > 0 {
-                    let expected = "a moving average, which Keras has of every variable";
-                    return Err(Error::checkpoint(format!("{name}.ema"), expected, "none"));
-                }
-                var.ema = Some(zeros()?);
+                // Before the first call it is nothing yet; then that of a variable without a gradient is the variable.
+                let weight = &self.vars[self.index_of(name)?].var;
+                var.ema = Some(match calls {
+                    0 => zeros()?,
+                    _ => weight.to_device(&Device::Cpu)?.to_dtype(var.exp_avg.dtype())?.copy()?,
+                });
             }
             if accumulators && var.accumulated.is_none() {
                 var.accumulated = Some((zeros()?, 0));
@@ -115,7 +118,16 @@ impl Adamax {
             LearningRate::Constant(_) | LearningRate::Tensor(_) => Some(self.rate(calls)?),
             LearningRate::Schedule(_) | LearningRate::Custom(_) => None,
         };
-        Ok(KerasState { iteration: calls, learning_rate, vars })
+        // Keras makes both of one number: how many updates there were, and how many calls wait.
+        let iteration = updates * self.params.gradient_accumulation_steps + pending;
+        if learning_rate.is_none() && iteration != calls {
+            let expected = format!(
+                "{iteration}, by which Keras counts updates and steps of the schedule alike: after `flush_gradients`, \
+                 `discard_gradients` or another number of accumulation steps they differ"
+            );
+            return Err(Error::checkpoint("counters.calls", expected, calls));
+        }
+        Ok(KerasState { iteration, learning_rate, vars })
     }
 
     /// Makes sure that no setting is one that Keras's optimizer does not have: the next steps would be others there.

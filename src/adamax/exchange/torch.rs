@@ -93,7 +93,8 @@ impl Adamax {
         }
         if counters.pending > 0 {
             let got = format!("gradients of {} calls that wait for their update", counters.pending);
-            return Err(Error::checkpoint("accumulated", NONE_FITS, got));
+            let expected = format!("{NONE_FITS} (`flush_gradients` uses them, `discard_gradients` drops them)");
+            return Err(Error::checkpoint("accumulated", expected, got));
         }
         if self.params.step_count == StepCount::Shared {
             vars.values_mut().for_each(|var| var.step = counters.updates);
