@@ -613,7 +613,7 @@ fn a_layer_with_the_old_variable_is_an_error_of_the_step() -> Result<()> {
     let error = optimizer.apply_gradients(pair).unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::ReplacedVar { name, .. } if name == "w"), "{error:?}");
     let error = optimizer.step_rows(&GradStore::default(), [(&w, TouchedRows::NonZero)]).unwrap_err();
-    assert_eq!(error.to_string(), format!("Adamax: the list {text}"));
+    assert_eq!(error.to_string(), format!("Adamax: a pair {text}"));
     assert_eq!(Fingerprint::of(&optimizer, &vars), before);
     optimizer.backward_step(&new)?;
     // An old one may be given to the optimizer again, and a name that is gone has no old ones.

@@ -624,7 +624,8 @@ fn settings_that_are_refused_change_nothing() {
         if own.gradient_accumulation_steps > 1 {
             let other = ParamsAdamax { gradient_accumulation_steps: 5, ema: None, ..own };
             let error = text(optimizer.set_params(other).unwrap_err());
-            let allowed = "expected 2 until the accumulated gradients are used, got 5";
+            let allowed = "expected 2 until `flush_gradients` has used the gradients that wait, or \
+                           `discard_gradients` dropped them, got 5";
             assert_eq!(error, format!("Encoder: invalid `gradient_accumulation_steps`: {allowed}"));
         }
         assert!(Fingerprint::of(&optimizer, &vars) == before, "settings that were refused have changed something");

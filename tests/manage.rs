@@ -3,8 +3,8 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use candle_adamax::{
-    Adamax, Ema, Epsilon, ErrorKind, ExponentialDecay, GroupLr, GroupSettings, ParamGroup, ParamsAdamax, Rounding,
-    SparseUpdate, StateDType, StepCount, WeightDecay,
+    Adamax, Ema, Epsilon, ErrorKind, ExponentialDecay, GradScaler, GroupLr, GroupSettings, ParamGroup, ParamsAdamax,
+    Rounding, SparseUpdate, StateDType, StepCount, WeightDecay,
 };
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -569,4 +569,106 @@ fn a_group_in_a_file_needs_no_learning_rate() -> anyhow::Result<()> {
     let error = serde_json::from_str::<GroupSettings>(r#"{"name": "head", "beta_1": 0.5}"#).unwrap_err();
     assert!(error.to_string().contains("unknown field `beta_1`"), "{error}");
     Ok(())
+}
+
+#[derive(Debug, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Settings {
+    optimizer: ParamsAdamax,
+    groups: Vec<GroupSettings>,
+}
+
+const TOML: &str = r#"
+[optimizer]
+lr = { class_name = "ExponentialDecay", config = { initial_learning_rate = 1e-3, decay_steps = 10, decay_rate = 0.5 } }
+weight_decay = { Decoupled = 1e-2 }
+no_decay = ["bias"]
+step_count = "PerVar"
+clip_global_norm = 1
+state_dtype = "BF16"
+ema = { momentum = 0.5 }
+grad_scaler = { init_scale = 1024 }
+
+[[groups]]
+name = "default"
+
+[[groups]]
+name = "head"
+lr = { Factor = 0.5 }
+weight_decay = "None"
+
+[[groups]]
+name = "body"
+lr = { Own = 1e-3 }
+beta1 = 0
+"#;
+
+const YAML: &str = "
+optimizer:
+  lr:
+    class_name: ExponentialDecay
+    config: {initial_learning_rate: 1e-3, decay_steps: 10, decay_rate: 0.5}
+  weight_decay: !Decoupled 1e-2
+  no_decay: [bias]
+  step_count: PerVar
+  clip_global_norm: 1
+  state_dtype: BF16
+  ema:
+    momentum: 0.5
+  grad_scaler:
+    init_scale: 1024
+groups:
+  - name: default
+  - name: head
+    lr: !Factor 0.5
+    weight_decay: None
+  - name: body
+    lr: !Own 1e-3
+    beta1: 0
+";
+
+#[test]
+fn settings_come_from_toml_and_yaml() -> anyhow::Result<()> {
+    let expected = ParamsAdamax {
+        lr: ExponentialDecay::new(1e-3, 10, 0.5).into(),
+        weight_decay: WeightDecay::Decoupled(1e-2),
+        no_decay: vec!["bias".into()],
+        step_count: StepCount::PerVar,
+        clip_global_norm: Some(1.0),
+        state_dtype: StateDType::BF16,
+        ema: Some(Ema { momentum: 0.5, overwrite_frequency: None }),
+        grad_scaler: Some(GradScaler { init_scale: 1024.0, ..GradScaler::default() }),
+        ..ParamsAdamax::default()
+    };
+    let mut head = GroupSettings::new("head");
+    (head.lr, head.weight_decay) = (GroupLr::Factor(0.5), Some(WeightDecay::None));
+    let mut body = GroupSettings::new("body");
+    (body.lr, body.beta1) = (GroupLr::Own(1e-3.into()), Some(0.0));
+    let groups = vec![GroupSettings::new("default"), head, body];
+    let read: [Settings; 2] = [basic_toml::from_str(TOML)?, serde_norway::from_str(YAML)?];
+    for settings in read {
+        assert_eq!(format!("{:?}", settings.optimizer), format!("{expected:?}"));
+        assert_eq!(format!("{:?}", settings.groups), format!("{groups:?}"));
+        let vars = [("w.weight", var(&[1.0])), ("w.bias", var(&[1.0]))];
+        let mut adamax = Adamax::from_named(vars, settings.optimizer)?;
+        for group in settings.groups.iter().skip(1) {
+            adamax.add_group(ParamGroup::new(group.name.clone()))?;
+        }
+        settings.groups.into_iter().try_for_each(|group| adamax.set_group(group))?;
+        assert_eq!(adamax.group_learning_rate("head")?, 5e-4);
+    }
+    Ok(())
+}
+
+#[test]
+fn unknown_keys_are_named_in_every_format() {
+    for (key, wrong) in [("step_count", "step_counts"), ("beta1", "beta_1"), ("decay_steps", "decay_step")] {
+        let errors = [
+            basic_toml::from_str::<Settings>(&TOML.replace(key, wrong)).unwrap_err().to_string(),
+            serde_norway::from_str::<Settings>(&YAML.replace(key, wrong)).unwrap_err().to_string(),
+        ];
+        for error in errors {
+            assert!(error.contains(&format!("unknown field `{wrong}`")), "{error}");
+        }
+    }
 }

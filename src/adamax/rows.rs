@@ -274,7 +274,7 @@ impl Adamax {
     /// The error of a variable in a list that is not the optimizer's.
     pub(super) fn not_owned(&self, position: usize, var: &Var) -> Error {
         self.own(match self.replaced.find(|id| id == var.id()) {
-            Some(name) => replaced("the list", name),
+            Some(name) => replaced("a pair", name),
             None => ErrorKind::UnknownPair { position, shape: var.dims().to_vec() }.into(),
         })
     }

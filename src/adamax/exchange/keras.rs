@@ -23,7 +23,8 @@ impl Adamax {
     ///
     /// Tensors are f32 (f64 for f64 variables), decoded if [`state_dtype`](crate::ParamsAdamax::state_dtype) encodes
     /// them; Keras converts them to the dtype of its variable. Masters are a part of the weights, and left out.
-    /// `iteration` is the number of calls. `learning_rate` is there unless it is a schedule, of which Keras has no
+    /// `iteration` is the number of calls, or after [`flush_gradients`](Self::flush_gradients) and the like what Keras makes
+    /// the number of updates of. `learning_rate` is there unless it is a schedule, of which Keras has no
     /// variable, either.
     ///
     /// The file is complete or it is not there.
@@ -33,7 +34,8 @@ impl Adamax {
     /// What Keras cannot hold: another convention of [`epsilon`](crate::ParamsAdamax::epsilon), L2,
     /// [`maximize`](crate::ParamsAdamax::maximize), a [`grad_scaler`](crate::ParamsAdamax::grad_scaler) or a
     /// [`plateau`](crate::ParamsAdamax::plateau), variables whose own counters differ where those count, groups with numbers of
-    /// their own, an average that a variable does not have yet; variables without names; the system's errors.
+    /// their own, a number of calls that is not N for each update where a schedule counts them; variables without names;
+    /// the system's errors.
     pub fn save_keras(&self, path: impl AsRef<Path>) -> Result<()> {
         self.require_names()?;
         let state = self.keras_state().map_err(|error| self.own(error))?;
