@@ -123,8 +123,8 @@ impl Keeping {
 /// (Kingma & Ba 2015, section 7.1; `tf.keras.optimizers.Adamax`; `torch.optim.Adamax`.)
 ///
 /// With serde, a field that is left out has its default, and an unknown one is an error that names it; values are checked
-/// when an optimizer is made. A file in TOML (`toml` reads it as `basic-toml` does); JSON and YAML have the same fields,
-/// and in YAML a variant with a number is a tag, such as `weight_decay: !Decoupled 0.01`:
+/// when an optimizer is made. A file in TOML, with the crate `toml`; JSON and YAML have the same fields, and in YAML a
+/// variant with a number is a tag, such as `weight_decay: !Decoupled 0.01`:
 ///
 /// ```
 /// # use candle_adamax::{GroupSettings, ParamsAdamax, WeightDecay};
@@ -134,7 +134,7 @@ impl Keeping {
 ///     groups: Vec<GroupSettings>,
 /// }
 ///
-/// let settings: Settings = basic_toml::from_str(
+/// let settings: Settings = toml::from_str(
 ///     r#"
 ///     [optimizer]
 ///     lr = { class_name = "CosineDecay", config = { initial_learning_rate = 2e-3, decay_steps = 10_000 } }
@@ -149,7 +149,7 @@ impl Keeping {
 /// )?;
 /// assert_eq!(settings.optimizer.weight_decay, WeightDecay::Decoupled(0.01));
 /// assert_eq!(settings.groups[0].name, "head");
-/// # Ok::<(), basic_toml::Error>(())
+/// # Ok::<(), toml::de::Error>(())
 /// ```
 ///
 /// The same settings in Rust:

@@ -645,7 +645,7 @@ fn settings_come_from_toml_and_yaml() -> anyhow::Result<()> {
     let mut body = GroupSettings::new("body");
     (body.lr, body.beta1) = (GroupLr::Own(1e-3.into()), Some(0.0));
     let groups = vec![GroupSettings::new("default"), head, body];
-    let read: [Settings; 2] = [basic_toml::from_str(TOML)?, serde_norway::from_str(YAML)?];
+    let read: [Settings; 2] = [toml::from_str(TOML)?, serde_norway::from_str(YAML)?];
     for settings in read {
         assert_eq!(format!("{:?}", settings.optimizer), format!("{expected:?}"));
         assert_eq!(format!("{:?}", settings.groups), format!("{groups:?}"));
@@ -664,7 +664,7 @@ fn settings_come_from_toml_and_yaml() -> anyhow::Result<()> {
 fn unknown_keys_are_named_in_every_format() {
     for (key, wrong) in [("step_count", "step_counts"), ("beta1", "beta_1"), ("decay_steps", "decay_step")] {
         let errors = [
-            basic_toml::from_str::<Settings>(&TOML.replace(key, wrong)).unwrap_err().to_string(),
+            toml::from_str::<Settings>(&TOML.replace(key, wrong)).unwrap_err().to_string(),
             serde_norway::from_str::<Settings>(&YAML.replace(key, wrong)).unwrap_err().to_string(),
         ];
         for error in errors {

@@ -204,12 +204,14 @@ impl Adamax {
         Ok(())
     }
 
-    /// How many calls of `step` counted, that is, were neither skipped nor failed. Schedules count them.
+    /// How many calls of `step` counted, that is, were neither skipped nor failed nor without any gradient. Schedules count
+    /// them.
     pub fn calls(&self) -> u64 {
         self.settled_counters().calls
     }
 
-    /// How many updates there were: the calls, divided by the accumulation steps.
+    /// How many updates there were: one for every N calls, where N are accumulated, and one for each
+    /// [flush](Self::flush_gradients) of fewer.
     pub fn updates(&self) -> u64 {
         self.settled_counters().updates
     }

@@ -29,7 +29,7 @@ pub struct State {
     pub exp_inf: Tensor,
     /// How many updates the variable has had.
     pub step: u64,
-    /// The moving average of the variable, if one is kept.
+    /// The moving average of the variable, if one is kept and has begun.
     pub ema: Option<Tensor>,
     /// The sum of the unscaled gradients since the last update, if there are any.
     pub accumulated: Option<AccumulatedGrad>,
