@@ -49,7 +49,7 @@ fn main() -> Result<()> {
         }
         if step == 300 {
             // Settings can change at any time: the head rests for the last hundred steps.
-            let mut settings = optimizer.groups()[2].clone();
+            let mut settings = optimizer.groups()[1].clone();
             settings.lr = GroupLr::Factor(0.0);
             optimizer.set_group(settings)?;
             println!("the head's learning rate is 0 from now on");

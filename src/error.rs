@@ -181,6 +181,18 @@ pub enum ErrorKind {
         shape: Vec<usize>,
     },
 
+    /// The variable is the one that [`append_rows`](crate::Adamax::append_rows) has replaced.
+    #[error(
+        "{holder} has `{name}` as it was before `append_rows`, which trains nothing any more: use the var that \
+         `append_rows` has returned"
+    )]
+    ReplacedVar {
+        /// Who still has it, for instance a layer.
+        holder: &'static str,
+        /// The variable's name.
+        name: String,
+    },
+
     /// A variable was given two gradients.
     #[error("two gradients for `{0}`; give their sum")]
     DuplicateGradient(String),

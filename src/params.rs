@@ -34,8 +34,10 @@ pub struct ClipGradNorm {
 
 /// Keras 3's moving average of the weights.
 ///
-/// After every call of `step`: `average = momentum * average + (1 - momentum) * w`; during the first update the
-/// average is a copy of the weights. With `overwrite_frequency` f, every f-th update ends with `w = average`.
+/// After every call of `step`: `average = momentum * average + (1 - momentum) * w`. An average begins as a copy of the
+/// weights after the first update in which its variable has a gradient. With `overwrite_frequency` f, every f-th update
+/// ends with `w = average`. A variable that has never had a gradient, such as a running statistic, has no average, and
+/// nothing overwrites it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Ema {
@@ -128,8 +130,37 @@ impl Keeping {
 ///
 /// (Kingma & Ba 2015, section 7.1; `tf.keras.optimizers.Adamax`; `torch.optim.Adamax`.)
 ///
-/// With serde, a field that is left out has its default, and an unknown one is an error; values are checked when an
-/// optimizer is made.
+/// With serde, a field that is left out has its default, and an unknown one is an error that names it; values are checked
+/// when an optimizer is made. A file in TOML, with the crate `toml`; JSON and YAML have the same fields, and in YAML a
+/// variant with a number is a tag, such as `weight_decay: !Decoupled 0.01`:
+///
+/// ```
+/// # use candle_adamax::{GroupSettings, ParamsAdamax, WeightDecay};
+/// #[derive(serde::Deserialize)]
+/// struct Settings {
+///     optimizer: ParamsAdamax,
+///     groups: Vec<GroupSettings>,
+/// }
+///
+/// let settings: Settings = toml::from_str(
+///     r#"
+///     [optimizer]
+///     lr = { class_name = "CosineDecay", config = { initial_learning_rate = 2e-3, decay_steps = 10_000 } }
+///     weight_decay = { Decoupled = 0.01 }
+///     no_decay = ["bias", "norm"]
+///     clip_global_norm = 1.0
+///
+///     [[groups]]
+///     name = "head"
+///     lr = { Factor = 10.0 }
+///     "#,
+/// )?;
+/// assert_eq!(settings.optimizer.weight_decay, WeightDecay::Decoupled(0.01));
+/// assert_eq!(settings.groups[0].name, "head");
+/// # Ok::<(), toml::de::Error>(())
+/// ```
+///
+/// The same settings in Rust:
 ///
 /// ```
 /// use candle_adamax::{CosineDecay, ParamsAdamax, WeightDecay};
@@ -165,7 +196,9 @@ pub struct ParamsAdamax {
     pub epsilon: Epsilon,
     /// How weights decay. Default: not at all.
     pub weight_decay: WeightDecay,
-    /// Variables whose name contains one of these parts are spared from decay. Default: none.
+    /// Variables whose name contains one of these parts are spared from decay. A part that spares no variable is an error
+    /// when the optimizer is made, where anything decays and there are variables;
+    /// [`Adamax::spared_names`](crate::Adamax::spared_names) has those that are spared. Default: none.
     pub no_decay: Vec<String>,
     /// What t counts. Default: [`StepCount::Shared`], of Keras.
     pub step_count: StepCount,
@@ -190,7 +223,9 @@ pub struct ParamsAdamax {
     pub grad_scaler: Option<GradScaler>,
     /// Keep a moving average of the weights. Default: none.
     pub ema: Option<Ema>,
-    /// Update once in so many calls of `step`, with the mean of their gradients; at least 1. Default: 1.
+    /// Update once in so many calls of `step`, with the mean of their gradients; at least 1. Of the calls that
+    /// [wait](crate::Adamax::pending), [`flush_gradients`](crate::Adamax::flush_gradients) makes an update before there
+    /// are so many, and [`discard_gradients`](crate::Adamax::discard_gradients) drops them. Default: 1.
     pub gradient_accumulation_steps: u64,
     /// Skip a call in which a gradient, or the norm to clip by, is not finite: it changes nothing, and is counted by
     /// [`Adamax::skipped`](crate::Adamax::skipped). The exception is an accumulated sum that overflows although each of
@@ -210,8 +245,10 @@ pub struct ParamsAdamax {
     /// Of the random numbers of stochastic rounding, which are those of a counter: the same seed, names and gradients
     /// give the same bits, on any number of threads. Default: 0.
     pub seed: u64,
-    /// Whether a step in which no variable had a gradient is fine. Default: false, an error: a graph that is cut
-    /// without a word is a common mistake.
+    /// Whether a step in which no variable had a gradient is fine. It does nothing then, as in PyTorch: it is no call,
+    /// neither for schedules nor for averages nor among those that are accumulated, and
+    /// [`updated`](crate::StepReport::updated) is false. Default: false, an error: a graph that is cut without a word is
+    /// a common mistake.
     pub allow_no_gradients: bool,
 }
 

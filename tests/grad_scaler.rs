@@ -416,7 +416,28 @@ fn a_call_without_gradients_says_nothing_about_the_scale() {
     let params = ParamsAdamax { allow_no_gradients: true, ..with(scaler(4.0, 1)) };
     let mut optimizer = Adamax::from_named([("w", w)], params).unwrap();
     optimizer.backward_step(&loss(&other, &tensor(&[1.0], &[1], DType::F32))).unwrap();
-    assert_eq!(optimizer.loss_scale(), 4.0);
+    assert_eq!((optimizer.loss_scale(), optimizer.calls()), (4.0, 0));
+}
+
+#[test]
+fn a_flush_says_something_about_the_scale_where_it_is_skipped() {
+    let w = var(&[8.0], &[1], DType::F32);
+    let params = ParamsAdamax { gradient_accumulation_steps: 3, ..with(scaler(4.0, 10)) };
+    let mut optimizer = Adamax::from_named([("w", w.clone())], params).unwrap();
+    // Each is finite, and their sum is not; the gradients are four times what is added.
+    for _ in 0..2 {
+        optimizer.apply_gradients([(&w, &tensor(&[3e38], &[1], DType::F32))]).unwrap();
+    }
+    optimizer.flush_gradients().unwrap();
+    assert_eq!((optimizer.loss_scale(), optimizer.updates()), (4.0, 1));
+    let params = ParamsAdamax { grad_scaler: Some(scaler(1.0, 10)), ..optimizer.params().clone() };
+    optimizer.set_params(params).unwrap();
+    for _ in 0..2 {
+        optimizer.apply_gradients([(&w, &tensor(&[3e38], &[1], DType::F32))]).unwrap();
+    }
+    assert!(optimizer.flush_gradients().unwrap());
+    assert!(optimizer.report().skipped() && optimizer.pending() == 0);
+    assert_eq!((optimizer.loss_scale(), optimizer.updates(), optimizer.skipped()), (0.5, 1, 1));
 }
 
 #[test]

@@ -3,8 +3,8 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use candle_adamax::{
-    Adamax, Ema, Epsilon, ErrorKind, ExponentialDecay, GroupLr, ParamGroup, ParamsAdamax, Rounding, SparseUpdate,
-    StateDType, StepCount, WeightDecay,
+    Adamax, Ema, Epsilon, ErrorKind, ExponentialDecay, GradScaler, GroupLr, GroupSettings, ParamGroup, ParamsAdamax,
+    Rounding, SparseUpdate, StateDType, StepCount, WeightDecay,
 };
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -373,8 +373,12 @@ fn bytes_are_those_of_each_kind() -> Result<()> {
     adamax.step(&store)?;
     let bytes = adamax.bytes();
     assert_eq!((bytes.moments, bytes.units, bytes.masters), expected);
-    // Averages of all, and sums of those with a gradient, in the type of the arithmetic.
-    assert_eq!((bytes.averages, bytes.accumulated), (4 * 3000 + 4 * 10 + 8 * 10, 4 * 3000 + 8 * 10));
+    // Sums of those with a gradient, in the type of the arithmetic; averages begin with the first update.
+    assert_eq!((bytes.averages, bytes.accumulated), (0, 4 * 3000 + 8 * 10));
+    adamax.step(&store)?;
+    let bytes = adamax.bytes();
+    // The sums' memory is kept; what had no gradient has no average.
+    assert_eq!((bytes.averages, bytes.accumulated), (4 * 3000 + 8 * 10, 4 * 3000 + 8 * 10));
     assert_eq!(bytes.total(), bytes.moments + bytes.units + bytes.masters + bytes.averages + bytes.accumulated);
     Ok(())
 }
@@ -435,17 +439,236 @@ fn statistics_are_those_of_the_moments() -> Result<()> {
 
 #[test]
 fn each_group_tells_its_learning_rate() -> Result<()> {
+    let w = var(&[1.0]);
     let groups = [
         ParamGroup::new("factor").lr_factor(0.5),
         ParamGroup::new("own").lr(ExponentialDecay::new(8.0, 1, 0.5)),
-        ParamGroup::new("default").var("w", &var(&[1.0])),
+        ParamGroup::new("default").var("w", &w),
     ];
     let mut adamax = Adamax::from_groups(groups, ParamsAdamax { allow_no_gradients: true, ..plain(2.0) })?;
     let rates = |adamax: &Adamax| ["default", "factor", "own"].map(|name| adamax.group_learning_rate(name).unwrap());
     assert_eq!(rates(&adamax), [2.0, 1.0, 8.0]);
+    // A call without a gradient is none, for schedules, too.
     adamax.step(&GradStore::default())?;
+    assert_eq!(rates(&adamax), [2.0, 1.0, 8.0]);
+    adamax.step(&grads(&[&w], &[1.0]))?;
     assert_eq!(rates(&adamax), [2.0, 1.0, 4.0]);
     adamax.set_learning_rate(4.0);
     assert_eq!(rates(&adamax), [4.0, 2.0, 4.0]);
     Ok(())
+}
+
+/// Settings with a decay that spares variables with these parts in their names.
+fn sparing(parts: &[&str]) -> ParamsAdamax {
+    let no_decay = parts.iter().map(|part| (*part).to_owned()).collect();
+    ParamsAdamax { weight_decay: WeightDecay::Decoupled(0.1), no_decay, ..plain(1.0) }
+}
+
+#[test]
+fn a_part_that_spares_nothing_is_refused() -> Result<()> {
+    let text = "Adamax: invalid `no_decay`: expected parts of the names of vars, which are \
+                LayerNorm.weight, fc.bias, fc.weight, got `LayerNormm`, which is part of none";
+    let names = ["fc.weight", "fc.bias", "LayerNorm.weight"];
+    let vars = || names.map(|name| (name, var(&[1.0])));
+    let wrong = sparing(&["bias", "LayerNormm"]);
+    assert_eq!(Adamax::from_named(vars(), wrong.clone()).unwrap_err().to_string(), text);
+    let error = Adamax::from_groups([ParamGroup::new("all").vars(vars())], wrong.clone()).unwrap_err();
+    assert_eq!(error.to_string(), text);
+    // A decay of a group counts, too.
+    let group = ParamGroup::new("all").vars(vars()).weight_decay(WeightDecay::L2(0.1));
+    let params = ParamsAdamax { weight_decay: WeightDecay::None, ..wrong.clone() };
+    assert_eq!(Adamax::from_groups([group], params.clone()).unwrap_err().to_string(), text);
+    let varmap = VarMap::new();
+    for name in names {
+        varmap.get(1, name, candle_nn::Init::Const(1.0), DType::F32, &Device::Cpu)?;
+    }
+    assert_eq!(Adamax::from_varmap(&varmap, wrong.clone()).unwrap_err().to_string(), text);
+    // Variables without names are never spared by one.
+    let error = Adamax::new(vec![var(&[1.0])], sparing(&["bias"])).map(drop).unwrap_err().to_string();
+    assert!(error.contains("which are var.0, got `bias`, which is part of none"), "{error}");
+
+    // Where nothing decays, or there is no variable yet, there is nothing to spare.
+    Adamax::from_named(vars(), params)?;
+    Adamax::from_named(vars(), ParamsAdamax { weight_decay: WeightDecay::L2(0.0), ..wrong.clone() })?;
+    Adamax::from_named::<&str>([], wrong.clone())?;
+
+    let mut adamax = Adamax::from_named(vars(), sparing(&["bias", "LayerNorm"]))?;
+    assert_eq!(adamax.set_params(wrong).unwrap_err().to_string(), text);
+    assert_eq!(adamax.params().no_decay, ["bias", "LayerNorm"]);
+    assert_eq!(adamax.spared_names().collect::<Vec<_>>(), ["LayerNorm.weight", "fc.bias"]);
+    let shown = adamax.to_string();
+    assert!(shown.contains("weight decay: Decoupled(0.1), no decay: 2 of 3 vars"), "{shown}");
+    // A part that was right when the optimizer was made stays accepted.
+    adamax.remove_var("LayerNorm.weight")?;
+    adamax.set_params(adamax.params().clone())?;
+    Ok(())
+}
+
+#[test]
+fn a_group_that_begins_to_decay_needs_parts_that_spare_something() -> Result<()> {
+    let params = ParamsAdamax { weight_decay: WeightDecay::None, ..sparing(&["biass"]) };
+    let mut adamax = Adamax::from_named([("bias", var(&[1.0]))], params)?;
+    let mut settings = GroupSettings::new("default");
+    settings.weight_decay = Some(WeightDecay::L2(0.1));
+    let error = adamax.set_group(settings.clone()).unwrap_err().to_string();
+    assert!(error.contains("got `biass`, which is part of none"), "{error}");
+    assert!(adamax.groups()[0].weight_decay.is_none());
+    adamax.set_params(ParamsAdamax { no_decay: vec!["bias".into()], ..adamax.params().clone() })?;
+    adamax.set_group(settings)?;
+    Ok(())
+}
+
+#[test]
+fn a_group_that_nobody_made_does_not_count() -> Result<()> {
+    let groups = || ["a", "b", "c"].map(|name| ParamGroup::new(name).var(name, &var(&[1.0])));
+    let mut adamax = Adamax::from_groups(groups(), plain(1.0))?;
+    let names = |adamax: &Adamax| adamax.groups().iter().map(|group| group.name.clone()).collect::<Vec<_>>();
+    assert_eq!(names(&adamax), ["a", "b", "c"]);
+    assert!(adamax.to_string().contains("groups: 3, vars: 3"), "{adamax}");
+    // It is there as soon as it overrides something, or has a variable.
+    let mut settings = GroupSettings::new("default");
+    settings.beta1 = Some(0.25);
+    adamax.set_group(settings)?;
+    assert_eq!(names(&adamax), ["default", "a", "b", "c"]);
+    let mut adamax = Adamax::from_groups(groups(), plain(1.0))?;
+    adamax.add_var("d", var(&[1.0]))?;
+    assert_eq!(names(&adamax), ["default", "a", "b", "c"]);
+    // A snapshot has it in any case, as before.
+    let adamax = Adamax::from_groups(groups(), plain(1.0))?;
+    let snapshot = adamax.snapshot()?;
+    assert_eq!(snapshot.groups.len(), 4);
+    Adamax::from_groups(groups(), plain(1.0))?.restore(&snapshot)?;
+    Ok(())
+}
+
+#[test]
+fn those_that_are_kept_are_asked_for_by_name() -> Result<()> {
+    let varmap = VarMap::new();
+    for name in ["norm.weight", "norm.running_mean", "norm.running_var"] {
+        varmap.get(2, name, candle_nn::Init::Const(1.0), DType::F32, &Device::Cpu)?;
+    }
+    let mut asked = Vec::new();
+    let keep = |name: &str, var: &Var| {
+        assert_eq!(var.dims(), [2]);
+        asked.push(name.to_owned());
+        !name.contains("running_")
+    };
+    let adamax = Adamax::from_varmap_where(&varmap, keep, ParamsAdamax::default())?;
+    assert_eq!(adamax.names().collect::<Vec<_>>(), ["norm.weight"]);
+    assert_eq!(asked, ["norm.running_mean", "norm.running_var", "norm.weight"]);
+    let error = Adamax::from_varmap_where(&varmap, |_, _| false, ParamsAdamax::default()).unwrap_err();
+    assert_eq!(error.to_string(), "Adamax: invalid `keep`: expected a function that keeps a variable, got none of 3");
+    assert_eq!(Adamax::from_varmap(&VarMap::new(), ParamsAdamax::default())?.names().count(), 0);
+    Ok(())
+}
+
+#[test]
+fn a_group_in_a_file_needs_no_learning_rate() -> anyhow::Result<()> {
+    let group: GroupSettings = serde_json::from_str(r#"{"name": "head", "beta1": 0.5}"#)?;
+    assert!(matches!(group.lr, GroupLr::Inherit) && group.beta1 == Some(0.5));
+    let error = serde_json::from_str::<GroupSettings>(r#"{"name": "head", "beta_1": 0.5}"#).unwrap_err();
+    assert!(error.to_string().contains("unknown field `beta_1`"), "{error}");
+    Ok(())
+}
+
+#[derive(Debug, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Settings {
+    optimizer: ParamsAdamax,
+    groups: Vec<GroupSettings>,
+}
+
+const TOML: &str = r#"
+[optimizer]
+lr = { class_name = "ExponentialDecay", config = { initial_learning_rate = 1e-3, decay_steps = 10, decay_rate = 0.5 } }
+weight_decay = { Decoupled = 1e-2 }
+no_decay = ["bias"]
+step_count = "PerVar"
+clip_global_norm = 1
+state_dtype = "BF16"
+ema = { momentum = 0.5 }
+grad_scaler = { init_scale = 1024 }
+
+[[groups]]
+name = "default"
+
+[[groups]]
+name = "head"
+lr = { Factor = 0.5 }
+weight_decay = "None"
+
+[[groups]]
+name = "body"
+lr = { Own = 1e-3 }
+beta1 = 0
+"#;
+
+const YAML: &str = "
+optimizer:
+  lr:
+    class_name: ExponentialDecay
+    config: {initial_learning_rate: 1e-3, decay_steps: 10, decay_rate: 0.5}
+  weight_decay: !Decoupled 1e-2
+  no_decay: [bias]
+  step_count: PerVar
+  clip_global_norm: 1
+  state_dtype: BF16
+  ema:
+    momentum: 0.5
+  grad_scaler:
+    init_scale: 1024
+groups:
+  - name: default
+  - name: head
+    lr: !Factor 0.5
+    weight_decay: None
+  - name: body
+    lr: !Own 1e-3
+    beta1: 0
+";
+
+#[test]
+fn settings_come_from_toml_and_yaml() -> anyhow::Result<()> {
+    let expected = ParamsAdamax {
+        lr: ExponentialDecay::new(1e-3, 10, 0.5).into(),
+        weight_decay: WeightDecay::Decoupled(1e-2),
+        no_decay: vec!["bias".into()],
+        step_count: StepCount::PerVar,
+        clip_global_norm: Some(1.0),
+        state_dtype: StateDType::BF16,
+        ema: Some(Ema { momentum: 0.5, overwrite_frequency: None }),
+        grad_scaler: Some(GradScaler { init_scale: 1024.0, ..GradScaler::default() }),
+        ..ParamsAdamax::default()
+    };
+    let mut head = GroupSettings::new("head");
+    (head.lr, head.weight_decay) = (GroupLr::Factor(0.5), Some(WeightDecay::None));
+    let mut body = GroupSettings::new("body");
+    (body.lr, body.beta1) = (GroupLr::Own(1e-3.into()), Some(0.0));
+    let groups = vec![GroupSettings::new("default"), head, body];
+    let read: [Settings; 2] = [toml::from_str(TOML)?, serde_norway::from_str(YAML)?];
+    for settings in read {
+        assert_eq!(format!("{:?}", settings.optimizer), format!("{expected:?}"));
+        assert_eq!(format!("{:?}", settings.groups), format!("{groups:?}"));
+        let vars = [("w.weight", var(&[1.0])), ("w.bias", var(&[1.0]))];
+        let mut adamax = Adamax::from_named(vars, settings.optimizer)?;
+        for group in settings.groups.iter().skip(1) {
+            adamax.add_group(ParamGroup::new(group.name.clone()))?;
+        }
+        settings.groups.into_iter().try_for_each(|group| adamax.set_group(group))?;
+        assert_eq!(adamax.group_learning_rate("head")?, 5e-4);
+    }
+    Ok(())
+}
+
+#[test]
+fn unknown_keys_are_named_in_every_format() {
+    for (key, wrong) in [("step_count", "step_counts"), ("beta1", "beta_1"), ("decay_steps", "decay_step")] {
+        let errors = [
+            toml::from_str::<Settings>(&TOML.replace(key, wrong)).unwrap_err().to_string(),
+            serde_norway::from_str::<Settings>(&YAML.replace(key, wrong)).unwrap_err().to_string(),
+        ];
+        for error in errors {
+            assert!(error.contains(&format!("unknown field `{wrong}`")), "{error}");
+        }
+    }
 }

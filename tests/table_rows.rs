@@ -305,7 +305,8 @@ fn rows_that_are_appended_continue_as_if_they_had_been_there() {
 
         // The old variable is nobody's any more, and its memory is free; that of the new one is not.
         let grad = tensor(&noise(9, 20), &[10, 2], dtype);
-        let text = "Adamax: the var of pair 0, of shape [10, 2], is not one of this optimizer's; add it first";
+        let text = "Adamax: a pair has `w` as it was before `append_rows`, which trains nothing any more: use the var that \
+                    `append_rows` has returned";
         assert_eq!(grown.apply_gradients([(&old, &grad)]).unwrap_err().to_string(), text);
         let part = |of: &Var| SparseGrad { indices: ids_of(&[0]), values: of.narrow(0, 0, 1).unwrap() };
         let text = "Adamax: the gradient of `w` shares the storage of the var `w`: expected a tensor of its own, such \

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 
 use super::Param;
+use super::report::History;
 use crate::error::{ErrorKind, Result};
 use crate::gradient::sparse::{IdsOf, densify, nonzero, read_ids, row_len, rows_of};
 use crate::gradient::{SparseGrad, TouchedRows};
@@ -49,9 +50,10 @@ impl<'g> Collected<'g> {
         self.0.iter().all(Option::is_none)
     }
 
-    /// The indices of the variables without one.
-    pub(super) fn missing(&self) -> Vec<usize> {
-        (0..self.0.len()).filter(|&index| self.get(index).is_none()).collect()
+    /// The indices of the variables without one, but for those that have taken part before and never had one.
+    pub(super) fn missing(&self, params: &[Param]) -> Vec<usize> {
+        let is_missing = |&index: &usize| self.get(index).is_none() && params[index].history != History::Untrained;
+        (0..self.0.len()).filter(is_missing).collect()
     }
 
     /// The first variable whose gradient is of some rows.

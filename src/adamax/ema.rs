@@ -10,23 +10,24 @@ use crate::state::{Buffer, arithmetic};
 
 /// What the averages of a call need, allocated before anything is written.
 pub(super) struct Averages {
-    /// For each variable without an average, an empty one.
+    /// For each variable whose average begins, an empty one.
     fresh: Vec<Option<Buffer>>,
 }
 
 impl Averages {
-    pub(super) fn prepare(params: &[Param], ema: Option<Ema>) -> Result<Self> {
-        let fresh = |param: &Param| match (ema, &param.ema) {
-            (Some(_), None) => Buffer::zeros(&param.var, param.place()).map(Some),
+    /// `trains` tells which variables have a gradient in an update of this call: an average begins with the first one.
+    pub(super) fn prepare(params: &[Param], ema: Option<Ema>, trains: impl Fn(usize, &Param) -> bool) -> Result<Self> {
+        let fresh = |(index, param): (usize, &Param)| match (ema, &param.ema) {
+            (Some(_), None) if trains(index, param) => Buffer::zeros(&param.var, param.place()).map(Some),
             _ => Ok(None),
         };
-        Ok(Self { fresh: params.iter().map(fresh).collect::<Result<_>>()? })
+        Ok(Self { fresh: params.iter().enumerate().map(fresh).collect::<Result<_>>()? })
     }
 
     /// Moves every average towards its variable; `update` is the number of updates before this call.
     ///
-    /// The average is a copy of the variable in all calls of the first update, and in the first call of a variable
-    /// that came later.
+    /// An average begins as a copy of its variable, after the first update in which that has a gradient. A variable
+    /// that has never had one has no average, and is left alone.
     pub(super) fn advance(
         self,
         params: &mut [Param],

@@ -14,8 +14,8 @@ use crate::state::Place;
 pub(super) enum Gradients<'c> {
     /// Those of this call.
     OfThisCall(&'c Collected<'c>),
-    /// The sums of the last `steps` calls.
-    Accumulated { steps: u64 },
+    /// The sums of the last `calls` calls.
+    Accumulated { calls: u64 },
 }
 
 /// One of them.
@@ -23,6 +23,13 @@ pub(super) enum Gradients<'c> {
 pub(super) enum GradRef<'s> {
     Dense(Source<'s>),
     Rows(&'s RowGrad<'s>),
+}
+
+impl GradRef<'_> {
+    /// Whether it is of some rows.
+    pub(super) fn is_of_rows(self) -> bool {
+        matches!(self, Self::Rows(_))
+    }
 }
 
 impl<'c> Gradients<'c> {

@@ -7,6 +7,8 @@ use candle_core::Var;
 
 use super::held::{GroupPlan, Held};
 use super::late::Unsettled;
+use super::report::History;
+use super::rows::Replaced;
 use super::{Accumulated, Adamax, Param, Report, Sum};
 use crate::check;
 use crate::checkpoint::Counters;
@@ -36,6 +38,7 @@ impl Adamax {
             context: Context::default(),
             unsettled: Unsettled::default(),
             report: Report::default(),
+            replaced: Replaced::default(),
         })
     }
 
@@ -83,6 +86,7 @@ impl Adamax {
         self.vars[index].state.pay_all().map_err(|error| self.own(error))?;
         let param = self.vars.remove(index);
         self.storages.remove(&storage_address(&param.var));
+        self.replaced.forget_name(name);
         // Its indices are no longer those of the variables.
         self.report.missing.clear();
         Ok(param.var)
@@ -107,7 +111,8 @@ impl Adamax {
     /// # Errors
     ///
     /// A setting that is not allowed; another [`epsilon`](ParamsAdamax::epsilon) after the first update, since u holds
-    /// something else then; another number of accumulation steps while gradients wait. Nothing has changed then.
+    /// something else then; another number of accumulation steps while gradients [wait](Self::pending); a part of
+    /// [`no_decay`](ParamsAdamax::no_decay) that spares no variable. Nothing has changed then.
     pub fn set_params(&mut self, params: ParamsAdamax) -> Result<()> {
         params.validate()?;
         self.settle(true).map_err(|error| self.own(error))?;
@@ -117,11 +122,16 @@ impl Adamax {
         }
         let steps = self.params.gradient_accumulation_steps;
         if params.gradient_accumulation_steps != steps && self.counters.pending > 0 {
-            let expected = format!("{steps} until the accumulated gradients are used");
+            let expected = format!(
+                "{steps} until `flush_gradients` has used the gradients that wait, or `discard_gradients` dropped them"
+            );
             let got = params.gradient_accumulation_steps;
             return Err(self.own(Error::invalid("gradient_accumulation_steps", expected, got)));
         }
         let plans = self.plans(&params, &self.groups, self.kernel).map_err(|error| self.own(error))?;
+        // What was accepted before stays so, even if the variables that it spared have been removed.
+        let known = if decays_any(&self.params, &self.groups) { &self.params.no_decay[..] } else { &[] };
+        self.check_parts(&params, &self.groups, known)?;
         let states = self.replanned(&plans).map_err(|error| self.own(error))?;
         for param in &mut self.vars {
             param.decays = params.decays(&param.name);
@@ -139,16 +149,43 @@ impl Adamax {
         Ok(())
     }
 
-    /// The settings of the groups; the first one is "default".
+    /// The settings of the groups. The first one is "default", unless it has no variables and overrides nothing while
+    /// there are others.
     pub fn groups(&self) -> &[GroupSettings] {
-        &self.groups
+        let [default, others @ ..] = &self.groups[..] else { return &[] };
+        let is_used = default.overrides_any() || self.vars.iter().any(|param| param.group == 0);
+        if is_used || others.is_empty() { &self.groups } else { others }
+    }
+
+    /// The names of the variables that [`no_decay`](ParamsAdamax::no_decay) spares from decay, in alphabetical order.
+    ///
+    /// ```
+    /// use candle_adamax::{Adamax, ParamsAdamax, WeightDecay};
+    /// use candle_core::{DType, Device};
+    /// use candle_nn::{VarBuilder, VarMap, linear};
+    ///
+    /// let varmap = VarMap::new();
+    /// linear(4, 2, VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu))?;
+    /// let params = ParamsAdamax {
+    ///     weight_decay: WeightDecay::Decoupled(0.01),
+    ///     no_decay: vec!["bias".into()],
+    ///     ..Default::default()
+    /// };
+    /// let optimizer = Adamax::from_varmap(&varmap, params)?;
+    /// assert_eq!(optimizer.spared_names().collect::<Vec<_>>(), ["bias"]);
+    /// assert!(optimizer.to_string().contains("no decay: 1 of 2 vars"));
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn spared_names(&self) -> impl Iterator<Item = &str> {
+        self.vars.iter().filter(|param| !param.decays).map(|param| param.name.as_str())
     }
 
     /// Replaces the settings of the group of the same name.
     ///
     /// # Errors
     ///
-    /// No group has this name, or a setting is not allowed. Nothing has changed then.
+    /// No group has this name, or a setting is not allowed; it is the first one with a decay, and a part of
+    /// [`no_decay`](ParamsAdamax::no_decay) spares no variable. Nothing has changed then.
     pub fn set_group(&mut self, settings: GroupSettings) -> Result<()> {
         settings.validate().map_err(|error| self.own(error))?;
         self.settle(true).map_err(|error| self.own(error))?;
@@ -158,18 +195,23 @@ impl Adamax {
         };
         *group = settings;
         let plans = self.plans(&self.params, &groups, self.kernel).map_err(|error| self.own(error))?;
+        if !decays_any(&self.params, &self.groups) {
+            self.check_parts(&self.params, &groups, &[])?;
+        }
         let states = self.replanned(&plans).map_err(|error| self.own(error))?;
         self.groups = groups;
         self.take_states(states, &plans);
         Ok(())
     }
 
-    /// How many calls of `step` counted, that is, were neither skipped nor failed. Schedules count them.
+    /// How many calls of `step` counted, that is, were neither skipped nor failed nor without any gradient. Schedules count
+    /// them.
     pub fn calls(&self) -> u64 {
         self.settled_counters().calls
     }
 
-    /// How many updates there were: the calls, divided by the accumulation steps.
+    /// How many updates there were: one for every N calls, where N are accumulated, and one for each
+    /// [flush](Self::flush_gradients) of fewer.
     pub fn updates(&self) -> u64 {
         self.settled_counters().updates
     }
@@ -249,7 +291,7 @@ impl Adamax {
         let plan = GroupPlan::of(&self.params, settings).map_err(|error| self.own(error))?;
         let mut storages: HashMap<usize, String> = HashMap::new();
         let mut names: HashMap<String, ()> = HashMap::new();
-        let mut new = Vec::with_capacity(vars.len());
+        let (mut new, mut ids) = (Vec::with_capacity(vars.len()), Vec::with_capacity(vars.len()));
         for (name, unnamed, var) in vars {
             if !var.dtype().is_float() {
                 continue;
@@ -269,18 +311,41 @@ impl Adamax {
                 return Err(self.own(ErrorKind::DuplicateName(name).into()));
             }
             storages.insert(address, name.clone());
+            ids.push(var.id());
             let place = self.kernel.place(&var);
             plan.check(place).map_err(|error| self.own(error))?;
             let layout = plan.layout(&var, false);
             let state = Held::Own(ParamState::zeros(&var, place, &layout, plan.keeping.rounding)?);
             let (decays, key) = (self.params.decays(&name), key_of(&name));
-            new.push(Param { name, unnamed, group, decays, key, var, state, accumulated: None, ema: None });
+            let (accumulated, ema, history) = (None, None, History::New);
+            new.push(Param { name, unnamed, group, decays, key, var, state, accumulated, ema, history });
         }
+        ids.into_iter().for_each(|id| self.replaced.forget_id(id));
         self.storages.extend(storages);
         self.vars.extend(new);
         self.vars.sort_by(|a, b| a.name.cmp(&b.name));
         self.report.missing.clear();
         Ok(())
+    }
+
+    /// Refuses parts of `no_decay` that spare no variable.
+    pub(super) fn check_no_decay(&self) -> Result<()> {
+        self.check_parts(&self.params, &self.groups, &[])
+    }
+
+    /// The same for settings to come, but for parts that are `known`.
+    fn check_parts(&self, params: &ParamsAdamax, groups: &[GroupSettings], known: &[String]) -> Result<()> {
+        if self.vars.is_empty() || !decays_any(params, groups) {
+            return Ok(());
+        }
+        let spares = |part: &String| self.vars.iter().any(|param| param.name.contains(part.as_str()));
+        match params.no_decay.iter().find(|part| !known.contains(part) && !spares(part)) {
+            None => Ok(()),
+            Some(part) => {
+                let expected = format!("parts of the names of vars, which are {}", some_of(self.names()));
+                Err(self.own(Error::invalid("no_decay", expected, format!("`{part}`, which is part of none"))))
+            }
+        }
     }
 
     /// The variable of this name.
@@ -303,14 +368,24 @@ impl Adamax {
     }
 }
 
+/// Whether there is any decay.
+fn decays_any(params: &ParamsAdamax, groups: &[GroupSettings]) -> bool {
+    let mut decays = groups.iter().filter_map(|group| group.weight_decay).chain([params.weight_decay]);
+    decays.any(|decay| !matches!(decay, WeightDecay::None | WeightDecay::L2(0.0) | WeightDecay::Decoupled(0.0)))
+}
+
 fn unknown<'a>(what: &'static str, name: &str, known: impl Iterator<Item = &'a str>) -> Error {
+    ErrorKind::Unknown { what, name: name.to_owned(), known: some_of(known) }.into()
+}
+
+/// The first few of some names.
+fn some_of<'a>(names: impl Iterator<Item = &'a str>) -> String {
     const SHOWN: usize = 5;
-    let mut known: Vec<&str> = known.take(SHOWN + 1).collect();
-    if known.len() > SHOWN {
-        known[SHOWN] = "...";
+    let mut names: Vec<&str> = names.take(SHOWN + 1).collect();
+    if names.len() > SHOWN {
+        names[SHOWN] = "...";
     }
-    let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-    ErrorKind::Unknown { what, name: name.to_owned(), known }.into()
+    if names.is_empty() { "none".to_owned() } else { names.join(", ") }
 }
 
 impl fmt::Display for Adamax {
@@ -320,6 +395,9 @@ impl fmt::Display for Adamax {
         write!(f, "{name}(lr: {lr}, beta1: {beta1}, beta2: {beta2}, eps: {eps:e} {epsilon:?}")?;
         if *weight_decay != WeightDecay::None {
             write!(f, ", weight decay: {weight_decay:?}")?;
+        }
+        if !self.params.no_decay.is_empty() && decays_any(&self.params, &self.groups) {
+            write!(f, ", no decay: {} of {} vars", self.spared_names().count(), self.vars.len())?;
         }
         if *state_dtype != StateDType::default() {
             write!(f, ", moments: {state_dtype:?}")?;
@@ -333,10 +411,16 @@ impl fmt::Display for Adamax {
         if *sparse_update != SparseUpdate::default() {
             write!(f, ", rows: {sparse_update:?}")?;
         }
-        if self.groups.len() > 1 {
-            write!(f, ", groups: {}", self.groups.len())?;
+        let groups = self.groups();
+        if groups.len() > 1 {
+            write!(f, ", groups: {}", groups.len())?;
         }
-        write!(f, ", vars: {}, updates: {})", self.vars.len(), self.updates())
+        write!(f, ", vars: {}, updates: {}", self.vars.len(), self.updates())?;
+        let steps = self.params.gradient_accumulation_steps;
+        if steps > 1 {
+            write!(f, ", accumulated: {} of {steps} calls", self.counters.pending)?;
+        }
+        write!(f, ")")
     }
 }
 
@@ -344,7 +428,7 @@ impl fmt::Debug for Adamax {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Adamax")
             .field("params", &self.params)
-            .field("groups", &self.groups)
+            .field("groups", &self.groups())
             .field("vars", &self.names().collect::<Vec<_>>())
             .field("counters", &self.settled_counters())
             .field("scaler", &self.scaler_after(self.late()))

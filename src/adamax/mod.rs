@@ -22,13 +22,14 @@ mod snapshot;
 mod stage;
 
 use std::collections::HashMap;
+use std::sync::PoisonError;
 
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 use candle_nn::{Optimizer, VarMap};
 
 use self::accumulate::{Accumulated, Sum};
-use self::collect::{Found, collect};
+use self::collect::{Collected, Found, collect};
 use self::ema::Averages;
 use self::gradients::{GradRef, Gradients};
 use self::held::Held;
@@ -37,7 +38,8 @@ use self::late::Unsettled;
 pub use self::matching::Restored;
 use self::rates::{GroupRates, Rates};
 pub use self::report::StepReport;
-use self::report::{Outcome, Report};
+use self::report::{History, Outcome, Report};
+use self::rows::Replaced;
 pub use self::snapshot::State;
 use crate::checkpoint::Counters;
 use crate::codec::shrinkage;
@@ -51,6 +53,7 @@ use crate::rule::Coefficients;
 use crate::scaler::GradScalerState;
 use crate::schedule::{LearningRate, Plateau};
 use crate::state::{Buffer, Place};
+use crate::table::debts;
 use crate::trace;
 
 /// The Adamax optimizer (Kingma & Ba 2015, section 7.1) for candle's variables.
@@ -69,6 +72,9 @@ use crate::trace;
 /// The order of each call of `step`: divide by the loss scale; check that all is finite, if asked to; accumulate;
 /// and on the N-th call divide by N, measure norms, clip, negate if `maximize`, decay, update, count the update. On
 /// every call then: move the averages, count the call. The bias correction's t counts updates, a schedule counts calls.
+///
+/// A variable that has never had a gradient is never written, whatever the settings are: it has no average, and no decay
+/// acts on it. [`StepReport::untrained`] names such variables.
 ///
 /// ```
 /// use candle_adamax::{Adamax, ParamsAdamax};
@@ -99,6 +105,8 @@ pub struct Adamax {
     context: Context,
     unsettled: Unsettled,
     report: Report,
+    /// The variables that `append_rows` has replaced.
+    replaced: Replaced,
 }
 
 /// One variable and all that the optimizer keeps for it.
@@ -114,6 +122,7 @@ struct Param {
     state: Held,
     accumulated: Option<Accumulated>,
     ema: Option<Buffer>,
+    history: History,
 }
 
 impl Param {
@@ -130,12 +139,14 @@ impl Optimizer for Adamax {
     ///
     /// # Errors
     ///
-    /// A setting that is not allowed; a variable that is given twice or has an unsupported float dtype.
+    /// A setting that is not allowed; a variable that is given twice or has an unsupported float dtype; a part of
+    /// [`no_decay`](ParamsAdamax::no_decay) that spares no variable.
     fn new(vars: Vec<Var>, params: ParamsAdamax) -> candle_core::Result<Self> {
         let mut adamax = Self::without_vars(params)?;
         let vars = vars.into_iter().enumerate().map(|(i, var)| (format!("var.{i}"), Some(i), var)).collect();
         let settings = adamax.groups[0].clone();
         adamax.insert(0, &settings, vars)?;
+        adamax.check_no_decay()?;
         Ok(adamax)
     }
 
@@ -145,7 +156,8 @@ impl Optimizer for Adamax {
     /// # Errors
     ///
     /// A gradient of the wrong shape, dtype or device, or one that shares a variable's memory; no gradient at all;
-    /// a learning rate that is not a finite number of at least 0. Nothing has changed then.
+    /// a gradient of a variable that [`append_rows`](Adamax::append_rows) has replaced; a learning rate that is not a
+    /// finite number of at least 0. Nothing has changed then.
     fn step(&mut self, grads: &GradStore) -> candle_core::Result<()> {
         Ok(self.step_found(grads, |_| None)?)
     }
@@ -189,8 +201,49 @@ impl Adamax {
     ///
     /// As [`new`](Optimizer::new).
     pub fn from_varmap(varmap: &VarMap, params: ParamsAdamax) -> Result<Self> {
-        let vars = varmap.data().lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        Self::from_named(vars.iter().map(|(name, var)| (name.clone(), var.clone())), params)
+        Self::from_varmap_where(varmap, |_, _| true, params)
+    }
+
+    /// An optimizer of the variables in a `VarMap` that `keep` is true for, under their names there. `keep` is asked in
+    /// the order of the names.
+    ///
+    /// A `VarMap` also has variables that are not trained, such as the running statistics of `candle_nn::batch_norm`.
+    /// The optimizer never writes a variable without a gradient, so it may have them; leave them out where its
+    /// variables are to be those that PyTorch's optimizer has.
+    ///
+    /// ```
+    /// use candle_adamax::{Adamax, ParamsAdamax};
+    /// use candle_core::{DType, Device};
+    /// use candle_nn::{VarBuilder, VarMap, batch_norm};
+    ///
+    /// let varmap = VarMap::new();
+    /// let norm = batch_norm(8, 1e-5, VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu))?;
+    /// let is_trained = |name: &str, _: &_| !name.ends_with("running_mean") && !name.ends_with("running_var");
+    /// let optimizer = Adamax::from_varmap_where(&varmap, is_trained, ParamsAdamax::default())?;
+    /// assert_eq!(optimizer.names().collect::<Vec<_>>(), ["bias", "weight"]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Optimizer::new); none of the variables is kept.
+    pub fn from_varmap_where(
+        varmap: &VarMap,
+        mut keep: impl FnMut(&str, &Var) -> bool,
+        params: ParamsAdamax,
+    ) -> Result<Self> {
+        // The caller's function runs without the lock.
+        let named = varmap.data().lock().unwrap_or_else(PoisonError::into_inner);
+        let mut vars: Vec<_> = named.iter().map(|(name, var)| (name.clone(), var.clone())).collect();
+        drop(named);
+        vars.sort_by(|a, b| a.0.cmp(&b.0));
+        let all = vars.len();
+        vars.retain(|(name, var)| keep(name, var));
+        if vars.is_empty() && all > 0 {
+            let error = Error::invalid("keep", "a function that keeps a variable", format!("none of {all}"));
+            return Err(error.of_optimizer(&params.name));
+        }
+        Self::from_named(vars, params)
     }
 
     /// An optimizer of named variables.
@@ -217,6 +270,7 @@ impl Adamax {
             adamax.insert_named(0, vars)?;
         }
         groups.into_iter().try_for_each(|group| adamax.add_group(group))?;
+        adamax.check_no_decay()?;
         Ok(adamax)
     }
 
@@ -236,7 +290,7 @@ impl Adamax {
         let mut found: HashMap<_, (Option<&Tensor>, Option<&SparseGrad>)> = HashMap::new();
         for (position, (var, grad)) in pairs.into_iter().enumerate() {
             let Some(&name) = names.get(&var.id()) else {
-                return Err(self.own(ErrorKind::UnknownPair { position, shape: var.dims().to_vec() }.into()));
+                return Err(self.not_owned(position, var));
             };
             let (dense, sparse) = found.entry(var.id()).or_default();
             let twice = match grad.into() {
@@ -255,8 +309,13 @@ impl Adamax {
 
     /// One call, with gradients from anywhere.
     fn call<'g>(&mut self, lookup: impl FnMut(&Param) -> Found<'g>) -> Result<()> {
+        self.traced(|adamax| adamax.run(lookup))
+    }
+
+    /// A call, or a flush, in a span of its own.
+    fn traced(&mut self, run: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         let span = trace::Call::enter(&self.params.name, self.counters.calls);
-        self.run(lookup).map_err(|error| error.of_optimizer(&self.params.name))?;
+        run(self).map_err(|error| error.of_optimizer(&self.params.name))?;
         let Report { lr, outcome, .. } = self.report;
         span.record(lr, outcome.updates(), outcome.known_skipped());
         Ok(())
@@ -264,8 +323,8 @@ impl Adamax {
 
     fn run<'g>(&mut self, lookup: impl FnMut(&Param) -> Found<'g>) -> Result<()> {
         let mut collected = collect(&self.vars, &self.storages, lookup)?;
-        if collected.is_empty() && !self.params.allow_no_gradients {
-            return Err(ErrorKind::NoGradients { vars: self.vars.len() }.into());
+        if collected.is_empty() {
+            return self.without_gradients(&collected);
         }
         let on_gpu = self.measures_on_gpu(Gradients::OfThisCall(&collected));
         self.make_room(Gradients::OfThisCall(&collected), on_gpu)?;
@@ -277,16 +336,21 @@ impl Adamax {
         if Summary::is_measured(&self.params) && !on_gpu {
             collected.sum_rows(&self.vars)?;
         }
-        let averages = Averages::prepare(&self.vars, self.params.ema)?;
+        let steps = self.params.gradient_accumulation_steps;
+        let is_last = self.counters.pending + 1 >= steps;
+        let averages = Averages::prepare(&self.vars, self.params.ema, |index, param| {
+            is_last && (collected.get(index).is_some() || param.sum().is_some())
+        })?;
         let updates_before = self.counters.updates;
-        let outcome = match self.params.gradient_accumulation_steps {
+        let outcome = match steps {
             1 => self.update(Gradients::OfThisCall(&collected), &rates)?,
             steps => self.accumulate(&collected, steps, &rates)?,
         };
-        self.report = Report { lr: rates.base, outcome, missing: collected.missing() };
-        if !collected.is_empty() {
-            self.follow(outcome);
+        self.report = Report { lr: rates.base, outcome, missing: collected.missing(&self.vars) };
+        for (index, param) in self.vars.iter_mut().enumerate() {
+            param.history = param.history.after(collected.get(index).is_some());
         }
+        self.follow(outcome);
         if outcome == Outcome::Skipped {
             self.counters.skipped += 1;
             return Ok(());
@@ -296,11 +360,38 @@ impl Adamax {
         Ok(())
     }
 
+    /// A call without any gradient, which does nothing.
+    fn without_gradients(&mut self, collected: &Collected<'_>) -> Result<()> {
+        if !self.params.allow_no_gradients {
+            return Err(ErrorKind::NoGradients { vars: self.vars.len() }.into());
+        }
+        self.settle(false)?;
+        let lr = self.rate(self.counters.calls)?;
+        self.report = Report { lr, outcome: Outcome::None, missing: collected.missing(&self.vars) };
+        Ok(())
+    }
+
+    /// An update with the sums of the calls that wait.
+    fn flush(&mut self) -> Result<()> {
+        let Counters { calls, updates, pending, .. } = self.counters;
+        let rates = self.rates(calls.saturating_sub(1))?;
+        let averages = Averages::prepare(&self.vars, self.params.ema, |_, param| param.sum().is_some())?;
+        let outcome = self.update(Gradients::Accumulated { calls: pending }, &rates)?;
+        self.clear_sums()?;
+        self.report = Report { lr: rates.base, outcome, missing: Vec::new() };
+        if outcome == Outcome::Skipped {
+            self.follow(outcome);
+            self.counters.skipped += 1;
+            return Ok(());
+        }
+        averages.advance(&mut self.vars, self.params.ema, updates, &mut self.context)
+    }
+
     /// The update, unless it is skipped.
     fn update(&mut self, gradients: Gradients<'_>, rates: &Rates) -> Result<Outcome> {
         let unscale = match gradients {
             Gradients::OfThisCall(_) => self.unscale(),
-            Gradients::Accumulated { steps } => 1.0 / steps as f64,
+            Gradients::Accumulated { calls } => 1.0 / calls as f64,
         };
         let (summary, mut measured) = if self.measures_on_gpu(gradients) {
             Summary::of_update(&self.params, unscale)
@@ -311,11 +402,17 @@ impl Adamax {
         if self.params.skips_nonfinite() && !summary.is_finite() {
             return Ok(Outcome::Skipped);
         }
+        // Whatever settings can refuse comes before the first write.
+        let late = if measured.is_some() { self.late_rates()? } else { Vec::new() };
+        self.check_tables(rates, |index, param| {
+            gradients.of(index, param.accumulated.as_ref()).map(GradRef::is_of_rows)
+        })?;
         self.prepare_states(gradients, rates)?;
         let update = self.counters.updates + 1;
-        let orders = self.orders(gradients, rates, &summary, 0)?;
+        let orders = self.orders(gradients, rates, &summary, 0);
         if let Some(measured) = &mut measured {
-            measured.late = self.late_orders(gradients, &summary)?;
+            let orders = |(late, rates)| self.orders(gradients, rates, &summary, late).into_iter().flatten().collect();
+            measured.late = (1..).zip(&late).map(orders).collect();
         }
         let mut locked: Vec<_> = self.vars.iter_mut().map(Param::unlock).collect();
         let (mut tasks, mut row_tasks, mut nth) = (Vec::with_capacity(locked.len()), Vec::new(), 0);
@@ -363,13 +460,33 @@ impl Adamax {
         !decides && all_on_one_gpu(gradients.places(&self.vars))
     }
 
-    /// The orders that hold if 1, 2, .. of the unsettled calls have been skipped.
-    fn late_orders(&self, gradients: Gradients<'_>, summary: &Summary) -> Result<Vec<Vec<Orders>>> {
-        let late = (1..=self.unsettled.len() as u64).map(|late| {
-            let rates = self.rates(self.counters.calls - late)?;
-            Ok(self.orders(gradients, &rates, summary, late)?.into_iter().flatten().collect())
-        });
-        late.collect()
+    /// The rates that hold if 1, 2, .. of the unsettled calls have been skipped.
+    fn late_rates(&self) -> Result<Vec<Rates>> {
+        (1..=self.unsettled.len() as u64).map(|late| self.rates(self.counters.calls - late)).collect()
+    }
+
+    /// Refuses an update that tables with [`SparseUpdate::Exact`] cannot have. It writes nothing, and after it the
+    /// settings have no more say. `is_of_rows` tells for each variable with a gradient whether that is of some rows.
+    fn check_tables(&self, rates: &Rates, is_of_rows: impl Fn(usize, &Param) -> Option<bool>) -> Result<()> {
+        for (index, param) in self.vars.iter().enumerate() {
+            let GroupRates { plan, lr, .. } = &rates.groups[param.group];
+            let is_shared = matches!(param.state, Held::Shared(_));
+            if !is_shared && plan.keeping.sparse_update != SparseUpdate::Exact {
+                continue;
+            }
+            let Some(is_of_rows) = is_of_rows(index, param) else { continue };
+            if !is_shared {
+                if !is_of_rows {
+                    continue;
+                }
+                debts::check_alone(param.var.id())?;
+            }
+            if Coefficients::of_update(&plan.hyper(param.decays), *lr, 1).decay >= 1.0 {
+                let expected = "less than 1 of the weight to decay in a step, for `sparse_update: Exact`";
+                return Err(Error::invalid("lr", expected, lr));
+            }
+        }
+        Ok(())
     }
 
     /// Gets the states of tables ready for gradients of rows.
@@ -385,19 +502,11 @@ impl Adamax {
     }
 
     /// What each variable with a gradient is updated with, if `late` of the calls that were counted have been skipped.
-    fn orders(
-        &self,
-        gradients: Gradients<'_>,
-        rates: &Rates,
-        summary: &Summary,
-        late: u64,
-    ) -> Result<Vec<Option<Orders>>> {
+    fn orders(&self, gradients: Gradients<'_>, rates: &Rates, summary: &Summary, late: u64) -> Vec<Option<Orders>> {
         let sign = if self.params.maximize { -1.0 } else { 1.0 };
         let (mut last, mut nth) = (None, 0);
         let orders = self.vars.iter().enumerate().map(|(index, param)| {
-            if gradients.of(index, param.accumulated.as_ref()).is_none() {
-                return Ok(None);
-            }
+            gradients.of(index, param.accumulated.as_ref())?;
             let state = param.state.get();
             let step = state.step + 1 - late;
             let t = match self.params.step_count {
@@ -410,15 +519,11 @@ impl Adamax {
                 ..rates.coefficients(param.group, param.decays, t, &mut last)
             };
             nth += 1;
-            let GroupRates { plan, octaves, lr } = &rates.groups[param.group];
-            if let (Held::Shared(_), true) = (&param.state, coefficients.decay >= 1.0) {
-                let expected = "less than 1 of the weight to decay in a step, for `sparse_update: Exact`";
-                return Err(Error::invalid("lr", expected, lr));
-            }
+            let GroupRates { plan, octaves, .. } = &rates.groups[param.group];
             let key = derive(derive(self.params.seed, param.key), step);
             let encoding = state.moments.layout.encoding;
             let shrink = shrinkage(*octaves, step, state.moments.layout.by_rows.then_some(key));
-            Ok(Some(Orders { coefficients, encoding, shrink, rounding: plan.keeping.rounding, key }))
+            Some(Orders { coefficients, encoding, shrink, rounding: plan.keeping.rounding, key })
         });
         orders.collect()
     }

@@ -6,7 +6,7 @@ use crate::kernel::Context;
 /// What became of a call.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) enum Outcome {
-    /// There was none yet.
+    /// There was none yet, or it had no gradient at all.
     #[default]
     None,
     /// The gradients wait for the calls to come.
@@ -34,6 +34,28 @@ impl Outcome {
     }
 }
 
+/// What a variable has had in the calls so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) enum History {
+    /// It has not taken part in any.
+    #[default]
+    New,
+    /// No gradient in any of them.
+    Untrained,
+    /// A gradient.
+    Trained,
+}
+
+impl History {
+    /// After one more call, with or without a gradient.
+    pub(super) fn after(self, has_gradient: bool) -> Self {
+        match self {
+            Self::New | Self::Untrained if !has_gradient => Self::Untrained,
+            _ => Self::Trained,
+        }
+    }
+}
+
 /// What the last call did, by indices of variables.
 #[derive(Debug, Default)]
 pub(super) struct Report {
@@ -56,7 +78,8 @@ impl<'a> StepReport<'a> {
         self.report.lr
     }
 
-    /// Whether variables were updated: not if the gradients were only accumulated, nor if the call was skipped.
+    /// Whether variables were updated: not if the gradients were only accumulated, nor if the call was skipped or had no
+    /// gradient at all.
     pub fn updated(&self) -> bool {
         match self.report.outcome {
             Outcome::Updated { .. } => true,
@@ -88,10 +111,39 @@ impl<'a> StepReport<'a> {
         }
     }
 
-    /// The names of the variables that had no gradient, in alphabetical order.
+    /// The names of the variables that had no gradient in the call although they have had one before, in alphabetical
+    /// order; and those of all variables without one in the first call that they take part in, where a graph that is cut
+    /// shows at once. After [`flush_gradients`](Adamax::flush_gradients) there are none.
     pub fn missing(&self) -> impl Iterator<Item = &'a str> + use<'a> {
         let vars = self.vars;
         self.report.missing.iter().filter_map(move |&index| vars.get(index)).map(|param| param.name.as_str())
+    }
+
+    /// The names of the variables that have never had a gradient so far, in alphabetical order: such as the running
+    /// statistics of a batch norm, which [`from_varmap`](Adamax::from_varmap) takes with all others, or layers that no
+    /// loss depends on. The optimizer leaves them as they are.
+    ///
+    /// It is about all calls, also those before a checkpoint that was loaded, and not only the last one.
+    ///
+    /// ```
+    /// use candle_adamax::{Adamax, ParamsAdamax};
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{ModuleT, Optimizer, VarBuilder, VarMap, batch_norm};
+    ///
+    /// let varmap = VarMap::new();
+    /// let norm = batch_norm(8, 1e-5, VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu))?;
+    /// let mut optimizer = Adamax::from_varmap(&varmap, ParamsAdamax::default())?;
+    /// let x = Tensor::randn(0f32, 1.0, (4, 8, 2, 2), &Device::Cpu)?;
+    /// for _ in 0..2 {
+    ///     optimizer.backward_step(&norm.forward_t(&x, true)?.sqr()?.sum_all()?)?;
+    /// }
+    /// assert_eq!(optimizer.report().untrained().collect::<Vec<_>>(), ["running_mean", "running_var"]);
+    /// assert!(optimizer.report().missing().next().is_none());
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn untrained(&self) -> impl Iterator<Item = &'a str> + use<'a> {
+        let vars = self.vars.iter().filter(|param| param.history != History::Trained);
+        vars.map(|param| param.name.as_str())
     }
 }
 
@@ -103,6 +155,7 @@ impl std::fmt::Debug for StepReport<'_> {
             .field("skipped", &self.skipped())
             .field("total_norm", &self.total_norm())
             .field("missing", &self.missing().collect::<Vec<_>>())
+            .field("untrained", &self.untrained().collect::<Vec<_>>())
             .finish()
     }
 }

@@ -1,19 +1,55 @@
 //! Tables of an optimizer: steps of some rows, rows that begin anew, and rows that are added.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::sync::PoisonError;
 
 use candle_core::backprop::GradStore;
-use candle_core::{Tensor, Var};
+use candle_core::{Tensor, TensorId, Var};
+use candle_nn::VarMap;
 
 use super::collect::Found;
 use super::held::Held;
 use super::{Adamax, Sum};
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::TouchedRows;
 use crate::gradient::sparse::{self, IDS, read_ids, row_len, rows_of};
 use crate::kernel::lend::storage_address;
 use crate::state::{Buffer, ParamState};
 use crate::table;
+
+/// The variables that [`Adamax::append_rows`] has replaced: their ids and their names, not their memory.
+///
+/// A layer that still holds one of them would train nothing, so that its gradients are errors. The oldest ones are
+/// forgotten, which bounds what a step looks for.
+#[derive(Default)]
+pub(super) struct Replaced(VecDeque<(TensorId, String)>);
+
+/// So many are remembered.
+const REPLACED: usize = 256;
+
+impl Replaced {
+    fn push(&mut self, id: TensorId, name: String) {
+        if self.0.len() == REPLACED {
+            self.0.pop_front();
+        }
+        self.0.push_back((id, name));
+    }
+
+    /// Forgets those of a name that is gone, or that stands for another variable now.
+    pub(super) fn forget_name(&mut self, name: &str) {
+        self.0.retain(|(_, of)| of != name);
+    }
+
+    /// Forgets a variable that is the optimizer's own again.
+    pub(super) fn forget_id(&mut self, id: TensorId) {
+        self.0.retain(|(known, _)| *known != id);
+    }
+
+    /// The name of the first one of which that is true.
+    fn find(&self, is_used: impl Fn(TensorId) -> bool) -> Option<&str> {
+        self.0.iter().find(|(id, _)| is_used(*id)).map(|(_, name)| name.as_str())
+    }
+}
 
 impl Adamax {
     /// A call of [`step`](candle_nn::Optimizer::step) for models that keep `candle_nn`'s `Embedding`, whose gradients are
@@ -87,7 +123,10 @@ impl Adamax {
 
     /// Adds rows at the end of the variable `name`: a new variable takes its place, which has the old rows with their
     /// moments, then `rows`, `[n, ..]`, with moments of zero. It is returned, for the layers and the `VarMap`, which
-    /// still have the old one.
+    /// still have the old one: give it to both ([`append_rows_in`](Self::append_rows_in) gives it to the `VarMap`). A step
+    /// with a gradient of the old one is an error. The optimizer does not know the `VarMap`: while that has the old one,
+    /// `VarMap::save` writes the weights as they were before, beside an optimizer's state that fits the new ones, and
+    /// only `VarMap::load` will say so.
     ///
     /// ```
     /// use candle_adamax::{Adamax, Embedding, ParamsAdamax, embedding};
@@ -115,8 +154,48 @@ impl Adamax {
         let (var, param, address) = self.grown(index, rows).map_err(|error| self.own(error))?;
         let old = std::mem::replace(&mut self.vars[index], param);
         self.storages.remove(&storage_address(&old.var));
-        self.storages.insert(address, old.name);
+        self.storages.insert(address, old.name.clone());
+        self.replaced.push(old.var.id(), old.name);
         Ok(var)
+    }
+
+    /// [`append_rows`](Self::append_rows), with the new variable put into the `VarMap` that the variable came from. Layers
+    /// are still to be given it, or to be made anew from the `VarMap`.
+    ///
+    /// ```
+    /// use candle_adamax::{Adamax, ParamsAdamax, embedding};
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{VarBuilder, VarMap};
+    ///
+    /// let varmap = VarMap::new();
+    /// let layer = |rows: usize| embedding(rows, 4, VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu));
+    /// let mut items = layer(10)?;
+    /// let mut optimizer = Adamax::from_varmap(&varmap, ParamsAdamax::default())?;
+    ///
+    /// optimizer.append_rows_in(&varmap, "weight", &Tensor::zeros((5, 4), DType::F32, &Device::Cpu)?)?;
+    /// items = layer(15)?;
+    /// assert_eq!(items.embeddings().dims(), [15, 4]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`append_rows`](Self::append_rows); the `VarMap` has another variable under this name, or none. Nothing has
+    /// changed then.
+    pub fn append_rows_in(&mut self, varmap: &VarMap, name: &str, rows: &Tensor) -> Result<Var> {
+        let index = self.index_of(name)?;
+        let mut vars = varmap.data().lock().unwrap_or_else(PoisonError::into_inner);
+        match vars.get_mut(name) {
+            Some(var) if var.id() == self.vars[index].var.id() => {
+                *var = self.append_rows(name, rows)?;
+                Ok(var.clone())
+            }
+            var => {
+                let got = if var.is_some() { "another one" } else { "none" };
+                let expected = format!("a `VarMap` that has the optimizer's var under `{name}`");
+                Err(self.own(Error::invalid("varmap", expected, got)))
+            }
+        }
     }
 
     fn grown(&self, index: usize, rows: &Tensor) -> Result<(Var, super::Param, usize)> {
@@ -176,9 +255,11 @@ impl Adamax {
                 Some(Buffer::from_tensor(&Tensor::cat(&[old, rows], 0)?, &var, param.place())?)
             }
         };
-        let (name, unnamed, group, decays, key) = (name(), param.unnamed, param.group, param.decays, param.key);
+        let super::Param { unnamed, group, decays, key, history, .. } = *param;
         let address = storage_address(&var);
-        let grown = super::Param { name, unnamed, group, decays, key, var: var.clone(), state, accumulated, ema };
+        let (name, var) = (name(), var.clone());
+        let grown =
+            super::Param { name, unnamed, group, decays, key, var: var.clone(), state, accumulated, ema, history };
         Ok((var, grown, address))
     }
 
@@ -186,8 +267,16 @@ impl Adamax {
     pub(super) fn owned_name(&self, position: usize, var: &Var) -> Result<String> {
         match self.vars.iter().find(|param| param.var.id() == var.id()) {
             Some(param) => Ok(param.name.clone()),
-            None => Err(self.own(ErrorKind::UnknownPair { position, shape: var.dims().to_vec() }.into())),
+            None => Err(self.not_owned(position, var)),
         }
+    }
+
+    /// The error of a variable in a list that is not the optimizer's.
+    pub(super) fn not_owned(&self, position: usize, var: &Var) -> Error {
+        self.own(match self.replaced.find(|id| id == var.id()) {
+            Some(name) => replaced("a pair", name),
+            None => ErrorKind::UnknownPair { position, shape: var.dims().to_vec() }.into(),
+        })
     }
 
     /// A call with the gradients of a `GradStore`: those of variables, and those of lookups in them.
@@ -200,9 +289,17 @@ impl Adamax {
         if tables.has_lost(grads) {
             return Err(self.own(ErrorKind::LostLookup.into()));
         }
+        let has_gradient = |id| grads.get_id(id).is_some() || !tables.gradients(id, grads).is_empty();
+        if let Some(name) = self.replaced.find(has_gradient) {
+            return Err(self.own(replaced("a layer with a gradient", name)));
+        }
         self.call(|param| {
             let lookups = tables.gradients(param.var.id(), grads);
             Found { dense: grads.get(&param.var), touched: touched(&param.var), lookups, sparse: None }
         })
     }
+}
+
+fn replaced(holder: &'static str, name: &str) -> Error {
+    ErrorKind::ReplacedVar { holder, name: name.to_owned() }.into()
 }

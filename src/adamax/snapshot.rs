@@ -7,6 +7,7 @@ use candle_core::{DType, Tensor};
 
 use super::held::{GroupPlan, Held};
 use super::late::without;
+use super::report::History;
 use super::{Accumulated, Adamax, Param, Sum, collect};
 use crate::checkpoint::plain::check_norm;
 use crate::checkpoint::{self, AccumulatedGrad, AtomicFile, Counters, Snapshot, VarSnapshot, names};
@@ -29,7 +30,7 @@ pub struct State {
     pub exp_inf: Tensor,
     /// How many updates the variable has had.
     pub step: u64,
-    /// The moving average of the variable, if one is kept.
+    /// The moving average of the variable, if one is kept and has begun.
     pub ema: Option<Tensor>,
     /// The sum of the unscaled gradients since the last update, if there are any.
     pub accumulated: Option<AccumulatedGrad>,
@@ -217,6 +218,11 @@ impl Adamax {
             param.accumulated = accumulated;
             param.ema = ema;
             param.decays = params.decays(&param.name);
+            param.history = match (param.state.get().step > 0 || param.sum().is_some(), counters.calls) {
+                (true, _) => History::Trained,
+                (false, 0) => History::New,
+                (false, _) => History::Untrained,
+            };
         }
         self.params = params;
         self.groups = groups;
@@ -292,6 +298,8 @@ impl Adamax {
             step: snapshot.step,
         };
         let ema = snapshot.ema.as_ref().map(|ema| buffer("ema", ema)).transpose()?;
+        // Older files have averages of variables that were never trained.
+        let ema = ema.filter(|_| snapshot.step > 0);
         // The sum of no calls counts for nothing, whatever is in it.
         let accumulated = snapshot.accumulated.as_ref().filter(|(_, calls)| *calls > 0);
         if let Some((_, calls)) = accumulated.filter(|(_, calls)| *calls > pending) {

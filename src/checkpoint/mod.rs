@@ -34,7 +34,7 @@ const LARGEST_HEADER: usize = 100_000_000;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Counters {
-    /// Calls of `step` that were neither skipped nor failed.
+    /// Calls of `step` that were neither skipped nor failed nor without any gradient.
     pub calls: u64,
     /// Updates.
     pub updates: u64,
@@ -124,7 +124,7 @@ pub struct VarSnapshot {
     pub by_rows: bool,
     /// What master copies keep beside the variable: I16 for bf16, F32 for f16.
     pub master: Option<Tensor>,
-    /// Its moving average, if one is kept.
+    /// Its moving average, if one is kept and has begun: with the first update in which the variable had a gradient.
     pub ema: Option<Tensor>,
     /// The sum of its unscaled gradients since the last update, and of how many calls they are.
     pub accumulated: Option<(AccumulatedGrad, u64)>,

@@ -84,10 +84,7 @@ impl Debts {
     ///
     /// It has some already; no memory for the marks.
     pub(crate) fn prepare(var: &Tensor, state: &ParamState) -> Result<Marks> {
-        if of(var.id()).is_some() {
-            let got = "another one that has it, too";
-            return Err(Error::invalid("sparse_update", "one optimizer with `Exact` for a table", got));
-        }
+        check_alone(var.id())?;
         let mark = if state.step == 0 { EMPTY } else { 0 };
         Ok(match state.place() {
             Place::Cuda => Marks::Gpu(Box::new(GpuMarks::new(var, mark)?)),
@@ -227,6 +224,17 @@ impl Drop for Debts {
 /// The debts of a variable, if it has any.
 pub(super) fn of(var: TensorId) -> Option<Arc<Debts>> {
     lock(&DEBTS).get(&var).and_then(Weak::upgrade)
+}
+
+/// Refuses a variable that has debts already, before another optimizer gives it some.
+pub(crate) fn check_alone(var: TensorId) -> Result<()> {
+    match of(var) {
+        None => Ok(()),
+        Some(_) => {
+            let got = "another one that has it, too";
+            Err(Error::invalid("sparse_update", "one optimizer with `Exact` for a table", got))
+        }
+    }
 }
 
 /// Lets rows of a variable pay, which are ascending, before they are read or written.

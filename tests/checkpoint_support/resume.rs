@@ -341,7 +341,7 @@ fn a_groups_learning_rate_from_outside_stays_its_own() -> Result<()> {
     with(LearningRate::Custom(std::sync::Arc::new(Halves)))?.save(&file)?;
     let mut own_dial = with((&dial).into())?;
     own_dial.load(&file)?;
-    let candle_adamax::GroupLr::Own(LearningRate::Tensor(tensor)) = &own_dial.groups()[1].lr else {
+    let candle_adamax::GroupLr::Own(LearningRate::Tensor(tensor)) = &own_dial.groups()[0].lr else {
         panic!("{:?}", own_dial.groups());
     };
     assert_eq!(tensor.id(), dial.as_tensor().id());

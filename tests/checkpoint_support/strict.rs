@@ -397,7 +397,7 @@ fn groups_in_another_order_fit() -> Result<()> {
     let mut reversed = Adamax::from_groups([b(), a()], ParamsAdamax::default())?;
     reversed.load(&file)?;
     let beta1: Vec<_> = reversed.groups().iter().map(|group| (group.name.as_str(), group.beta1)).collect();
-    assert_eq!(beta1, [("default", None), ("b", None), ("a", Some(0.5))]);
+    assert_eq!(beta1, [("b", None), ("a", Some(0.5))]);
     Ok(())
 }
 

@@ -133,7 +133,9 @@ where
     let lr = params.lr.at(counters.calls).unwrap();
     let unscale = 1.0 / params.loss_scale_factor.unwrap_or(1.0);
     let steps = params.gradient_accumulation_steps;
-    let updated = counters.pending + 1 == steps;
+    // A call without any gradient is none: it does nothing.
+    let counts = !grads.is_empty();
+    let updated = counts && counters.pending + 1 == steps;
 
     // Unscale and accumulate.
     let mut mean: BTreeMap<&str, Whole> = BTreeMap::new();
@@ -280,7 +282,15 @@ where
             let eps = epsilon_of(dtype);
             let entry = expected.get_mut(name).unwrap();
             let old = state.ema.as_ref().map(values);
-            let momentum = if counters.updates == 0 || old.is_none() { 0.0 } else { average.momentum };
+            if !counts {
+                entry.ema = old.map(|old| old.into_iter().map(|value| Bound { value, error: 0.0 }).collect());
+                continue;
+            }
+            // An average begins with the first update in which its variable has a gradient.
+            if old.is_none() && entry.step == 0 {
+                continue;
+            }
+            let momentum = if old.is_none() { 0.0 } else { average.momentum };
             let of = |(i, w): (usize, &Bound)| {
                 let old = old.as_ref().map_or(0.0, |old| old[i]);
                 let value = match momentum {

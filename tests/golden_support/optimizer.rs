@@ -171,11 +171,13 @@ impl Recording<'_> {
     fn quantities(&self, optimizer: &Adamax, vars: &BTreeMap<String, Var>, name: &str) -> Result<Vec<Quantity<'_>>> {
         let state = optimizer.state(name)?;
         let zeros = || vec![0.0; vars[name].elem_count()];
+        // Before its first update a variable has no average; Keras has a copy.
+        let copy = || values(&vars[name]);
         let all = [
             ("param", values(&vars[name])),
             ("m", values(&state.exp_avg)),
             ("u", values(&state.exp_inf)),
-            ("ema", state.ema.as_ref().map_or_else(zeros, values)),
+            ("ema", state.ema.as_ref().map_or_else(copy, values)),
             ("acc", state.accumulated.as_ref().and_then(AccumulatedGrad::dense).map_or_else(zeros, values)),
         ];
         let recorded =

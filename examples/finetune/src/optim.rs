@@ -31,6 +31,9 @@ pub(crate) fn adamax(
     for (name, var) in vars.iter().filter(|(name, _)| is_trained(name)) {
         groups.entry(height(name, layers)).or_default().push((name.clone(), var.clone()));
     }
+    // Where the head alone is trained there is no normalization to spare, and a part that spares nothing is an error.
+    let mut params = params(settings, length, pretrained);
+    params.no_decay.retain(|part| groups.values().flatten().any(|(name, _)| name.contains(part.as_str())));
     let groups = groups.into_iter().map(|(height, vars)| {
         let name = match height {
             0 => "embeddings".to_owned(),
@@ -43,7 +46,7 @@ pub(crate) fn adamax(
             None => group,
         }
     });
-    Ok(Adamax::from_groups(groups, params(settings, length, pretrained))?)
+    Ok(Adamax::from_groups(groups, params)?)
 }
 
 /// How far above the text a weight is: 0 for the embeddings, 1 for the first layer, `layers + 1` for the head.

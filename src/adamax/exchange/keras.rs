@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use candle_core::Device;
+
 use super::super::Adamax;
 use super::super::late::without;
 use crate::checkpoint::keras::{self, Extras, KerasState};
@@ -22,7 +24,8 @@ impl Adamax {
     ///
     /// Tensors are f32 (f64 for f64 variables), decoded if [`state_dtype`](crate::ParamsAdamax::state_dtype) encodes
     /// them; Keras converts them to the dtype of its variable. Masters are a part of the weights, and left out.
-    /// `iteration` is the number of calls. `learning_rate` is there unless it is a schedule, of which Keras has no
+    /// `iteration` is the number of calls, or after [`flush_gradients`](Self::flush_gradients) and the like what Keras makes
+    /// the number of updates of. `learning_rate` is there unless it is a schedule, of which Keras has no
     /// variable, either.
     ///
     /// The file is complete or it is not there, as that of [`save`](Self::save).
@@ -32,7 +35,8 @@ impl Adamax {
     /// What Keras cannot hold: another convention of [`epsilon`](crate::ParamsAdamax::epsilon), L2,
     /// [`maximize`](crate::ParamsAdamax::maximize), a [`grad_scaler`](crate::ParamsAdamax::grad_scaler) or a
     /// [`plateau`](crate::ParamsAdamax::plateau), variables whose own counters differ where those count, groups with numbers of
-    /// their own, an average that a variable does not have yet; variables without names; the system's errors.
+    /// their own, a number of calls that is not N for each update where a schedule counts them; variables without names;
+    /// the system's errors.
     pub fn save_keras(&self, path: impl AsRef<Path>) -> Result<()> {
         self.require_names()?;
         let write = || {
@@ -108,20 +112,30 @@ impl Adamax {
         self.require_keras_settings()?;
         self.groups.iter().enumerate().try_for_each(|(index, group)| self.require_no_numbers(index, group))?;
         let late = self.late();
-        let Counters { calls, updates, .. } = without(&self.counters, late);
+        let counters = without(&self.counters, late);
+        let Counters { calls, updates, .. } = counters;
         for param in &self.vars {
             let (name, step) = (&param.name, self.settled_step(&param.name, param.state.get().step, late));
             if self.params.step_count == StepCount::PerVar && step != updates {
                 let expected = format!("{updates}, since Keras counts for all variables together");
                 return Err(Error::checkpoint(format!("{name}.step"), expected, step));
             }
-            if self.params.ema.is_some() && param.ema.is_none() && calls > 0 {
-                let expected = "a moving average, which Keras has of every variable";
-                return Err(Error::checkpoint(format!("{name}.ema"), expected, "none"));
-            }
         }
-        keras::check_iteration(calls)?;
-        self.keras_rate(calls).map(drop)
+        let iteration = self.keras_iteration(&counters);
+        keras::check_iteration(iteration)?;
+        if self.keras_rate(calls)?.is_none() && iteration != calls {
+            let expected = format!(
+                "{iteration}, by which Keras counts updates and steps of the schedule alike: after `flush_gradients`, \
+                 `discard_gradients` or another number of accumulation steps they differ"
+            );
+            return Err(Error::checkpoint("counters.calls", expected, calls));
+        }
+        Ok(())
+    }
+
+    /// One number, of which Keras makes both: how many updates there were, and how many calls wait.
+    fn keras_iteration(&self, counters: &Counters) -> u64 {
+        counters.updates * self.params.gradient_accumulation_steps + counters.pending
     }
 
     /// The learning rate after so many calls, unless it is a schedule, for which Keras has no variable.
@@ -134,18 +148,24 @@ impl Adamax {
 
     /// The state, which [Keras can hold](Self::require_keras).
     fn keras_state(&self) -> Result<KerasState> {
-        let (Counters { calls, .. }, mut vars) = self.plain()?;
+        let (counters, mut vars) = self.plain()?;
+        let calls = counters.calls;
         let (averages, accumulators) = (self.params.ema.is_some(), self.params.gradient_accumulation_steps > 1);
-        for var in vars.values_mut() {
+        for (name, var) in &mut vars {
             let zeros = || var.exp_avg.zeros_like();
             if averages && var.ema.is_none() {
-                var.ema = Some(zeros()?);
+                // Before the first call it is nothing yet; then that of a variable without a gradient is the variable.
+                let weight = &self.vars[self.index_of(name)?].var;
+                var.ema = Some(match calls {
+                    0 => zeros()?,
+                    _ => weight.to_device(&Device::Cpu)?.to_dtype(var.exp_avg.dtype())?.copy()?,
+                });
             }
             if accumulators && var.accumulated.is_none() {
                 var.accumulated = Some((zeros()?, 0));
             }
         }
-        Ok(KerasState { iteration: calls, learning_rate: self.keras_rate(calls)?, vars })
+        Ok(KerasState { iteration: self.keras_iteration(&counters), learning_rate: self.keras_rate(calls)?, vars })
     }
 
     /// Makes sure that no setting is one that Keras's optimizer does not have: the next steps would be others there.

@@ -58,7 +58,8 @@ impl Adamax {
     /// [`save_torch`](Self::save_torch), wrote. The next steps are then those of the run in PyTorch.
     ///
     /// - The names are those of the model's `named_parameters()`, which a `VarMap` with the same layers has, too. (Where
-    ///   it has more, such as the running means of `BatchNorm`, choose with [`from_named`](Self::from_named).) Each
+    ///   it has more, such as the running means of `BatchNorm`, choose with
+    ///   [`from_varmap_where`](Self::from_varmap_where).) Each
     ///   variable has its three tensors, in its shape and in its dtype or f32. m and u are encoded as
     ///   [`state_dtype`](crate::ParamsAdamax::state_dtype) says.
     /// - `lr`, `betas`, `eps`, `weight_decay` (as [`WeightDecay::L2`]) and `maximize` are taken
@@ -130,7 +131,8 @@ impl Adamax {
         }
         if counters.pending > 0 {
             let got = format!("gradients of {} calls that wait for their update", counters.pending);
-            return Err(Error::checkpoint("accumulated", NONE_FITS, got));
+            let expected = format!("{NONE_FITS} (`flush_gradients` uses them, `discard_gradients` drops them)");
+            return Err(Error::checkpoint("accumulated", expected, got));
         }
         let mut groups = Vec::new();
         let base = self.params.lr.at(counters.calls)?;
