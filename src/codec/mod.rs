@@ -84,8 +84,8 @@ pub enum StateDType {
     ///
     /// (one standard deviation; 311 is 127 codes times the square root of 6). That is 0.0075 for betas of 0.9 and 0.999,
     /// 0.025 for 0.99 and 0.999. Where it is more than 0.125, the settings are an error. Gradients that are mostly noise
-    /// make steps much smaller than lr, and there `0.01 / (1 - beta1 / beta2)` of the way is noise of this rounding: a tenth
-    /// by default, more than half with 0.99 and 0.999. Use [`F16`](Self::F16) or [`BF16`](Self::BF16) with such betas: the
+    /// make steps much smaller than lr, and there about `0.008 / (1 - beta1 / beta2)` of the way is noise of this rounding:
+    /// 0.08 by default, most of it with 0.99 and 0.999. Use [`F16`](Self::F16) or [`BF16`](Self::BF16) with such betas: the
     /// rounding of their quotients is a share of the quotient, whatever beta2 is.
     ///
     /// Moments that are converted into Q8 have their u rounded up, but those that have come from it keep their bits;
