@@ -64,8 +64,8 @@ pub enum StateDType {
     /// 4 bytes an element: 8 bits of precision, the range of f32. u is within 2^-8 of the exact one.
     BF16,
     /// 4 bytes an element: 11 bits of precision. u is within 2^-11 of the exact one while it is at least 2^-27 of the
-    /// largest one in its block. Below that it is within 2^-38 of the largest one (between two thirds and 4/3 of the exact
-    /// one), and below 2^-38 it is too large and steps are too small. So one gradient of 1e30 slows down its whole block
+    /// largest one in its block. Below that it is rounded up, by at most 2^-37 of the largest one, and below 2^-37 it is too
+    /// large and steps are too small. So one gradient of 1e30 slows down its whole block
     /// until the unit has shrunk again, for some 50,000 updates where gradients are about 1: clip such gradients, or use
     /// [`BF16`](Self::BF16), whose blocks have f32's range.
     F16,
