@@ -579,7 +579,7 @@ fn clips_are_right_over_the_whole_range_of_f64() {
                 };
                 let what = format!("{unit:e} {limit:e} clip {which} scale {scale:e}");
                 let got_total = optimizer.report().total_norm().unwrap();
-                let total = total * unit * scale;
+                let total = total * (unit * scale);
                 assert!(got_total == total || (got_total / total - 1.0).abs() < 1e-13, "{what}: {got_total:e}");
                 for (name, own, g, w) in [("a", of_a, &a, &vars[0]), ("b", of_b, &b, &vars[1])] {
                     // In units, and in this order, nothing leaves the range.
@@ -588,7 +588,7 @@ fn clips_are_right_over_the_whole_range_of_f64() {
                     let clipped = limit_in_units < own + torch;
                     let m = values(&optimizer.state(name).unwrap().exp_avg);
                     for (m, g) in m.iter().zip(g) {
-                        let expected = if clipped { g / (own + torch) * limit } else { g * unit * scale } / 2.0;
+                        let expected = if clipped { g / (own + torch) * limit } else { g * (unit * scale) } / 2.0;
                         // The factor may be a subnormal number.
                         let error = 1e-10 * expected.abs() + 1e-320;
                         assert!((m - expected).abs() <= error, "{what} {name}: {m:e} for {expected:e}");

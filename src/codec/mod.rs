@@ -64,8 +64,8 @@ pub enum StateDType {
     /// 4 bytes an element: 8 bits of precision, the range of f32. u is within 2^-8 of the exact one.
     BF16,
     /// 4 bytes an element: 11 bits of precision. u is within 2^-11 of the exact one while it is at least 2^-27 of the
-    /// largest one in its block. Below that it is within 2^-38 of the largest one (between two thirds and 4/3 of the exact
-    /// one), and below 2^-38 it is too large and steps are too small. So one gradient of 1e30 slows down its whole block
+    /// largest one in its block. Below that it is rounded up, by at most 2^-37 of the largest one, and below 2^-37 it is too
+    /// large and steps are too small. So one gradient of 1e30 slows down its whole block
     /// until the unit has shrunk again, for some 50,000 updates where gradients are about 1: clip such gradients, or use
     /// [`BF16`](Self::BF16), whose blocks have f32's range.
     F16,
@@ -84,8 +84,8 @@ pub enum StateDType {
     ///
     /// (one standard deviation; 311 is 127 codes times the square root of 6). That is 0.0075 for betas of 0.9 and 0.999,
     /// 0.025 for 0.99 and 0.999. Where it is more than 0.125, the settings are an error. Gradients that are mostly noise
-    /// make steps much smaller than lr, and there `0.01 / (1 - beta1 / beta2)` of the way is noise of this rounding: a tenth
-    /// by default, more than half with 0.99 and 0.999. Use [`F16`](Self::F16) or [`BF16`](Self::BF16) with such betas: the
+    /// make steps much smaller than lr, and there about `0.008 / (1 - beta1 / beta2)` of the way is noise of this rounding:
+    /// 0.08 by default, most of it with 0.99 and 0.999. Use [`F16`](Self::F16) or [`BF16`](Self::BF16) with such betas: the
     /// rounding of their quotients is a share of the quotient, whatever beta2 is.
     ///
     /// Moments that are converted into Q8 have their u rounded up, but those that have come from it keep their bits;
