@@ -19,9 +19,11 @@ pub(crate) fn data(path: Option<&Path>, data: &Data) {
     let source = path.map_or("lines of the crate's own files".to_owned(), |path| path.display().to_string());
     let Data { labels, train, test, repeated, ambiguous } = data;
     println!("{} texts to train on, {} to test with: {source}", grouped(train.len()), grouped(test.len()));
-    for (count, why) in [(*repeated, "repeated ones"), (*ambiguous, "of more than one class")] {
+    for (count, why) in
+        [(*repeated, "because they were there before"), (*ambiguous, "because they have several classes")]
+    {
         if count > 0 {
-            println!("left out: {} {why}", grouped(count));
+            println!("left out {}, {why}", grouped(count));
         }
     }
     let counts = data.counts(train).into_iter().zip(data.counts(test));
