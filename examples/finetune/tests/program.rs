@@ -46,8 +46,8 @@ fn what_was_left_out_is_told_where_something_was() -> Result<()> {
     let texts: String = (0..40).map(|i| format!("{}\ttext number {i}\n", ["good", "bad"][i % 2])).collect();
     for (more, expected) in [
         ("", ""),
-        ("good\ttext number 0\n", "left out 1, because they were there before\n"),
-        ("bad\ttext number 0\n", "left out 1, because they have several classes\n"),
+        ("good\ttext number 0\n", "left out: 1 repeated\n"),
+        ("bad\ttext number 0\n", "left out: 1 repeated, 1 of several classes\n"),
     ] {
         let output = finetune(&folder, format!("\u{feff}{texts}{more}").as_bytes())?;
         let (stdout, stderr) = (String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?);
