@@ -21,7 +21,8 @@ pub(crate) fn data(path: Option<&Path>, data: &Data) {
     println!("{} texts to train on, {} to test with: {source}", grouped(train.len()), grouped(test.len()));
     let left_out: Vec<String> = [(*repeated, "repeated"), (*ambiguous, "of several classes")]
         .into_iter()
-        .filter_map(|(count, why)| (count > 0).then(|| format!("{} {why}", grouped(count))))
+        .filter(|(count, _)| *count > 0)
+        .map(|(count, why)| format!("{} {why}", grouped(count)))
         .collect();
     if !left_out.is_empty() {
         println!("left out: {}", left_out.join(", "));

@@ -62,7 +62,7 @@ fn steps_have_their_learning_rates_and_texts_however_many_batches_they_have() ->
 fn a_step_of_fewer_texts_than_calls_is_taken_too() -> Result<()> {
     let folder = Folder::new("rest")?;
     // 96 texts: five steps of 19, and one text.
-    for more in [&[][..], &["--sparse-embeddings"]] {
+    for more in [&[][..], &["--sparse-embeddings"], &["--sparse-embeddings=exact"]] {
         let of = |options: &[&'static str]| [more, options].concat();
         check_same(&folder, &of(&["--batch", "19"]), &of(&["--batch", "1", "--accumulate", "19"]))?;
     }
