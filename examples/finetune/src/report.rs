@@ -19,10 +19,13 @@ pub(crate) fn data(path: Option<&Path>, data: &Data) {
     let source = path.map_or("lines of the crate's own files".to_owned(), |path| path.display().to_string());
     let Data { labels, train, test, repeated, ambiguous } = data;
     println!("{} texts to train on, {} to test with: {source}", grouped(train.len()), grouped(test.len()));
-    for (count, why) in [(*repeated, "repeated ones"), (*ambiguous, "of more than one class")] {
-        if count > 0 {
-            println!("left out: {} {why}", grouped(count));
-        }
+    let left_out: Vec<String> = [(*repeated, "repeated"), (*ambiguous, "of several classes")]
+        .into_iter()
+        .filter(|(count, _)| *count > 0)
+        .map(|(count, why)| format!("{} {why}", grouped(count)))
+        .collect();
+    if !left_out.is_empty() {
+        println!("left out: {}", left_out.join(", "));
     }
     let counts = data.counts(train).into_iter().zip(data.counts(test));
     let classes: Vec<String> =

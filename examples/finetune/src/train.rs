@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Result, bail, ensure};
 use candle_adamax::Adamax;
+use candle_core::Tensor;
 use candle_core::backprop::GradStore;
 use candle_nn::{Optimizer, VarMap, loss};
 use rand::rngs::StdRng;
@@ -130,7 +131,9 @@ impl Trainer {
         let value = f64::from(loss.to_scalar::<f32>()?);
         ensure!(value.is_finite(), "the loss is {value} in step {}: try a lower --lr", step + 1);
         let forwarded = Instant::now();
-        let loss = if weight == 1.0 { loss } else { (loss * weight)? };
+        // Not by a plain number: candle ends the graph where that is 0.
+        let weight = Tensor::new(weight as f32, loss.device())?;
+        let loss = (loss * weight)?;
         let grads = self.optimizer.scale(&loss)?.backward()?;
         self.batcher.device.synchronize()?;
         let differentiated = Instant::now();

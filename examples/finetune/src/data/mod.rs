@@ -62,7 +62,7 @@ impl Data {
         let hint = if names > order.len() {
             format!(": there are {names} classes and {} different texts, so are the columns swapped?", order.len())
         } else if by_class.len() < 2 && ambiguous > 0 {
-            format!(", apart from {ambiguous} different texts that have more than one class")
+            format!(", since {ambiguous} of {} different texts have more than one class", order.len())
         } else {
             String::new()
         };
@@ -168,7 +168,7 @@ mod tests {
         assert_eq!(refused(&swapped), expected);
         let ambiguous = [("a", "one"), ("b", "one"), ("a", "two"), ("a", "three")];
         let expected =
-            "expected texts of at least 2 classes, got 1, apart from 1 different texts that have more than one class";
+            "expected texts of at least 2 classes, got 1, since 1 of 3 different texts have more than one class";
         assert_eq!(refused(&ambiguous), expected);
         Ok(())
     }
