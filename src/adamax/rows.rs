@@ -13,7 +13,7 @@ use crate::gradient::TouchedRows;
 use crate::gradient::sparse::{self, IDS, read_ids, row_len, rows_of};
 use crate::kernel::lend::storage_address;
 use crate::state::{Buffer, ParamState};
-use crate::table;
+use crate::table::{self, Lookups};
 
 impl Adamax {
     /// A call of [`step`](candle_nn::Optimizer::step) for models that keep `candle_nn`'s `Embedding`, whose gradients are
@@ -143,6 +143,7 @@ impl Adamax {
             return Err(crate::Error::invalid("rows", "at most 4294967295 rows in all", dims[0]));
         }
         param.state.pay_all()?;
+        table::limits::scale_down(old)?;
         let var = Var::zeros(dims, old.dtype(), old.device())?;
         if old.elem_count() > 0 {
             var.slice_set(&old.detach(), 0, 0)?;
@@ -196,13 +197,18 @@ impl Adamax {
         grads: &'g GradStore,
         touched: impl Fn(&Tensor) -> Option<TouchedRows<'g>>,
     ) -> Result<()> {
-        let tables = table::snapshot();
-        if tables.has_lost(grads) {
-            return Err(self.own(ErrorKind::LostLookup.into()));
-        }
+        let mut lookups = self.lookups(grads)?;
         self.call(|param| {
-            let lookups = tables.gradients(param.var.id(), grads);
+            let lookups = lookups.take(param.var.id());
             Found { dense: grads.get(&param.var), touched: touched(&param.var), lookups, sparse: None }
         })
+    }
+
+    /// The gradients of lookups in the variables.
+    pub(super) fn lookups<'g>(&self, grads: &'g GradStore) -> Result<Lookups<'g>> {
+        let lookups = table::find(grads);
+        let checked = lookups.check(self.vars.iter().map(|param| param.var.id()));
+        checked.map_err(|error| self.own(error))?;
+        Ok(lookups)
     }
 }

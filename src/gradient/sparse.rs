@@ -257,7 +257,7 @@ pub(crate) fn read_ids(what: IdsOf<'_>, ids: &Tensor, rows: usize) -> Result<Vec
         DType::I64 => check(what, shape, &flat.to_vec1::<i64>()?, rows),
         got => {
             let IdsOf { what, of } = what;
-            let (name, expected) = (if of.is_empty() { what } else { of }.to_owned(), "an integer dtype".to_owned());
+            let (name, expected) = (of.to_owned(), "an integer dtype".to_owned());
             Err(ErrorKind::DTypeMismatch { what, name, expected, got }.into())
         }
     }
