@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::kernel;
 use crate::table::{Pooled, PooledIds, Table};
 
-/// What becomes of the rows of a bag.
+/// How the rows of a bag are pooled.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Pooling {
     /// Their sum.
@@ -131,8 +131,10 @@ impl Bags {
 ///                    the largest of each column                             Max
 /// ```
 ///
-/// The weight is `[rows, dim]`, the result `[bags, dim]`; an empty bag is zeros. Sums are made in f32 (f64 for f64),
-/// in the order of the ids, and rounded once. The rows themselves are never written out, but for `Max`.
+/// The weight is `[rows, dim]`, the result `[bags, dim]`; an empty bag is zeros. Where all bags are empty the weight has no
+/// gradient. Sums are made in f32 (f64 for f64), in the order of the ids, and rounded once. The rows themselves are written
+/// out only for `Max`, for `max_norm`, and for weights of ids that need a gradient, which is that of the rows as they were
+/// looked up.
 ///
 /// ```
 /// use candle_adamax::{Bags, EmbeddingBag, Pooling};

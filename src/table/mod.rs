@@ -148,7 +148,8 @@ impl Table {
         self.0.rows
     }
 
-    /// The rows of `ids`, which have any shape and any integer dtype: `[ids' dimensions.., row's dimensions..]`.
+    /// The rows of `ids`, which have any shape and any integer dtype: `[ids' dimensions.., row's dimensions..]`. Without ids
+    /// the result is a constant: the weight has no gradient then, and a step reports it as missing.
     ///
     /// # Errors
     ///
