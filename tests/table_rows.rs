@@ -76,8 +76,10 @@ fn ids_of_every_dtype_and_shape() {
         for (ids, dims) in [(none.clone(), vec![0, 3]), (none.reshape((2, 0, 3)).unwrap(), vec![2, 0, 3, 3])] {
             let rows = Table::new(&weight).unwrap().lookup(&ids).unwrap();
             assert_eq!(rows.dims(), dims);
-            let (mut optimizer, _) = optimizer(&weight, ParamsAdamax::default(), Kernel::Auto);
+            let params = ParamsAdamax { allow_no_gradients: true, ..ParamsAdamax::default() };
+            let (mut optimizer, _) = optimizer(&weight, params, Kernel::Auto);
             optimizer.step(&rows.sum_all().unwrap().backward().unwrap()).unwrap();
+            assert_eq!(optimizer.report().missing().collect::<Vec<_>>(), ["w"]);
             assert_eq!(bits(&weight), bits(&tensor(&noise(1, 30), &[10, 3], DType::F32)));
         }
     }
