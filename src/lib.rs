@@ -144,7 +144,8 @@ pub use schedule::{
 };
 pub use table::Table;
 
-/// candle's trait of optimizers, which [`Adamax`] implements: `step`, `backward_step` and the learning rate are its methods.
+/// candle's trait of optimizers, which [`Adamax`] implements: `step`, `backward_step` and the learning rate are its
+/// methods.
 #[doc(no_inline)]
 pub use candle_nn::Optimizer;
 

@@ -1,7 +1,7 @@
 //! What a lookup reads, what it leaves alone, and what can be asked about its gradient.
 //!
-//! The numbers of `max_norm` are those of PyTorch 2's `embedding_renorm_` (norm > max_norm, `max_norm / (norm + 1e-7)`),
-//! worked out by hand.
+//! The numbers of `max_norm` are those of PyTorch 2's `embedding_renorm_` (only above `max_norm`, and
+//! `max_norm / (norm + 1e-7)`), worked out by hand.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 

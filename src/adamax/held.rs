@@ -176,8 +176,8 @@ impl GroupPlan {
 
 impl Adamax {
     /// Brings every weight up to date: rows of tables with [`SparseUpdate::Exact`] pay what they owe for the updates
-    /// that they missed, and rows that a layer with [`max_norm`](crate::Embedding::max_norm) has looked up are scaled. Call
-    /// it before weights are read as a whole other than by this crate: by an operation on the
+    /// that they missed, and rows that a layer with [`max_norm`](crate::Embedding::max_norm) has looked up are scaled.
+    /// Call it before weights are read as a whole other than by this crate: by an operation on the
     /// `Var`, or by `VarMap::save`. A second call in a row costs nothing. Paying in two parts rounds differently from
     /// paying once, so a call is part of the run.
     ///

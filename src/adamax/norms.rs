@@ -10,13 +10,13 @@ use crate::kernel::Context;
 use crate::reduce::NormType;
 
 impl Adamax {
-    /// The norm of the gradient of each variable that has one in `grads`, with its name, in alphabetical order. Tables are
-    /// among them, whose gradients of rows `grads.get` does not show.
+    /// The norm of the gradient of each variable that has one in `grads`, with its name, in alphabetical order. Tables
+    /// are among them, whose gradients of rows `grads.get` does not show.
     ///
-    /// They are the norms that a step with these gradients measures before it clips: after the division by the loss scale,
-    /// with the contributions to each row summed. [`report`](Self::report) has their total where the optimizer measures
-    /// them, and [`Table::gradient`](crate::Table::gradient) the rows themselves. This waits for the devices that gradients
-    /// are on, and changes nothing.
+    /// They are the norms that a step with these gradients measures before it clips: after the division by the loss
+    /// scale, with the contributions to each row summed. [`report`](Self::report) has their total where the optimizer
+    /// measures them, and [`Table::gradient`](crate::Table::gradient) the rows themselves. This waits for the devices
+    /// that gradients are on, and changes nothing.
     ///
     /// ```
     /// use candle_adamax::{Adamax, NormType, ParamsAdamax, Table};
@@ -35,8 +35,8 @@ impl Adamax {
     ///
     /// # Errors
     ///
-    /// A gradient that a step would refuse: of the wrong shape, dtype or device, or of a lookup that is not known any more.
-    /// No gradient at all is none: the list is empty.
+    /// A gradient that a step would refuse: of the wrong shape, dtype or device, or of a lookup that is not known any
+    /// more. No gradient at all is none: the list is empty.
     pub fn gradient_norms(&self, grads: &GradStore, norm: NormType) -> Result<Vec<(String, f64)>> {
         let mut lookups = self.lookups(grads)?;
         let found = |param: &super::Param| Found {

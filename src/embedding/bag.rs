@@ -131,10 +131,10 @@ impl Bags {
 ///                    the largest of each column                             Max
 /// ```
 ///
-/// The weight is `[rows, dim]`, the result `[bags, dim]`; an empty bag is zeros. Where all bags are empty the weight has no
-/// gradient. Sums are made in f32 (f64 for f64), in the order of the ids, and rounded once. The rows themselves are written
-/// out only for `Max`, for `max_norm`, and for weights of ids that need a gradient, which is that of the rows as they were
-/// looked up.
+/// The weight is `[rows, dim]`, the result `[bags, dim]`; an empty bag is zeros. Where all bags are empty the weight
+/// has no gradient. Sums are made in f32 (f64 for f64), in the order of the ids, and rounded once. The rows themselves
+/// are written out only for `Max`, for `max_norm`, and for weights of ids that need a gradient, which is that of the
+/// rows as they were looked up.
 ///
 /// ```
 /// use candle_adamax::{Bags, EmbeddingBag, Pooling};
@@ -174,8 +174,8 @@ impl EmbeddingBag {
         Ok(self)
     }
 
-    /// As [`Embedding::max_norm`](super::Embedding::max_norm), before the rows are pooled. The row of the padding is in no
-    /// bag, and is scaled all the same where its id is given.
+    /// As [`Embedding::max_norm`](super::Embedding::max_norm), before the rows are pooled. The row of the padding is in
+    /// no bag, and is scaled all the same where its id is given.
     ///
     /// # Errors
     ///

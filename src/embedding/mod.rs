@@ -106,19 +106,21 @@ impl Embedding {
     /// row = row * max_norm / (norm + 1e-7)    if norm > max_norm
     /// ```
     ///
-    /// PyTorch writes the scaled rows into the weight at the lookup, and refuses the backward pass of a graph that has used
-    /// the weight before. Here the lookup returns scaled rows and leaves the weight alone, so a weight that is also used
-    /// densely (tied weights) has the gradient of the values that the graph has seen. The gradient of a scaled row goes to
-    /// the row, without the factor, as in PyTorch. The rows that were looked up are scaled in the weight
+    /// PyTorch writes the scaled rows into the weight at the lookup, and refuses the backward pass of a graph that has
+    /// used the weight before. Here the lookup returns scaled rows and leaves the weight alone, so a weight that is
+    /// also used densely (tied weights) has the gradient of the values that the graph has seen. The gradient of a
+    /// scaled row goes to the row, without the factor, as in PyTorch. The rows that were looked up are scaled in the
+    /// weight
     ///
-    /// - by the next update of an optimizer that has a gradient for the weight, before it updates; a call that is refused,
-    ///   skipped or only accumulated does not write it;
-    /// - by [`embeddings`](Self::embeddings), [`Table::weight`], [`Adamax::catch_up`](crate::Adamax::catch_up) and saving.
+    /// - by the next update of an optimizer that has a gradient for the weight, before it updates; a call that is
+    ///   refused, skipped or only accumulated does not write it;
+    /// - by [`embeddings`](Self::embeddings), [`Table::weight`], [`Adamax::catch_up`](crate::Adamax::catch_up) and
+    ///   saving.
     ///
-    /// A row that was written in between, for instance by [`Table::set_rows`], stays as it was written. If several layers
-    /// limit one row, the smallest limit holds in the weight, and each layer's own in its result. A layer without `max_norm`
-    /// reads the weight as it is. The row of the padding is scaled as any other. What was looked up through a table is
-    /// forgotten with the last layer, lookup and gradient of that table.
+    /// A row that was written in between, for instance by [`Table::set_rows`], stays as it was written. If several
+    /// layers limit one row, the smallest limit holds in the weight, and each layer's own in its result. A layer
+    /// without `max_norm` reads the weight as it is. The row of the padding is scaled as any other. What was looked up
+    /// through a table is forgotten with the last layer, lookup and gradient of that table.
     ///
     /// # Errors
     ///

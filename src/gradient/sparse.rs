@@ -12,8 +12,8 @@ use crate::state::{Buffer, arithmetic};
 /// A gradient that exists for some rows of a variable only: TensorFlow's `IndexedSlices`.
 ///
 /// The rows that are not listed are not updated, and neither are their moments. An index may be there several times,
-/// in any order: its values are summed, in order of occurrence, in f32 (f64 for f64 variables). One without indices is a
-/// gradient all the same: the update counts, and changes no row. A lookup without ids has no gradient.
+/// in any order: its values are summed, in order of occurrence, in f32 (f64 for f64 variables). One without indices is
+/// a gradient all the same: the update counts, and changes no row. A lookup without ids has no gradient.
 ///
 /// [`Table::gradient`](crate::Table::gradient) makes one of the lookups in a table.
 ///

@@ -123,9 +123,9 @@ impl Table {
     /// and not again before the next lookup: ask for the weight whenever it is read as a whole. Paying in two parts
     /// rounds differently from paying once, so asking is part of the run.
     ///
-    /// Rows that a layer with [`max_norm`](crate::Embedding::max_norm) has looked up are scaled now. A graph that has used
-    /// the weight before computes its gradient from the scaled rows then, so ask before the first lookup of a forward pass
-    /// or after its backward pass.
+    /// Rows that a layer with [`max_norm`](crate::Embedding::max_norm) has looked up are scaled now. A graph that has
+    /// used the weight before computes its gradient from the scaled rows then, so ask before the first lookup of a
+    /// forward pass or after its backward pass.
     pub fn weight(&self) -> &Tensor {
         // Memory has been there for every payment before, and a lookup would report an error.
         let _ = debts::pay_all(self.0.weight.id());
@@ -148,8 +148,8 @@ impl Table {
         self.0.rows
     }
 
-    /// The rows of `ids`, which have any shape and any integer dtype: `[ids' dimensions.., row's dimensions..]`. Without ids
-    /// the result is a constant: the weight has no gradient then, and a step reports it as missing.
+    /// The rows of `ids`, which have any shape and any integer dtype: `[ids' dimensions.., row's dimensions..]`.
+    /// Without ids the result is a constant: the weight has no gradient then, and a step reports it as missing.
     ///
     /// # Errors
     ///
@@ -255,17 +255,17 @@ impl Table {
         Ok(())
     }
 
-    /// The gradient of the lookups in this table among those of a backward pass: each row once, in ascending order, with
-    /// the sum of its contributions in the order in which they occurred. `None` if no lookup has a gradient there.
+    /// The gradient of the lookups in this table among those of a backward pass: each row once, in ascending order,
+    /// with the sum of its contributions in the order in which they occurred. `None` if no lookup has a gradient there.
     ///
-    /// `grads.get(&weight)` is `None` for a weight that was only looked up, since no tensor of its size exists. Ask here
-    /// to log such a gradient, or to change it before [`apply_gradients`](crate::Adamax::apply_gradients), which updates
-    /// with an unchanged one to the bits of [`step`](candle_nn::Optimizer::step).
+    /// `grads.get(&weight)` is `None` for a weight that was only looked up, since no tensor of its size exists. Ask
+    /// here to log such a gradient, or to change it before [`apply_gradients`](crate::Adamax::apply_gradients), which
+    /// updates with an unchanged one to the bits of [`step`](candle_nn::Optimizer::step).
     /// [`Adamax::gradient_norms`](crate::Adamax::gradient_norms) has the norms of all variables.
     ///
     /// The values are of the weight's dtype, or f32 for f16 and bf16, and on its device. A weight that is also used
-    /// densely has that part of its gradient under `grads.get(&weight)`; give `apply_gradients` both. So has a weight on
-    /// a device that this crate has no kernels for.
+    /// densely has that part of its gradient under `grads.get(&weight)`; give `apply_gradients` both. So has a weight
+    /// on a device that this crate has no kernels for.
     ///
     /// ```
     /// use candle_adamax::{Adamax, ParamsAdamax, SparseGrad, Table};

@@ -316,8 +316,8 @@ pub(crate) fn largest<E: Element>(rows: &[E], row_len: usize, starts: &[u32]) ->
     positions
 }
 
-/// Scales the rows in `rows`, which are copies of the rows `ids`, down to the L2 norm `max_norm`. Returns the ids of those
-/// that were above it, with their norms.
+/// Scales the rows in `rows`, which are copies of the rows `ids`, down to the L2 norm `max_norm`. Returns the ids of
+/// those that were above it, with their norms.
 pub(crate) fn limit<E: Element>(rows: &mut [E], row_len: usize, ids: &[u32], max_norm: f64) -> Vec<(u32, f64)> {
     let mut above = Vec::new();
     if row_len > 0 {
