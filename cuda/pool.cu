@@ -71,9 +71,8 @@ KERNEL(pool_f16, PoolArgs) { pool<f16>(args); }
 KERNEL(pool_bf16, PoolArgs) { pool<bf16>(args); }
 
 struct DotArgs {
-    u64 table;
+    u64 rows; // one for each id, as they were when they were pooled
     u64 grad; // a row for each bag
-    const u32* ids;
     const u32* bags; // of each id
     u64 out;
     u64 n; // ids
@@ -85,11 +84,11 @@ template <typename E> DEVICE void dot(const DotArgs& args) {
     typedef typename Element<E>::Acc A;
     u64 warps = u64(gridDim.x) * WARPS;
     for (u64 i = u64(blockIdx.x) * WARPS + threadIdx.x / WARP; i < args.n; i += warps) {
-        u32 id = args.ids[i];
+        const E* row = reinterpret_cast<const E*>(args.rows) + i * args.row_len;
         const E* grad = reinterpret_cast<const E*>(args.grad) + args.bags[i] * args.row_len;
         double sum = 0.0;
         for (u64 j = threadIdx.x % WARP; j < args.row_len; j += WARP) {
-            sum = sum + double(column_of<E>(args.table, args.row_len, id, j)) * double(Element<E>::widen(grad[j]));
+            sum = sum + double(Element<E>::widen(row[j])) * double(Element<E>::widen(grad[j]));
         }
         for (u32 distance = WARP / 2; distance > 0; distance /= 2) sum = sum + __shfl_down_sync(ALL, sum, distance);
         if (threadIdx.x % WARP == 0) reinterpret_cast<E*>(args.out)[i] = Element<E>::narrow(A(sum));

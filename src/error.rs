@@ -239,11 +239,11 @@ pub enum ErrorKind {
     },
 
     /// A gradient, or a tensor of a snapshot, has the wrong dtype.
-    #[error("{what} dtype mismatch for `{name}`: expected {expected}, got {got:?}")]
+    #[error("{what} dtype mismatch{}: expected {expected}, got {got:?}", of_name(.name))]
     DTypeMismatch {
         /// Which tensor, for instance "gradient".
         what: &'static str,
-        /// The variable's name.
+        /// The variable's name; empty for a tensor that belongs to none, such as the ids of a lookup.
         name: String,
         /// The dtypes that are allowed.
         expected: String,
@@ -276,10 +276,7 @@ pub enum ErrorKind {
     },
 
     /// Not one of the variables had a gradient.
-    #[error(
-        "none of the {vars} vars had a gradient: is the loss computed from them, through operations that have a \
-         backward pass? (set `allow_no_gradients` where this is meant)"
-    )]
+    #[error("{}", no_gradients(.vars))]
     NoGradients {
         /// How many variables the optimizer has.
         vars: usize,
@@ -321,6 +318,22 @@ pub enum ErrorKind {
     /// An error of candle.
     #[error(transparent)]
     Candle(candle_core::Error),
+}
+
+fn of_name(name: &str) -> String {
+    if name.is_empty() { String::new() } else { format!(" for `{name}`") }
+}
+
+fn no_gradients(vars: &usize) -> String {
+    match vars {
+        0 => "the optimizer has no vars: was it made before they were, or from another `VarMap`? (set \
+              `allow_no_gradients` where this is meant)"
+            .to_owned(),
+        vars => format!(
+            "none of the {vars} vars had a gradient: is the loss computed from them, through operations that have a \
+             backward pass? (set `allow_no_gradients` where this is meant)"
+        ),
+    }
 }
 
 fn rows_allowed(rows: &usize) -> String {

@@ -145,6 +145,11 @@ pub use schedule::{
 };
 pub use table::Table;
 
+/// candle's trait of optimizers, which [`Adamax`] implements: `step`, `backward_step` and the learning rate are its
+/// methods.
+#[doc(no_inline)]
+pub use candle_nn::Optimizer;
+
 /// Compiles and runs the examples of the README.
 #[doc = include_str!("../README.md")]
 #[cfg(doctest)]

@@ -517,6 +517,15 @@ fn no_gradient_at_all() {
     }
 }
 
+#[test]
+fn an_optimizer_without_variables_says_so() {
+    let mut optimizer = Adamax::from_named::<&str>([], ParamsAdamax::default()).unwrap();
+    let error = optimizer.step(&GradStore::default()).unwrap_err().to_string();
+    let text = "Adamax: the optimizer has no vars: was it made before they were, or from another `VarMap`? (set \
+                `allow_no_gradients` where this is meant)";
+    assert_eq!(error, text);
+}
+
 /// A schedule that goes wrong after a while.
 #[derive(Debug)]
 struct Breaks;

@@ -150,7 +150,7 @@ fn ids_that_are_no_integers() {
     let bag = EmbeddingBag::new(weight.as_tensor().clone(), Pooling::Mean).unwrap();
     for dtype in [DType::F32, DType::F64, DType::F16, DType::BF16] {
         let ids = tensor(&[1.0, 2.0], &[1, 2], dtype);
-        let text = format!("ids dtype mismatch for `ids`: expected an integer dtype, got {dtype:?}");
+        let text = format!("ids dtype mismatch: expected an integer dtype, got {dtype:?}");
         assert_text(table.lookup(&ids), &text);
         assert_text(bag.pool(&Bags::batch(&ids).unwrap()), &text);
         let values = Tensor::ones((1, 2, 4), DType::F32, CPU).unwrap();
@@ -160,7 +160,7 @@ fn ids_that_are_no_integers() {
             assert_fails(&mut optimizer, |optimizer| optimizer.reset_rows("items", &ids), &text);
         }
         let offsets = tensor(&[0.0], &[1], dtype);
-        let text = format!("offsets dtype mismatch for `offsets`: expected an integer dtype, got {dtype:?}");
+        let text = format!("offsets dtype mismatch: expected an integer dtype, got {dtype:?}");
         assert_text(Bags::offsets(&integers(&[1, 2], DType::U32), &offsets), &text);
     }
 }
@@ -403,7 +403,10 @@ fn bags_that_do_not_fit() {
     let layer = |pooling| EmbeddingBag::new(weight.as_tensor().clone(), pooling).unwrap().max_norm(0.01).unwrap();
     let with = |dtype| Bags::batch(&matrix).unwrap().weights(&Tensor::ones((1, 3), dtype, CPU).unwrap()).unwrap();
     for pooling in [Pooling::Mean, Pooling::Max] {
-        let text = format!("invalid `weights`: expected none, but for Pooling::Sum, got Pooling::{pooling:?}");
+        let text = format!(
+            "invalid `weights`: expected no weights with this pooling, since only Pooling::Sum takes any, got weights \
+             with Pooling::{pooling:?}"
+        );
         assert_text(layer(pooling).pool(&with(DType::F32)), &text);
     }
     for dtype in [DType::F64, DType::F16, DType::BF16, DType::U32] {
@@ -453,7 +456,8 @@ fn layers_that_cannot_be() {
         assert_text(Embedding::new(own()).unwrap().max_norm(max_norm), &text);
         assert_text(EmbeddingBag::new(own(), Pooling::Mean).unwrap().max_norm(max_norm), &text);
     }
-    let text = "invalid `max_norm`: expected none for a weight that is no variable in host memory, got 1.5";
+    let text =
+        "invalid `max_norm`: expected no limit for a weight that is not a variable, since it cannot be scaled, got 1.5";
     assert_text(Embedding::new(own().detach()).unwrap().max_norm(1.5), text);
     assert_text(EmbeddingBag::new(own().detach(), Pooling::Sum).unwrap().max_norm(1.5), text);
 }

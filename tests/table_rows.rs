@@ -76,8 +76,10 @@ fn ids_of_every_dtype_and_shape() {
         for (ids, dims) in [(none.clone(), vec![0, 3]), (none.reshape((2, 0, 3)).unwrap(), vec![2, 0, 3, 3])] {
             let rows = Table::new(&weight).unwrap().lookup(&ids).unwrap();
             assert_eq!(rows.dims(), dims);
-            let (mut optimizer, _) = optimizer(&weight, ParamsAdamax::default(), Kernel::Auto);
+            let params = ParamsAdamax { allow_no_gradients: true, ..ParamsAdamax::default() };
+            let (mut optimizer, _) = optimizer(&weight, params, Kernel::Auto);
             optimizer.step(&rows.sum_all().unwrap().backward().unwrap()).unwrap();
+            assert_eq!(optimizer.report().missing().collect::<Vec<_>>(), ["w"]);
             assert_eq!(bits(&weight), bits(&tensor(&noise(1, 30), &[10, 3], DType::F32)));
         }
     }
@@ -378,7 +380,7 @@ fn steps_of_rows_are_those_of_this_crates_embedding() {
 }
 
 #[test]
-fn rows_above_max_norm_are_scaled_in_the_weight_when_they_are_looked_up() {
+fn rows_above_max_norm_are_scaled_where_they_are_looked_up() {
     // Norms: 5, 10, 13, 0.5, 15, 0.
     let numbers = [3.0, 4.0, -6.0, 8.0, 5.0, 12.0, 0.3, 0.4, 9.0, 12.0, 0.0, 0.0];
     let ids = [1u32, 0, 3, 1, 5, 2];
@@ -391,7 +393,7 @@ fn rows_above_max_norm_are_scaled_in_the_weight_when_they_are_looked_up() {
         let before = tensor(&numbers, &[6, 2], dtype);
         for way in [None, Some(Pooling::Sum), Some(Pooling::Mean), Some(Pooling::Max)] {
             let weight = Var::from_tensor(&before).unwrap();
-            let own = weight.as_tensor().clone();
+            let (own, table) = (weight.as_tensor().clone(), Table::new(&weight).unwrap());
             let got = match way {
                 None => Embedding::new(own).unwrap().max_norm(5.0).unwrap().forward(&ids_of(&ids)),
                 Some(pooling) => {
@@ -400,6 +402,9 @@ fn rows_above_max_norm_are_scaled_in_the_weight_when_they_are_looked_up() {
                 }
             };
             let got = got.unwrap();
+            // The lookup leaves the weight alone, which a graph may have used; asking for it scales it.
+            assert_eq!(bits(&weight), bits(&before), "{dtype:?} {way:?}");
+            let weight = table.weight();
             // At the limit, below it, or not looked up.
             for row in [0, 3, 4, 5] {
                 assert_eq!(bits(&before.get(row).unwrap()), bits(&weight.get(row).unwrap()), "{dtype:?} row {row}");
@@ -415,7 +420,7 @@ fn rows_above_max_norm_are_scaled_in_the_weight_when_they_are_looked_up() {
                     assert!((got - want).abs() <= error, "{dtype:?} row {row}: expected {want}, got {got}");
                 }
             }
-            // The lookup has the rows as they are now.
+            // The lookup has had the rows as they are now.
             assert_eq!(bits(&got), bits(&weight.index_select(&ids_of(&ids), 0).unwrap()), "{dtype:?} {way:?}");
         }
         // Without it nothing is scaled, by another layer on the same weight.
@@ -423,8 +428,14 @@ fn rows_above_max_norm_are_scaled_in_the_weight_when_they_are_looked_up() {
         let limited = Embedding::new(weight.as_tensor().clone()).unwrap().max_norm(5.0).unwrap();
         Embedding::new(weight.as_tensor().clone()).unwrap().forward(&ids_of(&ids)).unwrap();
         assert_eq!(bits(&weight), bits(&before));
-        // The row of the padding stays as it is.
-        limited.padding_idx(1).unwrap().forward(&ids_of(&[1, 1, 0])).unwrap();
-        assert_eq!(bits(&weight), bits(&before));
+        // The row of the padding is scaled as any other, as in PyTorch.
+        let limited = limited.padding_idx(1).unwrap();
+        let got = limited.forward(&ids_of(&[1, 1, 0])).unwrap();
+        let want = limited.embeddings().index_select(&ids_of(&[1, 1, 0]), 0).unwrap();
+        assert_eq!(bits(&got), bits(&want));
+        for (got, want) in values(&got).into_iter().zip([-3.0, 4.0]) {
+            assert!((got - want).abs() < 0.02, "{dtype:?}: expected {want}, got {got}");
+        }
+        assert_eq!(bits(&weight.get(2).unwrap()), bits(&before.get(2).unwrap()), "a row that was not looked up");
     }
 }

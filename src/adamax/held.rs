@@ -16,6 +16,7 @@ use crate::rounding::derive;
 use crate::rule::{Hyperparameters, WeightDecay};
 use crate::state::{Layout, Master, Moments, ParamState, Place};
 use crate::table::debts::{Account, Debts};
+use crate::table::limits;
 
 /// The state of one variable.
 pub(super) enum Held {
@@ -67,6 +68,16 @@ impl StateMut<'_> {
             (Self::Own(_), _) => Ok(()),
             (Self::Shared(debts, account), Some(rows)) => debts.pay(account, &Touched::Rows(rows)),
             (Self::Shared(debts, account), None) => debts.pay_all(account),
+        }
+    }
+
+    /// Scales rows of `var` down in its weight that lookups have found above their `max_norm`.
+    pub(super) fn scale_down(&mut self, var: &Tensor) -> Result<()> {
+        let noted = limits::take(var.id());
+        match self {
+            _ if noted.is_empty() => Ok(()),
+            Self::Own(state) => limits::scale_state(state, var, &noted),
+            Self::Shared(debts, account) => debts.scale_down(account, &noted),
         }
     }
 
@@ -165,7 +176,8 @@ impl GroupPlan {
 
 impl Adamax {
     /// Brings every weight up to date: rows of tables with [`SparseUpdate::Exact`] pay what they owe for the updates
-    /// that they missed. Call it before weights are read as a whole other than by this crate: by an operation on the
+    /// that they missed, and rows that a layer with [`max_norm`](crate::Embedding::max_norm) has looked up are scaled.
+    /// Call it before weights are read as a whole other than by this crate: by an operation on the
     /// `Var`, or by `VarMap::save`. A second call in a row costs nothing. Paying in two parts rounds differently from
     /// paying once, so a call is part of the run.
     ///
@@ -191,7 +203,13 @@ impl Adamax {
     ///
     /// None that a step would not have had before.
     pub fn catch_up(&self) -> Result<()> {
-        self.vars.iter().try_for_each(|param| param.state.pay_all()).map_err(|error| self.own(error))
+        self.vars.iter().try_for_each(|param| param.state.pay_all()).map_err(|error| self.own(error))?;
+        self.scale_down()
+    }
+
+    /// Scales rows down in their weights that lookups have found above their `max_norm`.
+    pub(super) fn scale_down(&self) -> Result<()> {
+        self.vars.iter().try_for_each(|param| limits::scale_down(&param.var)).map_err(|error| self.own(error))
     }
 
     /// The plans of all groups, checked against the variables in them.

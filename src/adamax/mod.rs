@@ -15,6 +15,7 @@ mod late;
 mod loss_scale;
 mod manage;
 mod matching;
+mod norms;
 mod rates;
 mod report;
 mod rows;
@@ -418,6 +419,7 @@ impl Adamax {
         let (mut tasks, mut row_tasks, mut nth) = (Vec::with_capacity(locked.len()), Vec::new(), 0);
         for (index, (orders, (var, accumulated, state))) in orders.iter().zip(&mut locked).enumerate() {
             let (Some(orders), Some(grad)) = (*orders, gradients.of(index, *accumulated)) else { continue };
+            state.scale_down(var)?;
             match grad {
                 GradRef::Rows(grad) => {
                     state.pay_touched(grad, var)?;

@@ -15,7 +15,7 @@ use crate::gradient::TouchedRows;
 use crate::gradient::sparse::{self, IDS, read_ids, row_len, rows_of};
 use crate::kernel::lend::storage_address;
 use crate::state::{Buffer, ParamState};
-use crate::table;
+use crate::table::{self, Lookups};
 
 /// The variables that [`Adamax::append_rows`] has replaced: their ids and their names, not their memory.
 ///
@@ -222,6 +222,7 @@ impl Adamax {
             return Err(crate::Error::invalid("rows", "at most 4294967295 rows in all", dims[0]));
         }
         param.state.pay_all()?;
+        table::limits::scale_down(old)?;
         let var = Var::zeros(dims, old.dtype(), old.device())?;
         if old.elem_count() > 0 {
             var.slice_set(&old.detach(), 0, 0)?;
@@ -285,18 +286,23 @@ impl Adamax {
         grads: &'g GradStore,
         touched: impl Fn(&Tensor) -> Option<TouchedRows<'g>>,
     ) -> Result<()> {
-        let tables = table::snapshot();
-        if tables.has_lost(grads) {
-            return Err(self.own(ErrorKind::LostLookup.into()));
-        }
-        let has_gradient = |id| grads.get_id(id).is_some() || !tables.gradients(id, grads).is_empty();
+        let mut lookups = self.lookups(grads)?;
+        let has_gradient = |id| grads.get_id(id).is_some() || lookups.has(id);
         if let Some(name) = self.replaced.find(has_gradient) {
             return Err(self.own(replaced("a layer with a gradient", name)));
         }
         self.call(|param| {
-            let lookups = tables.gradients(param.var.id(), grads);
+            let lookups = lookups.take(param.var.id());
             Found { dense: grads.get(&param.var), touched: touched(&param.var), lookups, sparse: None }
         })
+    }
+
+    /// The gradients of lookups in the variables.
+    pub(super) fn lookups<'g>(&self, grads: &'g GradStore) -> Result<Lookups<'g>> {
+        let lookups = table::find(grads);
+        let checked = lookups.check(self.vars.iter().map(|param| param.var.id()));
+        checked.map_err(|error| self.own(error))?;
+        Ok(lookups)
     }
 }
 

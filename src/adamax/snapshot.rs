@@ -75,6 +75,8 @@ impl Adamax {
     /// A device whose memory cannot be read.
     pub fn snapshot(&self) -> Result<Snapshot> {
         let late = self.late();
+        // A run that goes on from here has to find the weights as they are at the next step.
+        self.scale_down()?;
         let vars = self.vars.iter().map(|param| Ok((param.name.clone(), self.var_snapshot(param, late)?)));
         Ok(Snapshot {
             params: self.params.clone(),

@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::kernel;
 use crate::table::{Pooled, PooledIds, Table};
 
-/// What becomes of the rows of a bag.
+/// How the rows of a bag are pooled.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Pooling {
     /// Their sum.
@@ -73,7 +73,7 @@ impl Bags {
             }
         }
         if !offsets.dtype().is_int() {
-            let (name, expected) = ("offsets".to_owned(), "an integer dtype".to_owned());
+            let (name, expected) = (String::new(), "an integer dtype".to_owned());
             return Err(ErrorKind::DTypeMismatch { what: "offsets", name, expected, got: offsets.dtype() }.into());
         }
         let n = ids.elem_count();
@@ -131,8 +131,10 @@ impl Bags {
 ///                    the largest of each column                             Max
 /// ```
 ///
-/// The weight is `[rows, dim]`, the result `[bags, dim]`; an empty bag is zeros. Sums are made in f32 (f64 for f64),
-/// in the order of the ids, and rounded once. The rows themselves are never written out, but for `Max`.
+/// The weight is `[rows, dim]`, the result `[bags, dim]`; an empty bag is zeros. Where all bags are empty the weight
+/// has no gradient. Sums are made in f32 (f64 for f64), in the order of the ids, and rounded once. The rows themselves
+/// are written out only for `Max`, for `max_norm`, and for weights of ids that need a gradient, which is that of the
+/// rows as they were looked up.
 ///
 /// ```
 /// use candle_adamax::{Bags, EmbeddingBag, Pooling};
@@ -172,7 +174,8 @@ impl EmbeddingBag {
         Ok(self)
     }
 
-    /// As [`Embedding::max_norm`](super::Embedding::max_norm).
+    /// As [`Embedding::max_norm`](super::Embedding::max_norm), before the rows are pooled. The row of the padding is in
+    /// no bag, and is scaled all the same where its id is given.
     ///
     /// # Errors
     ///
@@ -203,11 +206,8 @@ impl EmbeddingBag {
         let dtype = self.table.raw().dtype();
         if let Some(weights) = weights {
             if self.pooling != Pooling::Sum {
-                return Err(Error::invalid(
-                    "weights",
-                    "none, but for Pooling::Sum",
-                    format!("Pooling::{:?}", self.pooling),
-                ));
+                let expected = "no weights with this pooling, since only Pooling::Sum takes any";
+                return Err(Error::invalid("weights", expected, format!("weights with Pooling::{:?}", self.pooling)));
             }
             if weights.dtype() != dtype {
                 let (name, expected) = ("bags".to_owned(), format!("{dtype:?}, as the table"));
@@ -221,10 +221,16 @@ impl EmbeddingBag {
         if !kernel::has_lookups(self.table.raw()) {
             return self.pool_dense(pooled);
         }
-        match self.pooling {
+        let padding = pooled.padding.zip(pooled.max_norm);
+        let pooled = match self.pooling {
             Pooling::Max => self.pool_max(pooled),
             Pooling::Sum | Pooling::Mean => self.table.pool(pooled),
+        }?;
+        // In no bag, and scaled down all the same: as in PyTorch.
+        if let Some((row, max_norm)) = padding {
+            self.table.limit(row, max_norm)?;
         }
+        Ok(pooled)
     }
 
     /// The ids without those of the padding, and which bags they are in. Ids on the table's GPU stay there, unless some are to
@@ -238,7 +244,7 @@ impl EmbeddingBag {
             let starts = starts.iter().map(|&start| start as u32).collect();
             let ids = PooledIds::Gpu(ids.flatten_all()?);
             // The GPU finds the bags by itself.
-            return Ok(Pooled { ids, starts, bags: Vec::new(), mean, factors, max_norm });
+            return Ok(Pooled { ids, starts, bags: Vec::new(), mean, factors, max_norm, padding: None });
         }
         let all = self.table.read(ids)?;
         let (mut kept, mut bags) = (Vec::with_capacity(all.len()), Vec::with_capacity(all.len()));
@@ -258,7 +264,8 @@ impl EmbeddingBag {
             }
             factors => factors,
         };
-        Ok(Pooled { ids: PooledIds::Host(kept), starts: begins, bags, mean, factors, max_norm })
+        let padding = padding.filter(|_| kept.len() < all.len());
+        Ok(Pooled { ids: PooledIds::Host(kept), starts: begins, bags, mean, factors, max_norm, padding })
     }
 
     fn pool_max(&self, pooled: Pooled) -> Result<Tensor> {

@@ -61,8 +61,12 @@ impl Options {
 
     fn max_norm(&mut self, table: &Table, max_norm: f64) -> Result<()> {
         check::require(max_norm.is_finite() && max_norm > 0.0, "max_norm", "a finite number above 0", max_norm)?;
-        let writable = table.raw().is_variable() && table.on_host();
-        check::require(writable, "max_norm", "none for a weight that is no variable in host memory", max_norm)?;
+        for (holds, expected) in [
+            (table.raw().is_variable(), "no limit for a weight that is not a variable, since it cannot be scaled"),
+            (table.on_host(), "no limit for a weight on a device, since only those in host memory are scaled"),
+        ] {
+            check::require(holds, "max_norm", expected, max_norm)?;
+        }
         self.max_norm = Some(max_norm);
         Ok(())
     }
@@ -85,7 +89,8 @@ impl Embedding {
         Ok(Self { table: matrix(&weight)?, options: Options::default() })
     }
 
-    /// The row `id` gets no gradient: it stays as it is (PyTorch's `padding_idx`).
+    /// The row `id` gets no gradient: it stays as it is (PyTorch's `padding_idx`), unless it is above
+    /// [`max_norm`](Self::max_norm).
     ///
     /// # Errors
     ///
@@ -95,8 +100,27 @@ impl Embedding {
         Ok(self)
     }
 
-    /// Before they are looked up, rows whose L2 norm is above `max_norm` are scaled down to it, in the weight
-    /// (PyTorch's `max_norm`).
+    /// Rows whose L2 norm is above `max_norm` are scaled down to it when they are looked up (PyTorch's `max_norm`):
+    ///
+    /// ```text
+    /// row = row * max_norm / (norm + 1e-7)    if norm > max_norm
+    /// ```
+    ///
+    /// PyTorch writes the scaled rows into the weight at the lookup, and refuses the backward pass of a graph that has
+    /// used the weight before. Here the lookup returns scaled rows and leaves the weight alone, so a weight that is
+    /// also used densely (tied weights) has the gradient of the values that the graph has seen. The gradient of a
+    /// scaled row goes to the row, without the factor, as in PyTorch. The rows that were looked up are scaled in the
+    /// weight
+    ///
+    /// - by the next update of an optimizer that has a gradient for the weight, before it updates; a call that is
+    ///   refused, skipped or only accumulated does not write it;
+    /// - by [`embeddings`](Self::embeddings), [`Table::weight`], [`Adamax::catch_up`](crate::Adamax::catch_up) and
+    ///   saving.
+    ///
+    /// A row that was written in between, for instance by [`Table::set_rows`], stays as it was written. If several
+    /// layers limit one row, the smallest limit holds in the weight, and each layer's own in its result. A layer
+    /// without `max_norm` reads the weight as it is. The row of the padding is scaled as any other. What was looked up
+    /// through a table is forgotten with the last layer, lookup and gradient of that table.
     ///
     /// # Errors
     ///

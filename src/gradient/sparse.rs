@@ -12,7 +12,10 @@ use crate::state::{Buffer, arithmetic};
 /// A gradient that exists for some rows of a variable only: TensorFlow's `IndexedSlices`.
 ///
 /// The rows that are not listed are not updated, and neither are their moments. An index may be there several times,
-/// in any order: its values are summed, in order of occurrence, in f32 (f64 for f64 variables).
+/// in any order: its values are summed, in order of occurrence, in f32 (f64 for f64 variables). One without indices is
+/// a gradient all the same: the update counts, and changes no row. A lookup without ids has no gradient.
+///
+/// [`Table::gradient`](crate::Table::gradient) makes one of the lookups in a table.
 ///
 /// ```
 /// use candle_adamax::{Adamax, ParamsAdamax, SparseGrad};
@@ -257,7 +260,7 @@ pub(crate) fn read_ids(what: IdsOf<'_>, ids: &Tensor, rows: usize) -> Result<Vec
         DType::I64 => check(what, shape, &flat.to_vec1::<i64>()?, rows),
         got => {
             let IdsOf { what, of } = what;
-            let (name, expected) = (if of.is_empty() { what } else { of }.to_owned(), "an integer dtype".to_owned());
+            let (name, expected) = (of.to_owned(), "an integer dtype".to_owned());
             Err(ErrorKind::DTypeMismatch { what, name, expected, got }.into())
         }
     }

@@ -39,18 +39,18 @@ pub(crate) fn pool(
     Ok(with_storage!(borrowed.elements()?, table => rows::Pool { table, row_len, ids, starts, factors, mean }.pooled()))
 }
 
-/// The gradients of the factors of a pooled lookup, from that of its result.
-pub(crate) fn dot_rows(table: &Tensor, grad: &Tensor, row_len: usize, occurrences: &Listed) -> Result<CpuStorage> {
-    fn dots<E: Element>(table: &[E], grad: &[E], row_len: usize, occurrences: &Listed) -> Vec<E> {
+/// The gradients of the factors of a pooled lookup, from that of its result and the `rows` that were looked up.
+pub(crate) fn dot_rows(rows: &Tensor, grad: &Tensor, row_len: usize, occurrences: &Listed) -> Result<CpuStorage> {
+    fn dots<E: Element>(rows: &[E], grad: &[E], row_len: usize, occurrences: &Listed) -> Vec<E> {
         let bags = (0..occurrences.ids().len()).map(|position| occurrences.contribution(position).0);
-        rows::dot_rows(table, grad, row_len, occurrences.ids(), bags)
+        rows::dot_rows(rows, grad, row_len, bags)
     }
-    let (table, grad) = (Source::Tensor(table).borrow()?, Source::Tensor(grad).borrow()?);
-    Ok(match (table.elements()?, grad.elements()?) {
-        (Elements::F64(table), Elements::F64(grad)) => CpuStorage::F64(dots(table, grad, row_len, occurrences)),
-        (Elements::F32(table), Elements::F32(grad)) => CpuStorage::F32(dots(table, grad, row_len, occurrences)),
-        (Elements::F16(table), Elements::F16(grad)) => CpuStorage::F16(dots(table, grad, row_len, occurrences)),
-        (Elements::BF16(table), Elements::BF16(grad)) => CpuStorage::BF16(dots(table, grad, row_len, occurrences)),
+    let (rows, grad) = (Source::Tensor(rows).borrow()?, Source::Tensor(grad).borrow()?);
+    Ok(match (rows.elements()?, grad.elements()?) {
+        (Elements::F64(rows), Elements::F64(grad)) => CpuStorage::F64(dots(rows, grad, row_len, occurrences)),
+        (Elements::F32(rows), Elements::F32(grad)) => CpuStorage::F32(dots(rows, grad, row_len, occurrences)),
+        (Elements::F16(rows), Elements::F16(grad)) => CpuStorage::F16(dots(rows, grad, row_len, occurrences)),
+        (Elements::BF16(rows), Elements::BF16(grad)) => CpuStorage::BF16(dots(rows, grad, row_len, occurrences)),
         _ => bail!("the gradient of a lookup has another dtype than its table"),
     })
 }
@@ -90,17 +90,34 @@ pub(crate) fn largest_backward(grad: &Tensor, row_len: usize, positions: &[u32],
     Ok(with_storage!(borrowed.elements()?, grad => scatter(grad, row_len, positions, rows)))
 }
 
-/// Scales the rows `ids` of a variable whose L2 norm is above `max_norm` down to it.
-pub(crate) fn renormalize(table: &Tensor, row_len: usize, ids: &[u32], max_norm: f64) -> Result<()> {
-    lend(table, |elements| {
-        match elements {
-            ElementsMut::F64(table) => rows::renormalize(table, row_len, ids, max_norm),
-            ElementsMut::F32(table) => rows::renormalize(table, row_len, ids, max_norm),
-            ElementsMut::F16(table) => rows::renormalize(table, row_len, ids, max_norm),
-            ElementsMut::BF16(table) => rows::renormalize(table, row_len, ids, max_norm),
-        }
-        Ok(())
+/// The norm that a lookup saw of a row, and what it is to be scaled down to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limit {
+    pub(crate) norm: f64,
+    pub(crate) max_norm: f64,
+}
+
+/// Scales gathered rows down to the L2 norm `max_norm`. Returns the ids of those that were above it, with their norms.
+pub(crate) fn limit(gathered: &mut CpuStorage, row_len: usize, ids: &[u32], max_norm: f64) -> Result<Vec<(u32, f64)>> {
+    Ok(match gathered {
+        CpuStorage::F64(values) => rows::limit(values, row_len, ids, max_norm),
+        CpuStorage::F32(values) => rows::limit(values, row_len, ids, max_norm),
+        CpuStorage::F16(values) => rows::limit(values, row_len, ids, max_norm),
+        CpuStorage::BF16(values) => rows::limit(values, row_len, ids, max_norm),
+        _ => bail!("expected rows of floating point"),
     })
+}
+
+/// Scales noted rows of a variable down, which still have the norm that was noted. Returns their numbers.
+pub(crate) fn scale_down(table: &Tensor, row_len: usize, noted: &[(u32, Limit)]) -> crate::Result<Vec<u32>> {
+    Ok(lend(table, |elements| {
+        Ok(match elements {
+            ElementsMut::F64(table) => rows::scale_noted(table, row_len, noted),
+            ElementsMut::F32(table) => rows::scale_noted(table, row_len, noted),
+            ElementsMut::F16(table) => rows::scale_noted(table, row_len, noted),
+            ElementsMut::BF16(table) => rows::scale_noted(table, row_len, noted),
+        })
+    })?)
 }
 
 /// Asks for large pages under a large table.

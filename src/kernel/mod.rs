@@ -22,7 +22,7 @@ pub(crate) use cpu::{Accumulate, Average, Orders, PayTask, RowTask, Task, Update
 pub(crate) use cuda::GpuRows;
 pub(crate) use cuda::{GpuIds, GpuMarks, Unchecked};
 pub(crate) use lend::Source;
-pub(crate) use lookup::{copy, dot_rows, enlarge, gather, largest, largest_backward, pool, renormalize};
+pub(crate) use lookup::{Limit, copy, dot_rows, enlarge, gather, largest, largest_backward, limit, pool, scale_down};
 pub(crate) use occurrences::{Listed, Occurrences, Part, total};
 pub(crate) use rows::{RowGrad, RowValues, SummedRows, Touched};
 

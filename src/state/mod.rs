@@ -231,6 +231,15 @@ impl Master {
         }))
     }
 
+    /// Lets rows of a parameter in host memory have masters that equal the parameter.
+    pub(crate) fn clear_rows(&mut self, rows: &[u32], row_len: usize) {
+        match self {
+            Self::Rest(values) => clear(values, rows, row_len),
+            Self::Copy(values) => clear(values, rows, row_len),
+            Self::Device(_) => {}
+        }
+    }
+
     /// A copy for a parameter that may have more rows: those are zero.
     pub(crate) fn grown(&self, var: &Tensor) -> Result<Self> {
         let n = var.elem_count();

@@ -10,9 +10,10 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 
 use candle_core::{Tensor, TensorId};
 
+use super::limits;
 use super::records::lock;
 use crate::error::{Error, Result};
-use crate::kernel::{self, GpuMarks, Listed, Occurrences, Orders, PayTask, RowGrad, Touched};
+use crate::kernel::{self, GpuMarks, Limit, Listed, Occurrences, Orders, PayTask, RowGrad, Touched};
 use crate::ledger::{FULL, Ledger};
 use crate::rounding::{Rounding, derive};
 use crate::rule::Hyperparameters;
@@ -153,6 +154,13 @@ impl Debts {
             }
         }
         if rows.is_none() { account.begin_anew(EMPTY) } else { Ok(()) }
+    }
+
+    /// Scales noted rows down, which are ascending, after they have caught up.
+    pub(crate) fn scale_down(&self, account: &mut Account, noted: &[(u32, Limit)]) -> Result<()> {
+        let rows: Vec<u32> = noted.iter().map(|&(row, _)| row).collect();
+        self.pay(account, &Touched::Rows(&rows))?;
+        limits::scale_state(&mut account.state, &self.var, noted)
     }
 
     /// Books an update of the rows of a gradient, which have paid last, or of all.

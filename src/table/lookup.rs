@@ -33,6 +33,8 @@ pub(crate) struct Pooled {
     /// The factor of each id, `[n]`.
     pub(crate) factors: Option<Tensor>,
     pub(crate) max_norm: Option<f64>,
+    /// The row of the padding, if it was in a bag.
+    pub(crate) padding: Option<u32>,
 }
 
 /// The ids of a pooled lookup.
@@ -55,11 +57,23 @@ impl PooledIds {
     }
 }
 
-/// Looks rows up; the result has this shape.
-pub(super) fn rows(table: &Table, ids: Ids, shape: Vec<usize>) -> crate::Result<Tensor> {
-    let anchor = anchor(table, &shape)?;
+/// Looks rows up; the result has this shape. Rows above `max_norm` are scaled down in it.
+pub(super) fn rows(table: &Table, ids: Ids, shape: Vec<usize>, max_norm: Option<f64>) -> crate::Result<Tensor> {
+    let n = ids.all.as_ref().map_or(ids.trained.len(), |all| all.ids().len());
+    let anchor = anchor(table, &shape, n)?;
     let record = Record::new(table, &anchor, ids.trained);
-    Ok(anchor.apply_op1(Gather { record, all: ids.all, shape: shape.into() })?)
+    Ok(anchor.apply_op1(Gather { record, all: ids.all, shape: shape.into(), max_norm })?)
+}
+
+/// Copies the rows `ids` of a table in host memory. Those above `max_norm` are scaled down in the copy, and noted.
+pub(super) fn gather(table: &Table, ids: &[u32], max_norm: Option<f64>) -> Result<CpuStorage> {
+    let row_len = table.row_len();
+    let mut gathered = kernel::gather(table.raw(), row_len, ids)?;
+    if let Some(max_norm) = max_norm {
+        let above = kernel::limit(&mut gathered, row_len, ids, max_norm)?;
+        table.0.limits.note(&above, max_norm);
+    }
+    Ok(gathered)
 }
 
 /// Looks rows up and pools them: `[bags, row's dimensions..]`.
@@ -69,16 +83,32 @@ pub(super) fn pool(table: &Table, pooled: Pooled) -> crate::Result<Tensor> {
     let occurrences = Arc::new(if table.on_host() { listed(&pooled)? } else { on_gpu(table, &pooled)? });
     debts::pay_occurrences(table.raw().id(), &occurrences)?;
     let Pooled { starts, mean, factors, max_norm, .. } = pooled;
-    if let Some(max_norm) = max_norm {
-        kernel::renormalize(table.raw(), table.row_len(), &occurrences.listed()?.unique(), max_norm)?;
-    }
-    let anchor = anchor(table, &shape)?;
+    // The weight may have changed when the gradient of the factors is asked for.
+    let needs_rows = factors.as_ref().is_some_and(Tensor::track_op);
+    let rows = match needs_rows || max_norm.is_some() {
+        true => Some(copied_rows(table, &occurrences, max_norm)?),
+        false => None,
+    };
+    let anchor = anchor(table, &shape, occurrences.len())?;
     let record = Record::new(table, &anchor, occurrences);
-    let op = Pool { record, starts, mean, weighted: factors.is_some(), shape: shape.into() };
+    let kept = rows.clone().filter(|_| needs_rows);
+    let op = Pool { record, starts, mean, weighted: factors.is_some(), shape: shape.into(), rows: Mutex::new(rows) };
     Ok(match factors {
         None => anchor.apply_op1(op)?,
-        Some(factors) => anchor.apply_op2(&factors, PoolWeighted(op))?,
+        Some(factors) => anchor.apply_op2(&factors, PoolWeighted { pool: op, rows: kept })?,
     })
+}
+
+/// The rows of a pooled lookup, one after another.
+fn copied_rows(table: &Table, occurrences: &Occurrences, max_norm: Option<f64>) -> crate::Result<Tensor> {
+    let rows = match occurrences {
+        Occurrences::Host(listed) => Storage::Cpu(gather(table, listed.ids(), max_norm)?),
+        #[cfg(feature = "cuda")]
+        Occurrences::Gpu(ids) => Storage::Cuda(kernel::gpu::gather(table.raw(), table.row_len(), ids.rows())?),
+        #[cfg(not(feature = "cuda"))]
+        Occurrences::Gpu(ids) => match **ids {},
+    };
+    Ok(Tensor::from_storage(rows, (occurrences.len(), table.row_len()), BackpropOp::none(), false))
 }
 
 /// What a pooled lookup contributes to, in host memory.
@@ -113,15 +143,17 @@ fn on_gpu(_: &Table, _: &Pooled) -> crate::Result<Occurrences> {
     Err(candle_core::Error::msg("this program is built without the feature `cuda`").into())
 }
 
-/// The leaf that takes the gradient of a lookup. It has a shape and no memory: nobody reads its values.
-fn anchor(table: &Table, shape: &[usize]) -> Result<Tensor> {
+/// The leaf that takes the gradient of a lookup of `n` ids. It has a shape and no memory: nobody reads its values.
+fn anchor(table: &Table, shape: &[usize], n: usize) -> Result<Tensor> {
     let weight = table.raw();
+    // Without ids there is nothing that has a gradient.
+    let is_variable = weight.is_variable() && n > 0;
     #[cfg(feature = "cuda")]
     if let candle_core::Device::Cuda(device) = weight.device() {
         use candle_core::backend::BackendDevice;
         // A GPU gives no memory of no bytes.
         let one = Storage::Cuda(device.zeros_impl(&1.into(), weight.dtype())?);
-        return Ok(Tensor::from_storage(one, shape, BackpropOp::none(), weight.is_variable()));
+        return Ok(Tensor::from_storage(one, shape, BackpropOp::none(), is_variable));
     }
     let nothing = match weight.dtype() {
         DType::F64 => CpuStorage::F64(Vec::new()),
@@ -129,7 +161,7 @@ fn anchor(table: &Table, shape: &[usize]) -> Result<Tensor> {
         DType::BF16 => CpuStorage::BF16(Vec::new()),
         _ => CpuStorage::F32(Vec::new()),
     };
-    Ok(Tensor::from_storage(Storage::Cpu(nothing), shape, BackpropOp::none(), weight.is_variable()))
+    Ok(Tensor::from_storage(Storage::Cpu(nothing), shape, BackpropOp::none(), is_variable))
 }
 
 /// What connects an anchor with rows of a table. It is owned by the operations of the graph and by gradients.
@@ -143,8 +175,7 @@ impl Record {
     fn new(table: &Table, anchor: &Tensor, occurrences: Arc<Occurrences>) -> Arc<Self> {
         let lookup = Lookup::new(anchor.id(), occurrences);
         if anchor.is_variable() {
-            let weak = Arc::downgrade(&lookup.occurrences);
-            lock(&table.0.live).insert(lookup.anchor, (lookup.number, weak));
+            records::add(table.raw().id(), &lookup);
         }
         Arc::new(Self { table: table.clone(), lookup, differentiated: AtomicBool::new(false) })
     }
@@ -164,7 +195,7 @@ impl Record {
 
 impl Drop for Record {
     fn drop(&mut self) {
-        lock(&self.table.0.live).remove(&self.lookup.anchor);
+        records::remove(self.lookup.anchor);
     }
 }
 
@@ -173,6 +204,7 @@ struct Gather {
     /// The ids, if they are not those of the record.
     all: Option<Listed>,
     shape: Shape,
+    max_norm: Option<f64>,
 }
 
 impl CustomOp1 for Gather {
@@ -186,7 +218,7 @@ impl CustomOp1 for Gather {
             Some(all) => all,
             None => occurrences.listed()?,
         };
-        Ok((kernel::gather(table.raw(), table.row_len(), ids.ids())?, self.shape.clone()))
+        Ok((gather(table, ids.ids(), self.max_norm)?, self.shape.clone()))
     }
 
     #[cfg(feature = "cuda")]
@@ -206,6 +238,8 @@ struct Pool {
     mean: bool,
     weighted: bool,
     shape: Shape,
+    /// The rows, if they are not read from the table.
+    rows: Mutex<Option<Tensor>>,
 }
 
 impl CustomOp1 for Pool {
@@ -217,8 +251,14 @@ impl CustomOp1 for Pool {
         let (table, occurrences) = (&self.record.table, self.record.lookup.occurrences.listed()?);
         // The scales of a mean are those of its gradient; the mean itself is a sum, divided once.
         let factors = if self.weighted { occurrences.scales() } else { None };
-        let (ids, starts) = (occurrences.ids(), &self.starts);
-        let pooled = kernel::pool(table.raw(), table.row_len(), ids, starts, factors, self.mean)?;
+        let (row_len, ids) = (table.row_len(), occurrences.ids());
+        let pooled = match lock(&self.rows).take() {
+            None => kernel::pool(table.raw(), row_len, ids, &self.starts, factors, self.mean)?,
+            Some(rows) => {
+                let positions: Vec<u32> = (0..ids.len() as u32).collect();
+                kernel::pool(&rows, row_len, &positions, &self.starts, factors, self.mean)?
+            }
+        };
         Ok((pooled, self.shape.clone()))
     }
 
@@ -235,20 +275,23 @@ impl CustomOp1 for Pool {
 }
 
 /// [`Pool`] with a factor for each id.
-struct PoolWeighted(Pool);
+struct PoolWeighted {
+    pool: Pool,
+    /// The rows as they were looked up, if the factors need a gradient.
+    rows: Option<Tensor>,
+}
 
 impl PoolWeighted {
     /// The gradients of the factors: of `sum_p factor[p] * row[p]` by `factor[p]` it is the product of the row with the
     /// gradient of its bag.
-    fn of_factors(&self, grad: &Tensor) -> Result<Storage> {
-        let Record { table, lookup, .. } = &*self.0.record;
+    fn of_factors(&self, rows: &Tensor, grad: &Tensor) -> Result<Storage> {
+        let Record { table, lookup, .. } = &*self.pool.record;
         #[cfg(feature = "cuda")]
         if !table.on_host() {
-            let dots = kernel::gpu::dot_rows(table.raw(), grad, table.row_len(), lookup.on_gpu()?)?;
-            return Ok(Storage::Cuda(dots));
+            return Ok(Storage::Cuda(kernel::gpu::dot_rows(rows, grad, table.row_len(), lookup.on_gpu()?)?));
         }
         let occurrences = lookup.occurrences.listed()?;
-        Ok(Storage::Cpu(kernel::dot_rows(table.raw(), grad, table.row_len(), occurrences)?))
+        Ok(Storage::Cpu(kernel::dot_rows(rows, grad, table.row_len(), occurrences)?))
     }
 }
 
@@ -258,7 +301,7 @@ impl CustomOp2 for PoolWeighted {
     }
 
     fn cpu_fwd(&self, anchor: &CpuStorage, layout: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.0.cpu_fwd(anchor, layout)
+        self.pool.cpu_fwd(anchor, layout)
     }
 
     #[cfg(feature = "cuda")]
@@ -269,7 +312,7 @@ impl CustomOp2 for PoolWeighted {
         _: &CudaStorage,
         _: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        self.0.cuda_fwd(anchor, layout)
+        self.pool.cuda_fwd(anchor, layout)
     }
 
     fn bwd(
@@ -280,8 +323,9 @@ impl CustomOp2 for PoolWeighted {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
-        let of_factors = Tensor::from_storage(self.of_factors(&grad)?, factors.shape(), BackpropOp::none(), false);
-        Ok((self.0.record.own(anchor, &grad)?, Some(of_factors)))
+        let of_factors = self.rows.as_ref().map(|rows| self.of_factors(rows, &grad)).transpose()?;
+        let of_factors = of_factors.map(|of| Tensor::from_storage(of, factors.shape(), BackpropOp::none(), false));
+        Ok((self.pool.record.own(anchor, &grad)?, of_factors))
     }
 }
 

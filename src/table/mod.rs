@@ -8,20 +8,23 @@
 //! a record lives.
 
 pub(crate) mod debts;
+pub(crate) mod limits;
 mod lookup;
 mod records;
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex};
 
-use candle_core::{Tensor, TensorId};
+use candle_core::Tensor;
+use candle_core::backprop::GradStore;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::gradient::sparse::{IDS, read_ids, row_len, rows_of};
-use crate::kernel::{self, GpuIds, Listed, Occurrences, Unchecked, is_supported};
+use crate::gradient::SparseGrad;
+use crate::gradient::sparse::{IDS, read_ids, row_len, rows_of, to_sparse};
+use crate::kernel::{self, GpuIds, Listed, Occurrences, RowGrad, Unchecked, is_supported};
+use crate::state::arithmetic;
 
 pub(crate) use lookup::{Pooled, PooledIds};
-pub(crate) use records::snapshot;
+pub(crate) use records::{Lookups, find};
 
 /// A weight with rows, `[rows, ..]`, of which a step touches few.
 ///
@@ -65,8 +68,8 @@ struct Shared {
     weight: Tensor,
     rows: usize,
     row_len: usize,
-    /// The lookups whose graph or gradient is there, by their anchors, with their numbers.
-    live: Mutex<HashMap<TensorId, (u64, Weak<Occurrences>)>>,
+    /// The rows that are to be scaled down when the weight is written.
+    limits: limits::Limits,
     /// The lookups whose ids only the GPU has seen.
     unchecked: Mutex<Unchecked>,
 }
@@ -95,7 +98,7 @@ impl Table {
         let rows = rows_of("weight", weight)?;
         let make = |weight: Tensor| {
             let row_len = row_len(&weight);
-            Arc::new(Shared { weight, rows, row_len, live: Mutex::default(), unchecked: Mutex::default() })
+            Arc::new(Shared { weight, rows, row_len, limits: limits::Limits::default(), unchecked: Mutex::default() })
         };
         if weight.is_variable() {
             let mut is_new = false;
@@ -119,9 +122,14 @@ impl Table {
     /// The weight, `[rows, ..]`. Rows that owe updates ([`SparseUpdate::Exact`](crate::SparseUpdate::Exact)) pay now,
     /// and not again before the next lookup: ask for the weight whenever it is read as a whole. Paying in two parts
     /// rounds differently from paying once, so asking is part of the run.
+    ///
+    /// Rows that a layer with [`max_norm`](crate::Embedding::max_norm) has looked up are scaled now. A graph that has
+    /// used the weight before computes its gradient from the scaled rows then, so ask before the first lookup of a
+    /// forward pass or after its backward pass.
     pub fn weight(&self) -> &Tensor {
         // Memory has been there for every payment before, and a lookup would report an error.
         let _ = debts::pay_all(self.0.weight.id());
+        let _ = limits::scale_down(&self.0.weight);
         &self.0.weight
     }
 
@@ -141,6 +149,7 @@ impl Table {
     }
 
     /// The rows of `ids`, which have any shape and any integer dtype: `[ids' dimensions.., row's dimensions..]`.
+    /// Without ids the result is a constant: the weight has no gradient then, and a step reports it as missing.
     ///
     /// # Errors
     ///
@@ -150,7 +159,7 @@ impl Table {
         self.lookup_without(ids, None, None)
     }
 
-    /// A lookup in which the row `padding` gets no gradient and rows above `max_norm` are scaled down first.
+    /// A lookup in which the row `padding` gets no gradient and rows above `max_norm` are scaled down.
     pub(crate) fn lookup_without(&self, ids: &Tensor, padding: Option<u32>, max_norm: Option<f64>) -> Result<Tensor> {
         let weight = &self.0.weight;
         let mut shape = ids.dims().to_vec();
@@ -166,7 +175,7 @@ impl Table {
         if !self.on_host() {
             let trained = Arc::new(Occurrences::Gpu(Box::new(self.gpu_ids(ids, padding)?)));
             debts::pay_occurrences(weight.id(), &trained)?;
-            return lookup::rows(self, lookup::Ids { all: None, trained }, shape);
+            return lookup::rows(self, lookup::Ids { all: None, trained }, shape, None);
         }
         let rows = Listed::new(self.read(ids)?, None, None);
         let ids = match padding {
@@ -181,10 +190,7 @@ impl Table {
             None => debts::pay_occurrences(weight.id(), &ids.trained)?,
             Some(all) => debts::pay_listed(weight.id(), all)?,
         }
-        if let Some(max_norm) = max_norm {
-            kernel::renormalize(weight, self.0.row_len, &ids.trained.listed()?.unique(), max_norm)?;
-        }
-        lookup::rows(self, ids, shape)
+        lookup::rows(self, ids, shape, max_norm)
     }
 
     /// The ids of a lookup in a table on a GPU, of which `padding` gets no gradient; hears of earlier ones.
@@ -240,6 +246,77 @@ impl Table {
 
     pub(crate) fn read(&self, ids: &Tensor) -> Result<Vec<u32>> {
         read_ids(IDS, ids, self.0.rows)
+    }
+
+    /// Lets a row be scaled down if it is above `max_norm`, although no lookup returns it.
+    pub(crate) fn limit(&self, row: u32, max_norm: f64) -> Result<()> {
+        self.pay(&[row])?;
+        lookup::gather(self, &[row], Some(max_norm))?;
+        Ok(())
+    }
+
+    /// The gradient of the lookups in this table among those of a backward pass: each row once, in ascending order,
+    /// with the sum of its contributions in the order in which they occurred. `None` if no lookup has a gradient there.
+    ///
+    /// `grads.get(&weight)` is `None` for a weight that was only looked up, since no tensor of its size exists. Ask
+    /// here to log such a gradient, or to change it before [`apply_gradients`](crate::Adamax::apply_gradients), which
+    /// updates with an unchanged one to the bits of [`step`](candle_nn::Optimizer::step).
+    /// [`Adamax::gradient_norms`](crate::Adamax::gradient_norms) has the norms of all variables.
+    ///
+    /// The values are of the weight's dtype, or f32 for f16 and bf16, and on its device. A weight that is also used
+    /// densely has that part of its gradient under `grads.get(&weight)`; give `apply_gradients` both. So has a weight
+    /// on a device that this crate has no kernels for.
+    ///
+    /// ```
+    /// use candle_adamax::{Adamax, ParamsAdamax, SparseGrad, Table};
+    /// use candle_core::{Device, Tensor, Var};
+    ///
+    /// let weight = Var::zeros((1000, 2), candle_core::DType::F32, &Device::Cpu)?;
+    /// let table = Table::new(&weight)?;
+    /// let mut optimizer = Adamax::from_named([("weight", weight.clone())], ParamsAdamax::default())?;
+    ///
+    /// let rows = table.lookup(&Tensor::new(&[7u32, 3, 7], &Device::Cpu)?)?;
+    /// let grads = rows.sum_all()?.backward()?;
+    /// assert!(grads.get(&weight).is_none());
+    /// let grad = table.gradient(&grads)?.expect("rows were looked up");
+    /// assert_eq!(grad.indices.to_vec1::<u32>()?, [3, 7]);
+    /// assert_eq!(grad.values.to_vec2::<f32>()?, [[1.0, 1.0], [2.0, 2.0]]);
+    ///
+    /// let halved = SparseGrad { values: (grad.values / 2.0)?, ..grad };
+    /// optimizer.apply_gradients([(&weight, &halved)])?;
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// An id on a GPU that turns out to be none of a row; a gradient whose lookup is not known any more
+    /// ([`ErrorKind::LostLookup`]).
+    pub fn gradient(&self, grads: &GradStore) -> Result<Option<SparseGrad>> {
+        let weight = &self.0.weight;
+        let mut lookups = find(grads);
+        lookups.check(std::iter::once(weight.id()))?;
+        let mut parts = lookups.take(weight.id());
+        for part in &mut parts {
+            part.occurrences.check()?;
+            if ![weight.dtype(), arithmetic(weight.dtype())].contains(&part.grad.dtype()) {
+                let (name, expected) = ("weight".to_owned(), format!("{:?}", weight.dtype()));
+                let got = part.grad.dtype();
+                return Err(ErrorKind::DTypeMismatch { what: "gradient", name, expected, got }.into());
+            }
+            if !part.grad.is_contiguous() {
+                part.grad = std::borrow::Cow::Owned(part.grad.contiguous()?);
+            }
+        }
+        if parts.is_empty() {
+            return Ok(None);
+        }
+        let SparseGrad { indices, values } = to_sparse(&RowGrad::coalesced(&parts, self.0.row_len)?, weight)?;
+        let device = weight.device();
+        Ok(Some(match values.elem_count() {
+            // Nothing cannot be copied to a GPU.
+            0 => SparseGrad { indices, values: Tensor::zeros(values.shape(), values.dtype(), device)? },
+            _ => SparseGrad { indices: indices.to_device(device)?, values: values.to_device(device)? },
+        }))
     }
 
     /// Rows that are pooled by bags.

@@ -4,6 +4,9 @@
 //! `GradStore`, which own it. There is one case in which a gradient loses what owns its record: two gradients of one
 //! anchor that `GradStore::extend` adds. So records that are differentiated more than once are kept here, up to a
 //! limit, and a gradient whose record has been given up is an error and never passed over.
+//!
+//! A step asks for the ids in its own `GradStore`, so its cost depends on neither the number of tables nor on what the
+//! process has done before.
 
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
@@ -14,6 +17,7 @@ use candle_core::TensorId;
 use candle_core::backprop::GradStore;
 
 use super::Shared;
+use crate::error::{ErrorKind, Result};
 use crate::kernel::{Occurrences, Part};
 
 /// So many records are kept, of so many ids together.
@@ -50,16 +54,58 @@ impl Lookup {
     }
 }
 
+/// Entries by anchors, in the order in which they came.
+struct Recent<T> {
+    entries: HashMap<TensorId, T>,
+    order: VecDeque<TensorId>,
+}
+
+impl<T> Default for Recent<T> {
+    fn default() -> Self {
+        Self { entries: HashMap::new(), order: VecDeque::new() }
+    }
+}
+
+impl<T> Recent<T> {
+    fn len(&self) -> usize {
+        self.order.len()
+    }
+
+    /// Adds an entry, unless there is one of this anchor.
+    fn insert(&mut self, anchor: TensorId, entry: T) -> bool {
+        let is_new = !self.entries.contains_key(&anchor);
+        if is_new {
+            self.entries.insert(anchor, entry);
+            self.order.push_back(anchor);
+        }
+        is_new
+    }
+
+    fn pop_oldest(&mut self) -> Option<(TensorId, T)> {
+        let anchor = self.order.pop_front()?;
+        Some((anchor, self.entries.remove(&anchor)?))
+    }
+}
+
+/// A lookup whose graph or gradient is there.
+struct Live {
+    var: TensorId,
+    number: u64,
+    occurrences: Weak<Occurrences>,
+}
+
 #[derive(Default)]
 struct Records {
     /// All tables in use, by their variables.
     tables: HashMap<TensorId, Weak<Shared>>,
+    /// By their anchors.
+    live: HashMap<TensorId, Live>,
     /// Lookups that were differentiated more than once, with their variables.
-    kept: VecDeque<(TensorId, Lookup)>,
+    kept: Recent<(TensorId, Lookup)>,
     /// The ids of all of those.
     kept_ids: usize,
-    /// The anchors of the last ones that were given up.
-    given_up: VecDeque<TensorId>,
+    /// The variables of the last ones that were given up.
+    given_up: Recent<TensorId>,
 }
 
 /// A panic elsewhere leaves nothing half done under these locks.
@@ -78,6 +124,11 @@ pub(super) fn share(var: TensorId, make: impl FnOnce() -> Arc<Shared>) -> Arc<Sh
     shared
 }
 
+/// The table of a variable, if it is in use.
+pub(super) fn table_of(var: TensorId) -> Option<Arc<Shared>> {
+    lock(&RECORDS).tables.get(&var).and_then(Weak::upgrade)
+}
+
 /// Forgets the table of a variable, which nobody uses any more.
 pub(super) fn forget(var: TensorId) {
     let mut records = lock(&RECORDS);
@@ -87,74 +138,90 @@ pub(super) fn forget(var: TensorId) {
     }
 }
 
+/// Adds a lookup in a variable.
+pub(super) fn add(var: TensorId, lookup: &Lookup) {
+    let Lookup { anchor, number, occurrences } = lookup;
+    let live = Live { var, number: *number, occurrences: Arc::downgrade(occurrences) };
+    lock(&RECORDS).live.insert(*anchor, live);
+}
+
+/// Removes a lookup, of which neither graph nor gradient is left.
+pub(super) fn remove(anchor: TensorId) {
+    lock(&RECORDS).live.remove(&anchor);
+}
+
 /// Keeps a lookup whose gradients may be added up.
 pub(super) fn keep(var: TensorId, lookup: &Lookup) {
+    // Its memory is given back without the lock.
+    let mut evicted = Vec::new();
     let mut records = lock(&RECORDS);
-    if records.kept.iter().any(|(_, kept)| kept.anchor == lookup.anchor) {
+    if !records.kept.insert(lookup.anchor, (var, lookup.clone())) {
         return;
     }
     records.kept_ids += lookup.occurrences.len();
-    records.kept.push_back((var, lookup.clone()));
     while records.kept.len() > KEPT || (records.kept_ids > KEPT_IDS && records.kept.len() > 1) {
-        let Some((_, oldest)) = records.kept.pop_front() else { break };
+        let Some((anchor, (var, oldest))) = records.kept.pop_oldest() else { break };
         records.kept_ids -= oldest.occurrences.len();
-        records.given_up.push_back(oldest.anchor);
+        records.given_up.insert(anchor, var);
         if records.given_up.len() > GIVEN_UP {
-            records.given_up.pop_front();
+            records.given_up.pop_oldest();
         }
+        evicted.push(oldest);
     }
 }
 
-/// The lookups of all tables at one moment.
-pub(crate) struct Snapshot {
-    tables: HashMap<TensorId, Arc<Shared>>,
-    kept: HashMap<TensorId, Vec<Lookup>>,
-    given_up: VecDeque<TensorId>,
+/// The gradients of lookups in a `GradStore`, by variables.
+#[derive(Default)]
+pub(crate) struct Lookups<'g> {
+    found: HashMap<TensorId, Vec<(u64, Part<'g>)>>,
+    /// The variables of gradients whose records were given up.
+    lost: Vec<TensorId>,
 }
 
-/// What there is now.
-pub(crate) fn snapshot() -> Snapshot {
+/// Finds the gradients of lookups among those of a backward pass.
+pub(crate) fn find(grads: &GradStore) -> Lookups<'_> {
+    let mut lookups = Lookups::default();
     let records = lock(&RECORDS);
-    let tables: Vec<_> = records.tables.iter().map(|(id, table)| (*id, table.clone())).collect();
-    let mut kept: HashMap<TensorId, Vec<Lookup>> = HashMap::new();
-    for (var, lookup) in &records.kept {
-        kept.entry(*var).or_default().push(lookup.clone());
+    if records.live.is_empty() && records.kept.len() == 0 {
+        return lookups;
     }
-    let given_up = records.given_up.clone();
-    drop(records);
-    // Without the lock: the last owner of a table, which this may become, takes it when it leaves.
-    let tables = tables.into_iter().filter_map(|(id, table)| Some((id, table.upgrade()?))).collect();
-    Snapshot { tables, kept, given_up }
+    for &anchor in grads.get_ids() {
+        let live = records.live.get(&anchor);
+        let live = live.and_then(|live| Some((live.var, live.number, live.occurrences.upgrade()?)));
+        let kept = || {
+            let (var, lookup) = records.kept.entries.get(&anchor)?;
+            Some((*var, lookup.number, lookup.occurrences.clone()))
+        };
+        match (live.or_else(kept), grads.get_id(anchor)) {
+            (Some((var, number, occurrences)), Some(grad)) => {
+                let part = Part { grad: Cow::Borrowed(grad), occurrences };
+                lookups.found.entry(var).or_default().push((number, part));
+            }
+            _ => lookups.lost.extend(records.given_up.entries.get(&anchor)),
+        }
+    }
+    lookups
 }
 
-impl Snapshot {
-    /// The gradients in `grads` of the lookups in a variable, in the order of the lookups.
-    pub(crate) fn gradients<'g>(&self, var: TensorId, grads: &'g GradStore) -> Vec<Part<'g>> {
-        let mut found: Vec<(u64, Part<'g>)> = Vec::new();
-        let mut add = |anchor, number, occurrences: Arc<Occurrences>| {
-            if let Some(grad) = grads.get_id(anchor) {
-                found.push((number, Part { grad: Cow::Borrowed(grad), occurrences }));
-            }
-        };
-        if let Some(table) = self.tables.get(&var) {
-            for (anchor, (number, occurrences)) in lock(&table.live).iter() {
-                if let Some(occurrences) = occurrences.upgrade() {
-                    add(*anchor, *number, occurrences);
-                }
-            }
+impl<'g> Lookups<'g> {
+    /// Checks that no record of a lookup in these variables was given up.
+    pub(crate) fn check(&self, mut vars: impl Iterator<Item = TensorId>) -> Result<()> {
+        match !self.lost.is_empty() && vars.any(|var| self.lost.contains(&var)) {
+            true => Err(ErrorKind::LostLookup.into()),
+            false => Ok(()),
         }
-        for Lookup { anchor, number, occurrences } in self.kept.get(&var).into_iter().flatten() {
-            add(*anchor, *number, occurrences.clone());
-        }
-        found.sort_by_key(|(number, _)| *number);
-        found.dedup_by_key(|(number, _)| *number);
-        found.into_iter().map(|(_, part)| part).collect()
     }
 
-    /// Whether `grads` has the gradient of a lookup that was given up and that no graph holds.
-    pub(crate) fn has_lost(&self, grads: &GradStore) -> bool {
-        let is_live = |anchor: &TensorId| self.tables.values().any(|table| lock(&table.live).contains_key(anchor));
-        self.given_up.iter().any(|anchor| grads.get_id(*anchor).is_some() && !is_live(anchor))
+    /// Whether there are gradients of lookups in a variable.
+    pub(crate) fn has(&self, var: TensorId) -> bool {
+        self.found.contains_key(&var)
+    }
+
+    /// Takes the gradients of a variable, in the order of its lookups.
+    pub(crate) fn take(&mut self, var: TensorId) -> Vec<Part<'g>> {
+        let mut parts = self.found.remove(&var).unwrap_or_default();
+        parts.sort_unstable_by_key(|(number, _)| *number);
+        parts.into_iter().map(|(_, part)| part).collect()
     }
 }
 

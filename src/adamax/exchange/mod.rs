@@ -26,6 +26,7 @@ impl Adamax {
     /// `SparseUpdate::Exact` all rows pay what they owe.
     fn plain(&self) -> Result<(Counters, BTreeMap<String, PlainVar>)> {
         let late = self.late();
+        self.scale_down()?;
         let plain = self.vars.iter().map(|param| {
             param.state.pay_all()?;
             let (state, shape) = (param.state.get(), param.var.shape());

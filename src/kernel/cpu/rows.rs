@@ -10,6 +10,7 @@ use super::span::{Lane, Orders, PayRow, Span, UpdateUnit};
 use super::{Isa, Pass};
 use crate::codec::Limits;
 use crate::element::{Arithmetic, Element};
+use crate::kernel::Limit;
 use crate::kernel::lend::{Borrowed, lend};
 use crate::kernel::rows::{RowGrad, RowsView};
 use crate::ledger::Ledger;
@@ -282,16 +283,10 @@ impl<E: Element> Pass for Pool<'_, E> {
     }
 }
 
-/// For each id the product of its row with the gradient of its bag: the gradient of its factor.
-pub(crate) fn dot_rows<E: Element>(
-    table: &[E],
-    grad: &[E],
-    row_len: usize,
-    ids: &[u32],
-    bags: impl Iterator<Item = u32>,
-) -> Vec<E> {
-    let dots = ids.iter().zip(bags).map(|(&id, bag)| {
-        let row = &table[id as usize * row_len..][..row_len];
+/// For each of the `rows` of a lookup the product with the gradient of its bag: the gradient of its factor.
+pub(crate) fn dot_rows<E: Element>(rows: &[E], grad: &[E], row_len: usize, bags: impl Iterator<Item = u32>) -> Vec<E> {
+    let dots = bags.enumerate().map(|(position, bag)| {
+        let row = &rows[position * row_len..][..row_len];
         let grad = &grad[bag as usize * row_len..][..row_len];
         E::narrow(E::Acc::from_f64(dot(row, grad)))
     });
@@ -321,14 +316,41 @@ pub(crate) fn largest<E: Element>(rows: &[E], row_len: usize, starts: &[u32]) ->
     positions
 }
 
-/// Scales the rows `ids` whose L2 norm is above `max_norm` down to it: `w * max_norm / (norm + 1e-7)`, as PyTorch does.
-pub(crate) fn renormalize<E: Element>(table: &mut [E], row_len: usize, ids: &[u32], max_norm: f64) {
-    for &id in ids {
-        let row = &mut table[id as usize * row_len..][..row_len];
-        let norm = row.iter().map(|x| x.widen().to_f64() * x.widen().to_f64()).sum::<f64>().sqrt();
-        if norm > max_norm {
-            let factor = E::Acc::from_f64(max_norm / (norm + 1e-7));
-            row.iter_mut().for_each(|x| *x = E::narrow(x.widen() * factor));
+/// Scales the rows in `rows`, which are copies of the rows `ids`, down to the L2 norm `max_norm`. Returns the ids of
+/// those that were above it, with their norms.
+pub(crate) fn limit<E: Element>(rows: &mut [E], row_len: usize, ids: &[u32], max_norm: f64) -> Vec<(u32, f64)> {
+    let mut above = Vec::new();
+    if row_len > 0 {
+        for (&id, row) in ids.iter().zip(rows.chunks_exact_mut(row_len)) {
+            let norm = norm_of(row);
+            if norm > max_norm {
+                scale_down(row, norm, max_norm);
+                above.push((id, norm));
+            }
         }
     }
+    above
+}
+
+/// Scales noted rows of a table down, each if it still has the norm that was noted. Returns their numbers.
+pub(crate) fn scale_noted<E: Element>(table: &mut [E], row_len: usize, noted: &[(u32, Limit)]) -> Vec<u32> {
+    let mut scaled = Vec::with_capacity(noted.len());
+    for &(id, Limit { norm, max_norm }) in noted {
+        let row = &mut table[id as usize * row_len..][..row_len];
+        if norm_of(row).to_bits() == norm.to_bits() {
+            scale_down(row, norm, max_norm);
+            scaled.push(id);
+        }
+    }
+    scaled
+}
+
+fn norm_of<E: Element>(row: &[E]) -> f64 {
+    row.iter().map(|x| x.widen().to_f64() * x.widen().to_f64()).sum::<f64>().sqrt()
+}
+
+/// `w * max_norm / (norm + 1e-7)`, as PyTorch does.
+fn scale_down<E: Element>(row: &mut [E], norm: f64, max_norm: f64) {
+    let factor = E::Acc::from_f64(max_norm / (norm + 1e-7));
+    row.iter_mut().for_each(|x| *x = E::narrow(x.widen() * factor));
 }

@@ -352,10 +352,10 @@ pub(crate) struct PoolArgs {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct DotArgs {
-    pub(crate) table: Address,
+    /// One for each id, as they were when they were pooled.
+    pub(crate) rows: Address,
     /// A row for each bag.
     pub(crate) grad: Address,
-    pub(crate) ids: Address,
     /// Of each id.
     pub(crate) bags: Address,
     pub(crate) out: Address,

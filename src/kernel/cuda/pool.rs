@@ -59,23 +59,18 @@ pub(crate) fn pool(table: &Tensor, row_len: usize, ids: &GpuIds, bags: usize) ->
     })
 }
 
-/// The gradients of the factors of a pooled lookup, from that of its result.
-pub(crate) fn dot_rows(
-    table: &Tensor,
-    grad: &Tensor,
-    row_len: usize,
-    ids: &GpuIds,
-) -> candle_core::Result<CudaStorage> {
-    let out = Output { device: device_of(table)?, dtype: table.dtype(), len: ids.len() };
+/// The gradients of the factors of a pooled lookup, from that of its result and the `rows` that were looked up.
+pub(crate) fn dot_rows(rows: &Tensor, grad: &Tensor, row_len: usize, ids: &GpuIds) -> candle_core::Result<CudaStorage> {
+    let out = Output { device: device_of(rows)?, dtype: rows.dtype(), len: ids.len() };
     let stream = out.device.cuda_stream();
     if row_len == 0 {
         return out.zeros();
     }
     out.filled(|at| {
-        let (table, grad) = (Held::new(table)?, Held::new(grad)?);
-        let ((table, _table_guard), (grad, _guard)) = (table.address(&stream)?, grad.address(&stream)?);
-        let (bags, ids_at) = (ids.bags(&stream).bags, ids.rows().address(&stream));
-        let args = DotArgs { table, grad, ids: ids_at, bags, out: at, n: ids.len() as u64, row_len: row_len as u64 };
+        let (rows, grad) = (Held::new(rows)?, Held::new(grad)?);
+        let ((rows, _rows_guard), (grad, _guard)) = (rows.address(&stream)?, grad.address(&stream)?);
+        let bags = ids.bags(&stream).bags;
+        let args = DotArgs { rows, grad, bags, out: at, n: ids.len() as u64, row_len: row_len as u64 };
         out.launch((Module::Pool, &out.kernel("pool_dot")), blocks_of_warps(args.n), args)
     })
 }

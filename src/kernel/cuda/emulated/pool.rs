@@ -81,16 +81,15 @@ fn bags_are_those_of_the_cpu() -> Result<()> {
 fn gradients_of_factors_are_those_of_the_cpu() -> Result<()> {
     for dtype in DTYPES {
         for row_len in [1, 31, 64, 100] {
-            let (table, grad) = (tensor(&[17, row_len], 3, 3, dtype)?, tensor(&[6, row_len], 4, 3, dtype)?);
+            let (rows, grad) = (tensor(&[29, row_len], 3, 3, dtype)?, tensor(&[6, row_len], 4, 3, dtype)?);
             let listed = Listed::new(ids(), Some(bags()), None);
-            let dots = kernel::dot_rows(&table, &grad, row_len, &listed)?;
-            let (mut from, mut grad) = (memory(&table, 0)?, memory(&grad, 0)?);
-            let (mut ids, mut bags) = (Memory::of(&ids(), 0), Memory::of(&bags(), 0));
+            let dots = kernel::dot_rows(&rows, &grad, row_len, &listed)?;
+            let (mut from, mut grad) = (memory(&rows, 0)?, memory(&grad, 0)?);
+            let mut bags = Memory::of(&bags(), 0);
             let mut out = Memory::of(&vec![0xcdu8; 29 * dtype.size_in_bytes()], 0);
             let args = DotArgs {
-                table: from.address(),
+                rows: from.address(),
                 grad: grad.address(),
-                ids: ids.address(),
                 bags: bags.address(),
                 out: out.address(),
                 n: 29,
