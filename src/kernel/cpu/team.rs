@@ -1,0 +1,106 @@
+//! Threads of the crate's own, which share the parts of a pass.
+//!
+//! A pass holds the lock of a variable while several threads work on it, and anybody may be waiting for that lock: a
+//! worker of any rayon pool, too. Hence two rules, without which a program can wait for ever:
+//!
+//! - A pass is never run by a pool that runs the tasks of others. All workers of such a pool may be waiting for the lock.
+//! - A thread that waits for a pass takes no other tasks meanwhile. A worker of a rayon pool does, in whatever pool the
+//!   work is that it waits for, and a task may want the lock that the frame below it holds.
+//!
+//! Invariant: whoever holds a lock while others work waits for [`Team::pieces`] only, and pieces take no locks. What does
+//! take locks, [`Team::tensors`], has other workers, which can wait for a lock without holding pieces up.
+
+use std::panic::resume_unwind;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use candle_core::{Result, bail};
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+/// The threads of one pass: the one that runs it, and helpers.
+#[derive(Clone, Copy)]
+pub(super) struct Team {
+    threads: usize,
+}
+
+static PIECES: Helpers = Helpers(Mutex::new(None));
+static TENSORS: Helpers = Helpers(Mutex::new(None));
+
+impl Team {
+    /// Runs a pass with a team of so many threads.
+    pub(super) fn run<T: Send>(threads: usize, pass: impl FnOnce(Self) -> Result<T> + Send) -> Result<T> {
+        if threads <= 1 || rayon::current_thread_index().is_none() {
+            return pass(Self { threads });
+        }
+        // This is a worker of a rayon pool: to wait for another thread is the way to wait without taking tasks.
+        let pass = Mutex::new(Some(pass));
+        let take = || lock(&pass).take();
+        let run = |threads| take().map(|pass| pass(Self { threads }));
+        let result = std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().name(NAME.to_owned()).spawn_scoped(scope, || run(threads));
+            match thread {
+                Ok(thread) => thread.join().unwrap_or_else(|panic| resume_unwind(panic)),
+                Err(_) => run(1),
+            }
+        });
+        match result {
+            Some(result) => result,
+            None => bail!("a pass was run twice"),
+        }
+    }
+
+    /// Runs parts of a pass that take no locks.
+    pub(super) fn pieces<T: Send>(self, pieces: Vec<T>, run: impl Fn(T) + Sync) {
+        self.share(&PIECES, pieces, run);
+    }
+
+    /// Runs parts of a pass that lock what they need, while the caller holds no lock.
+    pub(super) fn tensors<T: Send>(self, bundles: Vec<T>, run: impl Fn(T) + Sync) {
+        self.share(&TENSORS, bundles, run);
+    }
+
+    fn share<T: Send>(self, helpers: &Helpers, parts: Vec<T>, run: impl Fn(T) + Sync) {
+        let n = self.threads.min(parts.len()).saturating_sub(1);
+        let parts = Mutex::new(parts.into_iter());
+        let next = || lock(&parts).next();
+        let work = || {
+            while let Some(part) = next() {
+                run(part);
+            }
+        };
+        match helpers.get(n) {
+            // The caller, which is no worker of a pool, begins at once and waits for helpers at the end.
+            Some(pool) => pool.in_place_scope(|scope| {
+                (0..n).for_each(|_| scope.spawn(|_| work()));
+                work();
+            }),
+            None => work(),
+        }
+    }
+}
+
+const NAME: &str = "adamax";
+
+/// A pool with as many workers as were ever asked for; they sleep while there is nothing to do.
+struct Helpers(Mutex<Option<Arc<ThreadPool>>>);
+
+impl Helpers {
+    /// A pool of at least `n` workers; a smaller one, or none, if the system gives no more threads.
+    fn get(&self, n: usize) -> Option<Arc<ThreadPool>> {
+        if n == 0 {
+            return None;
+        }
+        let mut pool = lock(&self.0);
+        if pool.as_ref().is_none_or(|pool| pool.current_num_threads() < n)
+            && let Ok(larger) = ThreadPoolBuilder::new().num_threads(n).thread_name(|_| NAME.to_owned()).build()
+        {
+            // The workers of the old one end when nobody uses it any more.
+            *pool = Some(Arc::new(larger));
+        }
+        pool.clone()
+    }
+}
+
+/// A panic elsewhere leaves nothing half done under these locks.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
