@@ -22,10 +22,14 @@ use candle_adamax::{
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Optimizer as _;
 use common::noise;
+use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 /// How much longer than it should a scenario may take, on a machine that has much else to do.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Of square matrices: large enough to be shared among threads.
+const SIDE: usize = 400;
 
 /// A call that is repeated; it is told how often it was made before.
 type Call<'c> = Box<dyn Fn(u64) + Sync + 'c>;
@@ -188,10 +192,10 @@ struct World {
 impl World {
     fn new() -> Self {
         let small = |n: usize| (0..n).map(|_| random_var(&[6000], DType::F32));
-        let (x, y) = (random_var(&[800, 800], DType::F32), random_var(&[800, 800], DType::F32));
+        let (x, y) = (random_var(&[SIDE, SIDE], DType::F32), random_var(&[SIDE, SIDE], DType::F32));
         let dense = [x.clone(), y.clone()].into_iter().chain(small(60)).collect();
         let clipped = ParamsAdamax { clip_global_norm: Some(1.0), ..ParamsAdamax::default() };
-        let averaged = [random_var(&[300_000], DType::F32)].into_iter().chain(small(60)).collect();
+        let averaged = [random_var(&[200_000], DType::F32)].into_iter().chain(small(60)).collect();
         let averages = ParamsAdamax {
             gradient_accumulation_steps: 2,
             ema: Some(Ema { momentum: 0.9, overwrite_frequency: Some(2) }),
@@ -205,10 +209,10 @@ impl World {
             y,
             dense: Trained::new(dense, clipped),
             averaged: Trained::new(averaged, averages),
-            halves: Trained::new(vec![random_var(&[300_000], DType::BF16)], master),
-            coded: Trained::new(vec![random_var(&[300_000], DType::F32)], q8),
-            table: Rows::new(20_000, ParamsAdamax::default()),
-            lagging: Rows::lagging(20_000),
+            halves: Trained::new(vec![random_var(&[200_000], DType::BF16)], master),
+            coded: Trained::new(vec![random_var(&[200_000], DType::F32)], q8),
+            table: Rows::new(8000, ParamsAdamax::default()),
+            lagging: Rows::lagging(8000),
             folder: tempdir::Folder::new(),
         }
     }
@@ -234,7 +238,7 @@ impl World {
             );
         }
         add(1, Box::new(move |_| lagging.optimizer.read().unwrap().catch_up().unwrap()));
-        add(1, Box::new(move |_| assert_eq!(lagging.table.weight().dims(), [20_000, 16])));
+        add(1, Box::new(move |_| assert_eq!(lagging.table.weight().dims(), [8000, 16])));
         add(
             1,
             Box::new(move |_| {
@@ -258,7 +262,7 @@ impl World {
             }),
         );
         // candle's own operations; always y before x, or candle waits for itself.
-        add(2, Box::new(move |_| assert_eq!((y.as_tensor() + x.as_tensor()).unwrap().dims(), [800, 800])));
+        add(2, Box::new(move |_| assert_eq!((y.as_tensor() + x.as_tensor()).unwrap().dims(), [SIDE, SIDE])));
         add(
             1,
             Box::new(move |_| {
@@ -266,11 +270,13 @@ impl World {
                 y.matmul(&x).unwrap();
             }),
         );
+        let set = [x, y, &averaged.vars[0], &averaged.vars[9], &table.weight];
+        let set = set.map(|var| (var, random(var.dims(), var.dtype())));
         add(
             1,
             Box::new(move |_| {
-                for var in [x, y, &averaged.vars[0], &averaged.vars[9], &table.weight] {
-                    var.set(&random(var.dims(), var.dtype())).unwrap();
+                for (var, value) in &set {
+                    var.set(value).unwrap();
                 }
             }),
         );
@@ -279,7 +285,7 @@ impl World {
 
     /// A product that gemm shares among the workers of the pool.
     fn products<'c>(&'c self) -> (Place<'c>, Call<'c>) {
-        (Place::Thread, Box::new(|_| assert_eq!(self.y.matmul(&self.x).unwrap().dims(), [800, 800])))
+        (Place::Thread, Box::new(|_| assert_eq!(self.y.matmul(&self.x).unwrap().dims(), [SIDE, SIDE])))
     }
 }
 
@@ -307,20 +313,23 @@ mod tempdir {
     }
 }
 
-/// Lookups of an `Exact` table, whose rows catch up, as tasks of the global pool, and no step beside them.
+/// Lookups of an `Exact` table, whose rows catch up, as tasks, and no step beside them.
 #[test]
 fn lookups_of_an_exact_table_in_tasks() {
     let rows = &Rows::lagging(200_000);
-    let round: Call<'_> = Box::new(|round| {
-        rayon::scope(|tasks| {
-            for task in 0..24 {
-                tasks.spawn(move |_| rows.lookup(24 * round + task, 20_000));
+    for threads in [None, Some(4)] {
+        let pool = threads.map(own_pool);
+        let round: Call<'_> = Box::new(|round| {
+            let lookups = || (0..24).into_par_iter().for_each(|task| rows.lookup(24 * round + task, 20_000));
+            match &pool {
+                Some(pool) => pool.install(lookups),
+                None => lookups(),
             }
+            // All rows lag behind again.
+            rows.step(round, 10);
         });
-        // All rows lag behind again.
-        rows.step(round, 10);
-    });
-    beside("lookups of an exact table in tasks", vec![(Place::Thread, round)]);
+        beside(&format!("lookups of an exact table in tasks, threads: {threads:?}"), vec![(Place::Thread, round)]);
+    }
 }
 
 /// A step of a table, with gradients of rows and of the whole table, beside lookups in tasks of the same pool.
@@ -353,12 +362,12 @@ fn a_step_beside_lookups_in_tasks_of_its_pool() {
 /// A step of two variables beside operations that have both.
 #[test]
 fn a_step_beside_operations_of_its_variables() {
-    let (x, y) = (&random_var(&[800, 800], DType::F32), &random_var(&[800, 800], DType::F32));
+    let (x, y) = (&random_var(&[SIDE, SIDE], DType::F32), &random_var(&[SIDE, SIDE], DType::F32));
     for clip_global_norm in [None, Some(1.0)] {
         let params = ParamsAdamax { clip_global_norm, ..ParamsAdamax::default() };
         let trained = &Trained::new(vec![x.clone(), y.clone()], params);
-        let sum: Call<'_> = Box::new(|_| assert_eq!((y.as_tensor() + x.as_tensor()).unwrap().dims(), [800, 800]));
-        let product: Call<'_> = Box::new(|_| assert_eq!(y.matmul(x).unwrap().dims(), [800, 800]));
+        let sum: Call<'_> = Box::new(|_| assert_eq!((y.as_tensor() + x.as_tensor()).unwrap().dims(), [SIDE, SIDE]));
+        let product: Call<'_> = Box::new(|_| assert_eq!(y.matmul(x).unwrap().dims(), [SIDE, SIDE]));
         let step: Call<'_> = Box::new(|_| trained.step());
         let scenario = format!("a step beside operations of its variables, clip_global_norm: {clip_global_norm:?}");
         beside(&scenario, [step, sum, product].map(|call| (Place::Thread, call)).into());

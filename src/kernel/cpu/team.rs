@@ -104,3 +104,73 @@ impl Helpers {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    use std::time::Duration;
+
+    use super::*;
+
+    fn pool(threads: usize) -> ThreadPool {
+        ThreadPoolBuilder::new().num_threads(threads).build().unwrap()
+    }
+
+    /// Runs as many parts of each kind; how often the parts were run.
+    fn run(threads: usize, parts: usize) -> Vec<usize> {
+        let counts: Vec<AtomicUsize> = (0..parts).map(|_| AtomicUsize::new(0)).collect();
+        let count = |count: &AtomicUsize| {
+            count.fetch_add(1, Ordering::Relaxed);
+        };
+        let pass = |team: Team| {
+            team.pieces(counts.iter().collect(), count);
+            team.tensors(counts.iter().collect(), count);
+            Ok(())
+        };
+        Team::run(threads, pass).unwrap();
+        counts.into_iter().map(AtomicUsize::into_inner).collect()
+    }
+
+    #[test]
+    fn every_part_is_run_once() {
+        let pool = pool(2);
+        for threads in [1, 2, 5] {
+            for parts in [0, 1, 2, 100] {
+                assert_eq!(run(threads, parts), vec![2; parts]);
+                assert_eq!(pool.install(|| run(threads, parts)), vec![2; parts]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_worker_that_waits_takes_no_tasks() {
+        let (is_waiting, was_taken) = (&AtomicBool::new(false), &AtomicBool::new(false));
+        pool(1).scope(|scope| {
+            scope.spawn(move |_| was_taken.store(is_waiting.load(Ordering::Relaxed), Ordering::Relaxed));
+            is_waiting.store(true, Ordering::Relaxed);
+            let pause = |()| std::thread::sleep(Duration::from_millis(5));
+            let pass = |team: Team| {
+                team.pieces(vec![(); 4], pause);
+                team.tensors(vec![(); 4], pause);
+                Ok(())
+            };
+            Team::run(2, pass).unwrap();
+            is_waiting.store(false, Ordering::Relaxed);
+        });
+        assert!(!was_taken.load(Ordering::Relaxed));
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_leaves_the_threads() {
+        let fail = || {
+            let pass = |team: Team| {
+                team.pieces((0..10).collect(), |i| assert_ne!(i, 7, "a panic of a test"));
+                Ok(())
+            };
+            catch_unwind(AssertUnwindSafe(|| Team::run(3, pass))).is_err()
+        };
+        assert!(fail() && pool(1).install(fail));
+        assert_eq!(run(3, 10), [2; 10]);
+    }
+}
