@@ -22,7 +22,6 @@ use candle_adamax::{
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Optimizer as _;
 use common::noise;
-use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 /// How much longer than it should a scenario may take, on a machine that has much else to do.
@@ -66,10 +65,7 @@ fn beside(scenario: &str, calls: Vec<(Place<'_>, Call<'_>)>) {
                 loop {
                     match *place {
                         Place::Thread => call(),
-                        Place::Tasks(pool, n) => match pool {
-                            Some(pool) => pool.scope(|tasks| (0..n).for_each(|_| tasks.spawn(|_| call()))),
-                            None => rayon::scope(|tasks| (0..n).for_each(|_| tasks.spawn(|_| call()))),
-                        },
+                        Place::Tasks(pool, n) => in_tasks(pool, n, |_| call()),
                     }
                     if Instant::now() >= until {
                         break;
@@ -80,6 +76,16 @@ fn beside(scenario: &str, calls: Vec<(Place<'_>, Call<'_>)>) {
     });
     drop(done);
     watchdog.join().unwrap();
+}
+
+/// Makes `n` calls in tasks of a pool, or of the global one. This is a plain thread, whose tasks wait outside of the
+/// workers' own queues, so that a worker takes one when it waits for another worker.
+fn in_tasks(pool: Option<&ThreadPool>, n: u64, call: impl Fn(u64) + Sync) {
+    let call = &call;
+    match pool {
+        Some(pool) => pool.in_place_scope(|tasks| (0..n).for_each(|i| tasks.spawn(move |_| call(i)))),
+        None => rayon::in_place_scope(|tasks| (0..n).for_each(|i| tasks.spawn(move |_| call(i)))),
+    }
 }
 
 fn own_pool(threads: usize) -> ThreadPool {
@@ -320,11 +326,7 @@ fn lookups_of_an_exact_table_in_tasks() {
     for threads in [None, Some(4)] {
         let pool = threads.map(own_pool);
         let round: Call<'_> = Box::new(|round| {
-            let lookups = || (0..24).into_par_iter().for_each(|task| rows.lookup(24 * round + task, 20_000));
-            match &pool {
-                Some(pool) => pool.install(lookups),
-                None => lookups(),
-            }
+            in_tasks(pool.as_ref(), 24, |task| rows.lookup(24 * round + task, 20_000));
             // All rows lag behind again.
             rows.step(round, 10);
         });
