@@ -13,7 +13,7 @@ use common::{DTYPES, Fingerprint, bits, noise, tensor, var};
 
 /// One variable that is cut into pieces, two around the size where that begins, and two hundred small ones.
 fn shapes() -> Vec<(usize, DType)> {
-    let large = [(1_200_007, DType::F32), (70_003, DType::BF16), (16_385, DType::F64), (0, DType::F32)];
+    let large = [(1_200_007, DType::F32), (131_073, DType::BF16), (131_072, DType::F64), (0, DType::F32)];
     large.into_iter().chain((0..200).map(|i| (1 + i * 37 % 512, DTYPES[i % 4]))).collect()
 }
 

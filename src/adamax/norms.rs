@@ -51,7 +51,7 @@ impl Adamax {
             let unscale = self.unscale().abs();
             let measured = Context::default().measure(&gradients.sources(&self.vars)?, norm)?;
             let names = gradients.indices(&self.vars).map(|index| self.vars[index].name.clone());
-            Ok(names.zip(measured.into_iter().map(|norm| norm * unscale)).collect())
+            Ok(names.zip(measured.into_iter().map(|norm| norm.times(unscale).to_f64())).collect())
         };
         norms().map_err(|error| self.own(error))
     }

@@ -2,8 +2,9 @@
 //!
 //! candle hands `&mut CpuStorage` to an in-place operation; an operation that holds a closure lends the storage to it,
 //! without `unsafe`. The storage is locked meanwhile: whoever asks for the same storage again waits for ever. Hence
-//! the invariant that callers keep: no variable is lent twice at once, and no gradient shares a variable's storage
-//! (compare [`storage_address`]es first).
+//! the invariants that callers keep: no gradient shares a variable's storage (compare [`storage_address`]es first); a
+//! thread locks one variable at a time, and what it reads for it after it, in the order of candle's own operations in
+//! place; and whoever holds a lock waits for nobody who may want one (see `cpu/team.rs`).
 
 #[cfg(feature = "cuda")]
 pub(crate) mod gpu;
@@ -111,6 +112,14 @@ pub(crate) enum Source<'a> {
 }
 
 impl<'a> Source<'a> {
+    /// How many elements it has.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Tensor(tensor) => tensor.elem_count(),
+            Self::Buffer(buffer) => buffer.len(),
+        }
+    }
+
     /// The elements in host memory, locked against writing while the result lives.
     pub(crate) fn borrow(self) -> candle_core::Result<Borrowed<'a>> {
         Ok(match self {
@@ -184,42 +193,6 @@ pub(crate) fn lend<R>(
     }
 }
 
-/// Lends the elements of several variables at once, in their order. Every variable takes a level of the stack, so the
-/// caller passes no more than [`LENT_AT_ONCE`].
-pub(crate) fn lend_all<R>(
-    vars: &[&Tensor],
-    f: impl FnOnce(Vec<ElementsMut<'_>>) -> candle_core::Result<R>,
-) -> candle_core::Result<R> {
-    // The closure is called at the deepest level; as a trait object it keeps the levels from growing the type.
-    let (mut f, mut result) = (Some(f), None);
-    lend_rest(vars, Vec::with_capacity(vars.len()), &mut |lent| {
-        if let Some(f) = f.take() {
-            result = Some(f(lent)?);
-        }
-        Ok(())
-    })?;
-    match result {
-        Some(result) => Ok(result),
-        None => bail!("the variables' storage was not lent"),
-    }
-}
-
-/// How many variables [`lend_all`] takes at most.
-pub(crate) const LENT_AT_ONCE: usize = 64;
-
-type WithAll<'f> = dyn for<'x> FnMut(Vec<ElementsMut<'x>>) -> candle_core::Result<()> + 'f;
-
-fn lend_rest(vars: &[&Tensor], lent: Vec<ElementsMut<'_>>, f: &mut WithAll<'_>) -> candle_core::Result<()> {
-    match vars {
-        [] => f(lent),
-        [var, rest @ ..] => lend(var, move |elements| {
-            let mut lent = lent;
-            lent.push(elements);
-            lend_rest(rest, lent, f)
-        }),
-    }
-}
-
 /// An in-place operation that runs a closure instead of an operation.
 struct Lend<F, R> {
     f: RefCell<Option<F>>,
@@ -262,32 +235,9 @@ fn contiguous(layout: &Layout) -> candle_core::Result<Range<usize>> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Var};
+    use candle_core::Device;
 
     use super::*;
-
-    #[test]
-    fn lends_as_many_as_it_says_in_order() -> candle_core::Result<()> {
-        let vars = (0..LENT_AT_ONCE)
-            .map(|i| Var::from_vec(vec![i as f32; 3], 3, &Device::Cpu))
-            .collect::<candle_core::Result<Vec<_>>>()?;
-        let tensors: Vec<&Tensor> = vars.iter().map(|var| var.as_tensor()).collect();
-        let lent = lend_all(&tensors, |all| {
-            for (i, elements) in all.into_iter().enumerate() {
-                match elements {
-                    ElementsMut::F32(values) => {
-                        assert_eq!(values, [i as f32; 3]);
-                        values[1] = -1.0;
-                    }
-                    _ => bail!("wrong dtype"),
-                }
-            }
-            Ok(vars.len())
-        })?;
-        assert_eq!(lent, LENT_AT_ONCE);
-        assert_eq!(vars[63].to_vec1::<f32>()?, [63.0, -1.0, 63.0]);
-        Ok(())
-    }
 
     #[test]
     fn views_have_the_address_of_their_tensor() -> candle_core::Result<()> {

@@ -15,7 +15,6 @@ use crate::clip::Clip;
 use crate::error::Result;
 use crate::reduce::{Norm, NormType};
 use crate::state::Place;
-use lend::Borrowed;
 
 pub(crate) use cpu::{Accumulate, Average, Orders, PayTask, RowTask, Task, Update};
 #[cfg(feature = "cuda")]
@@ -134,10 +133,8 @@ impl Context {
     /// The norm of each gradient, in their order; the second of each pair is where the state of its variable lives.
     /// Waits for the devices that gradients are on.
     pub(crate) fn measure(&mut self, grads: &[(Source<'_>, Place)], norm: NormType) -> Result<Vec<Norm>> {
-        let on_host = grads.iter().filter(|(_, place)| *place == Place::Host);
-        let borrowed = on_host.map(|(source, _)| source.borrow()).collect::<candle_core::Result<Vec<_>>>()?;
-        let elements = borrowed.iter().map(Borrowed::elements).collect::<candle_core::Result<Vec<_>>>()?;
-        let mut measured = cpu::measure(&elements, norm).into_iter();
+        let on_host = grads.iter().filter(|(_, place)| *place == Place::Host).map(|(source, _)| *source);
+        let mut measured = cpu::measure(&on_host.collect::<Vec<_>>(), norm)?.into_iter();
         let of_each = grads.iter().map(|(source, place)| match place {
             Place::Host => Ok(measured.next().unwrap_or_default()),
             Place::Device => Ok(portable::measure(*source, norm)?),

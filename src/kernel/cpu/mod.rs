@@ -1,16 +1,17 @@
-//! One parallel pass for all tensors of a step, on the CPU.
+//! A parallel pass for all tensors of a step, on the CPU.
 //!
-//! Tensors are cut and bundled by [`Plan`]; whichever rayon pool is current runs the pieces. Invariant: the work on an
-//! element does not depend on the piece it is in, so any number of threads gives the same bits.
+//! [`Plan`] cuts and bundles tensors; a [`Team`] of as many threads as the current rayon pool has runs the pieces.
+//! Invariants: the work on an element does not depend on the piece it is in, so any number of threads gives the same
+//! bits; a thread holds the locks of one variable and its gradient at most.
 
 mod isa;
 mod measure;
 mod passes;
 pub(crate) mod rows;
 mod span;
+mod team;
 
 use candle_core::Tensor;
-use rayon::prelude::*;
 
 pub(crate) use isa::{Isa, Pass};
 pub(crate) use measure::measure;
@@ -18,7 +19,8 @@ pub(crate) use passes::{Accumulate, Average, Update};
 pub(crate) use rows::{PayTask, RowTask, pay_rows, update_rows};
 pub(crate) use span::Orders;
 
-use super::lend::{Borrowed, Elements, ElementsMut, LENT_AT_ONCE, Source, lend, lend_all};
+use self::team::Team;
+use super::lend::{Borrowed, Elements, ElementsMut, Source, lend};
 use super::plan::Plan;
 use crate::state::Place;
 
@@ -61,7 +63,7 @@ pub(crate) trait Work<'x>: Send {
     fn run(self: Box<Self>, isa: Isa);
 }
 
-/// Runs all tasks in one parallel region (another one for every further [`LENT_AT_ONCE`] large variables).
+/// Runs all tasks.
 pub(crate) fn run<'a, K: Kind<'a>>(tasks: Vec<Task<'a, K>>) -> candle_core::Result<()> {
     run_with(tasks, Isa::detect(), rayon::current_num_threads())
 }
@@ -72,67 +74,48 @@ fn run_with<'a, K: Kind<'a>>(tasks: Vec<Task<'a, K>>, isa: Isa, threads: usize) 
     if !plan.is_parallel() {
         return tasks.into_iter().try_for_each(|task| run_alone(task, isa));
     }
+    Team::run(threads, |team| run_planned(tasks, &plan, isa, team))
+}
+
+/// Small tensors first, many at a time; then each large one, cut into pieces.
+fn run_planned<'a, K: Kind<'a>>(tasks: Vec<Task<'a, K>>, plan: &Plan, isa: Isa, team: Team) -> candle_core::Result<()> {
     let mut tasks: Vec<Option<Task<'a, K>>> = tasks.into_iter().map(Some).collect();
     let mut take = |index: usize| tasks.get_mut(index).and_then(Option::take);
-    let mut bundles: Vec<Vec<Task<'a, K>>> =
+    let bundles: Vec<Vec<Task<'a, K>>> =
         plan.bundles.iter().map(|bundle| bundle.iter().filter_map(|&index| take(index)).collect()).collect();
-    let mut large: Vec<(Task<'a, K>, usize)> =
-        plan.cut.iter().filter_map(|&(index, piece)| Some((take(index)?, piece))).collect();
-    if large.is_empty() {
-        return run_parallel(Vec::new(), bundles, isa);
-    }
-    while !large.is_empty() {
-        let group: Vec<_> = large.drain(..large.len().min(LENT_AT_ONCE)).collect();
-        let bundles = std::mem::take(&mut bundles);
-        let reads = group
-            .iter()
-            .map(|(task, _)| task.read.map(Source::borrow).transpose())
-            .collect::<candle_core::Result<Vec<_>>>()?;
-        let vars: Vec<&Tensor> = group.iter().filter_map(|(task, _)| task.lent).collect();
-        lend_all(&vars, |lent| {
-            let mut lent = lent.into_iter();
-            let mut pieces = Vec::new();
-            for ((task, piece), read) in group.into_iter().zip(&reads) {
-                let written = if task.lent.is_some() { lent.next() } else { None };
-                let read = read.as_ref().map(Borrowed::elements).transpose()?;
-                pieces.extend(task.kind.bind(written, read)?.cut(piece));
-            }
-            run_parallel(pieces, bundles, isa)
-        })?;
+    let mut results: Vec<candle_core::Result<()>> = bundles.iter().map(|_| Ok(())).collect();
+    team.tensors(bundles.into_iter().zip(&mut results).collect(), |(bundle, result)| {
+        *result = bundle.into_iter().try_for_each(|task| run_alone(task, isa));
+    });
+    results.into_iter().collect::<candle_core::Result<()>>()?;
+    for &(index, piece) in &plan.cut {
+        if let Some(task) = take(index) {
+            with_locks(task, |work| team.pieces(work.cut(piece), |piece| piece.run(isa)))?;
+        }
     }
     Ok(())
 }
 
-fn run_parallel<'a, 'x, K: Kind<'a>>(
-    pieces: Vec<Box<dyn Work<'x> + 'x>>,
-    bundles: Vec<Vec<Task<'a, K>>>,
-    isa: Isa,
-) -> candle_core::Result<()> {
-    let pieces = pieces.into_par_iter().with_max_len(1).map(|piece| {
-        piece.run(isa);
-        Ok(())
-    });
-    let bundles = bundles
-        .into_par_iter()
-        .with_max_len(1)
-        .map(|bundle| bundle.into_iter().try_for_each(|task| run_alone(task, isa)));
-    pieces.chain(bundles).collect()
-}
-
 /// Runs one tensor on this thread.
 fn run_alone<'a, K: Kind<'a>>(task: Task<'a, K>, isa: Isa) -> candle_core::Result<()> {
-    let borrowed = task.read.map(Source::borrow).transpose()?;
-    let read = borrowed.as_ref().map(Borrowed::elements).transpose()?;
-    let kind = task.kind;
-    match task.lent {
-        Some(var) => lend(var, |lent| {
-            kind.bind(Some(lent), read)?.run(isa);
-            Ok(())
-        }),
-        None => {
-            kind.bind(None, read)?.run(isa);
-            Ok(())
-        }
+    with_locks(task, |work| work.run(isa))
+}
+
+/// Locks the variable and then its gradient, as candle's own operations in place do, for the time of `f`.
+fn with_locks<'a, K: Kind<'a>>(
+    task: Task<'a, K>,
+    f: impl for<'x> FnOnce(Box<dyn Work<'x> + 'x>),
+) -> candle_core::Result<()> {
+    let Task { lent, read, kind, .. } = task;
+    let run = |lent: Option<ElementsMut<'_>>| {
+        let borrowed = read.map(Source::borrow).transpose()?;
+        let read = borrowed.as_ref().map(Borrowed::elements).transpose()?;
+        f(kind.bind(lent, read)?);
+        Ok(())
+    };
+    match lent {
+        Some(var) => lend(var, |lent| run(Some(lent))),
+        None => run(None),
     }
 }
 
@@ -265,12 +248,16 @@ mod tests {
     }
 
     #[test]
-    fn more_large_variables_than_are_lent_at_once() -> Result<()> {
-        let sizes = vec![17_000; LENT_AT_ONCE + 7];
+    fn bits_of_many_large_variables_do_not_depend_on_threads() -> Result<()> {
+        let mut sizes = vec![140_000; 8];
+        sizes.extend([100_000; 12]);
         let plan = Plan::new(&sizes, 64);
-        assert!(plan.cut.len() > LENT_AT_ONCE, "the test is for a second group");
+        assert!(plan.cut.len() == 8 && plan.bundles.len() == 12, "{plan:?}");
         let isa = Isa::detect();
-        assert!(bits(&sizes, PLAIN, isa, 64)? == bits(&sizes, PLAIN, isa, 1)?);
+        let expected = bits(&sizes, PLAIN, isa, 1)?;
+        for threads in [2, 64] {
+            assert!(bits(&sizes, PLAIN, isa, threads)? == expected, "{threads} threads");
+        }
         Ok(())
     }
 }

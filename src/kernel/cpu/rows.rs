@@ -3,10 +3,10 @@
 //! Invariant: a row is written by one thread, from beginning to end, so any number of threads gives the same bits.
 
 use candle_core::{Tensor, bail};
-use rayon::prelude::*;
 
 use super::isa::prefetch;
 use super::span::{Lane, Orders, PayRow, Span, UpdateUnit};
+use super::team::Team;
 use super::{Isa, Pass};
 use crate::codec::Limits;
 use crate::element::{Arithmetic, Element};
@@ -37,31 +37,43 @@ pub(crate) struct RowTask<'a> {
     pub(crate) state: &'a mut ParamState,
 }
 
-/// Updates the touched rows of all tables.
-pub(crate) fn update_rows(tasks: Vec<RowTask<'_>>) -> candle_core::Result<()> {
-    let (isa, threads) = (Isa::detect(), rayon::current_num_threads());
-    tasks.into_iter().try_for_each(|task| update_table(task, isa, threads))
+impl RowTask<'_> {
+    fn elements(&self) -> usize {
+        self.grad.rows().map_or(0, <[u32]>::len) * self.grad.row_len
+    }
 }
 
-fn update_table(task: RowTask<'_>, isa: Isa, threads: usize) -> candle_core::Result<()> {
+/// Updates the touched rows of all tables, one after another.
+pub(crate) fn update_rows(tasks: Vec<RowTask<'_>>) -> candle_core::Result<()> {
+    let isa = Isa::detect();
+    let threads = threads_for(tasks.iter().map(RowTask::elements).max().unwrap_or(0));
+    Team::run(threads, |team| tasks.into_iter().try_for_each(|task| update_table(task, isa, threads, team)))
+}
+
+/// How many threads are to work on so many elements of rows.
+fn threads_for(elements: usize) -> usize {
+    if elements <= SEQUENTIAL { 1 } else { rayon::current_num_threads() }
+}
+
+fn update_table(task: RowTask<'_>, isa: Isa, threads: usize, team: Team) -> candle_core::Result<()> {
+    let elements = task.elements();
     let RowTask { var, grad, orders, state, .. } = task;
-    let borrowed: Vec<Borrowed<'_>> = grad.borrow()?;
-    let view = grad.view(&borrowed)?;
-    let (rows, row_len) = (view.rows.len(), view.row_len);
-    if rows == 0 || row_len == 0 {
+    if elements == 0 {
         return Ok(());
     }
     lend(var, |params| {
+        let borrowed: Vec<Borrowed<'_>> = grad.borrow()?;
+        let view = grad.view(&borrowed)?;
+        let (rows, row_len) = (view.rows.len(), view.row_len);
         let span = Span::new(params, state)?;
         if !span.has_units_of(row_len) {
             bail!("expected moments by rows");
         }
-        let rows = Rows { view: &view, orders, from: 0, to: rows, span: span.in_units_of(row_len) };
-        if threads <= 1 || view.rows.len() * row_len <= SEQUENTIAL {
-            isa.run(rows);
+        let all = Rows { view: &view, orders, from: 0, to: rows, span: span.in_units_of(row_len) };
+        if threads <= 1 || elements <= SEQUENTIAL {
+            isa.run(all);
         } else {
-            let piece = view.rows.len().div_ceil(threads * PIECES_PER_THREAD);
-            rows.cut(piece).into_par_iter().with_max_len(1).for_each(|rows| isa.run(rows));
+            team.pieces(all.cut(rows.div_ceil(threads * PIECES_PER_THREAD)), |piece| isa.run(piece));
         }
         Ok(())
     })
@@ -139,27 +151,29 @@ pub(crate) struct PayTask<'a> {
     pub(crate) state: &'a mut ParamState,
 }
 
-/// Lets rows pay: ascending, each with the update of the ledger after which it was up to date.
+/// Lets rows pay: ascending, each with the update of the ledger after which it was up to date. Whoever calls it may hold
+/// a mutex: nobody who works on the rows takes one, and the caller takes no other tasks while it waits.
 pub(crate) fn pay_rows(task: PayTask<'_>, rows: &[(u32, u32)]) -> candle_core::Result<()> {
-    let (isa, threads) = (Isa::detect(), rayon::current_num_threads());
     let PayTask { var, row_len, ledger, rounding, key, state } = task;
     let limits = state.moments.layout.encoding.limits();
     if rows.is_empty() || row_len == 0 {
         return Ok(());
     }
-    lend(var, |params| {
-        let span = Span::new(params, state)?;
-        if !span.has_units_of(row_len) {
-            bail!("expected moments by rows");
-        }
-        let pass = PayPass { rows, ledger, limits, rounding, key, span: span.in_units_of(row_len) };
-        if threads <= 1 || rows.len() * row_len <= SEQUENTIAL {
-            isa.run(pass);
-        } else {
-            let piece = rows.len().div_ceil(threads * PIECES_PER_THREAD);
-            pass.cut(piece).into_par_iter().with_max_len(1).for_each(|pass| isa.run(pass));
-        }
-        Ok(())
+    let (isa, threads) = (Isa::detect(), threads_for(rows.len() * row_len));
+    Team::run(threads, |team| {
+        lend(var, |params| {
+            let span = Span::new(params, state)?;
+            if !span.has_units_of(row_len) {
+                bail!("expected moments by rows");
+            }
+            let pass = PayPass { rows, ledger, limits, rounding, key, span: span.in_units_of(row_len) };
+            if threads <= 1 {
+                isa.run(pass);
+            } else {
+                team.pieces(pass.cut(rows.len().div_ceil(threads * PIECES_PER_THREAD)), |piece| isa.run(piece));
+            }
+            Ok(())
+        })
     })
 }
 
