@@ -27,7 +27,7 @@ use candle_nn::{Optimizer, VarMap};
 
 use self::accumulate::{Accumulated, Sum};
 use self::collect::{Found, collect};
-use self::ema::Averages;
+use self::ema::{Averages, Rounded};
 use self::gradients::{GradRef, Gradients};
 use self::held::Held;
 pub use self::inspect::{MomentStatistics, StateBytes, Statistics};
@@ -288,7 +288,8 @@ impl Adamax {
             self.counters.skipped += 1;
             return Ok(());
         }
-        averages.advance(&mut self.vars, self.params.ema, updates_before, &mut self.context)?;
+        let rounded = Rounded::of_call(&rates, self.params.seed, self.counters.calls);
+        averages.advance(&mut self.vars, self.params.ema, updates_before, &rounded, &mut self.context)?;
         self.counters.calls += 1;
         Ok(())
     }

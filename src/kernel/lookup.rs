@@ -7,6 +7,7 @@ use super::lend::{Elements, ElementsMut, Source, elements_of, lend};
 use super::occurrences::Listed;
 use crate::element::Element;
 use crate::pages;
+use crate::state::written;
 
 /// Runs `$body` with the slice of elements, and makes a storage of the vector that comes back.
 macro_rules! with_storage {
@@ -91,16 +92,30 @@ pub(crate) fn largest_backward(grad: &Tensor, row_len: usize, positions: &[u32],
 }
 
 /// Scales the rows `ids` of a variable whose L2 norm is above `max_norm` down to it.
+///
+/// Masters follow the elements that have changed only: a row at the limit, whose scaled elements round to what they were,
+/// would otherwise lose all steps that are smaller than its rounding.
 pub(crate) fn renormalize(table: &Tensor, row_len: usize, ids: &[u32], max_norm: f64) -> Result<()> {
+    let is_followed = written::is_followed(table);
+    let mut changed = Vec::new();
+    let mut note = |row, column| {
+        if is_followed {
+            changed.push((row, column));
+        }
+    };
     lend(table, |elements| {
         match elements {
-            ElementsMut::F64(table) => rows::renormalize(table, row_len, ids, max_norm),
-            ElementsMut::F32(table) => rows::renormalize(table, row_len, ids, max_norm),
-            ElementsMut::F16(table) => rows::renormalize(table, row_len, ids, max_norm),
-            ElementsMut::BF16(table) => rows::renormalize(table, row_len, ids, max_norm),
+            ElementsMut::F64(table) => rows::renormalize(table, row_len, ids, max_norm, |_, _| {}),
+            ElementsMut::F32(table) => rows::renormalize(table, row_len, ids, max_norm, |_, _| {}),
+            ElementsMut::F16(table) => rows::renormalize(table, row_len, ids, max_norm, &mut note),
+            ElementsMut::BF16(table) => rows::renormalize(table, row_len, ids, max_norm, &mut note),
         }
         Ok(())
-    })
+    })?;
+    if !changed.is_empty() {
+        written::elements(table, &changed);
+    }
+    Ok(())
 }
 
 /// Asks for large pages under a large table.

@@ -19,6 +19,7 @@ use candle_core::{Tensor, TensorId};
 use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::sparse::{IDS, read_ids, row_len, rows_of};
 use crate::kernel::{self, GpuIds, Listed, Occurrences, Unchecked, is_supported};
+use crate::state::written;
 
 pub(crate) use lookup::{Pooled, PooledIds};
 pub(crate) use records::snapshot;
@@ -226,8 +227,10 @@ impl Table {
         let (n, device) = (rows.len(), weight.device());
         let positions = Tensor::new(positions, device)?;
         let values = values.to_device(device)?.copy()?.reshape(((), row_len))?.index_select(&positions, 0)?;
-        let rows = Tensor::new(rows, device)?.reshape((n, 1))?.broadcast_as((n, row_len))?.contiguous()?;
-        Ok(weight.detach().reshape((self.0.rows, row_len))?.scatter_set(&rows, &values, 0)?)
+        let places = Tensor::new(rows.as_slice(), device)?.reshape((n, 1))?.broadcast_as((n, row_len))?.contiguous()?;
+        weight.detach().reshape((self.0.rows, row_len))?.scatter_set(&places, &values, 0)?;
+        written::rows(weight, &rows);
+        Ok(())
     }
 
     pub(crate) fn on_host(&self) -> bool {

@@ -322,13 +322,26 @@ pub(crate) fn largest<E: Element>(rows: &[E], row_len: usize, starts: &[u32]) ->
 }
 
 /// Scales the rows `ids` whose L2 norm is above `max_norm` down to it: `w * max_norm / (norm + 1e-7)`, as PyTorch does.
-pub(crate) fn renormalize<E: Element>(table: &mut [E], row_len: usize, ids: &[u32], max_norm: f64) {
+/// `changed` is told the row and column of each element that is another one then.
+pub(crate) fn renormalize<E: Element>(
+    table: &mut [E],
+    row_len: usize,
+    ids: &[u32],
+    max_norm: f64,
+    mut changed: impl FnMut(u32, usize),
+) {
     for &id in ids {
         let row = &mut table[id as usize * row_len..][..row_len];
         let norm = row.iter().map(|x| x.widen().to_f64() * x.widen().to_f64()).sum::<f64>().sqrt();
         if norm > max_norm {
             let factor = E::Acc::from_f64(max_norm / (norm + 1e-7));
-            row.iter_mut().for_each(|x| *x = E::narrow(x.widen() * factor));
+            for (column, x) in row.iter_mut().enumerate() {
+                let scaled = E::narrow(x.widen() * factor);
+                if scaled.widen() != x.widen() {
+                    changed(id, column);
+                }
+                *x = scaled;
+            }
         }
     }
 }
