@@ -311,7 +311,8 @@ mod tests {
         for bits in 0..=u16::MAX {
             let value = f16::from_bits(bits);
             let exact = value.to_f32();
-            for copy in sweep().step_by(64).chain([0.0, -0.0, f32::INFINITY, f32::NAN, exact, exact * 1.000_4, -exact]) {
+            for copy in sweep().step_by(64).chain([0.0, -0.0, f32::INFINITY, f32::NAN, exact, exact * 1.000_4, -exact])
+            {
                 let joined = value.join(copy);
                 assert_eq!(joined.is_nan(), value.is_nan(), "{bits:#06x} {copy:e}");
                 if !value.is_nan() {

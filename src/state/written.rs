@@ -137,7 +137,10 @@ impl Columns {
             Self::All => row.fill(T::zeroed()),
             Self::Some(bits) => {
                 let is_written = |column: usize| bits[column / 64] >> (column % 64) & 1 == 1;
-                row.iter_mut().enumerate().filter(|(column, _)| is_written(*column)).for_each(|(_, x)| *x = T::zeroed());
+                row.iter_mut()
+                    .enumerate()
+                    .filter(|(column, _)| is_written(*column))
+                    .for_each(|(_, x)| *x = T::zeroed());
             }
         }
     }

@@ -196,17 +196,10 @@ fn sums_and_averages_have_the_bits_of_the_cpu() -> Result<()> {
 }
 
 /// One pass by both.
-fn check_pass(
-    dtype: DType,
-    n: usize,
-    kind: &str,
-    (factor, overwrites): (f64, bool),
-    rounding: Rounding,
-) -> Result<()> {
+fn check_pass(dtype: DType, n: usize, kind: &str, (factor, overwrites): (f64, bool), rounding: Rounding) -> Result<()> {
     let what = format!("{kind} {dtype:?} {n} {rounding:?}");
     let (other, to) = (tensor(&[n], 1, 41, dtype)?, tensor(&[n], 2, 3, crate::state::arithmetic(dtype))?);
-    let mut buffer =
-        crate::state::Buffer::from_tensor(&to, &to, Place::Host).map_err(candle_core::Error::from)?;
+    let mut buffer = crate::state::Buffer::from_tensor(&to, &to, Place::Host).map_err(candle_core::Error::from)?;
     let (var, key) = (Var::from_tensor(&other)?, 0x9e37_79b9_7f4a);
     // Rests of all kinds: those of bf16 are those of other values, those of f16 its own with more digits, and foreign ones.
     let mut master = if !Master::is_kept(dtype, rounding) {
