@@ -36,6 +36,9 @@ pub struct ClipGradNorm {
 ///
 /// After every call of `step`: `average = momentum * average + (1 - momentum) * w`; during the first update the
 /// average is a copy of the weights. With `overwrite_frequency` f, every f-th update ends with `w = average`.
+///
+/// w is the master copy where there is one ([`Rounding::Master`]), and becomes the average without being rounded. With
+/// [`Rounding::Stochastic`] a weight that becomes its average is rounded at random, with a key of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Ema {
