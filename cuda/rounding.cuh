@@ -53,7 +53,12 @@ template <> struct Half<bf16> {
         value = bf16{u16(is_nan(x) ? nan : rounded)};
     }
 
-    DEVICE float join(bf16 value, i16 rest) { return from_bits((u32(value.bits) << 16) + u32(i32(rest))); }
+    DEVICE float join(bf16 value, i16 rest) {
+        u32 own = u32(value.bits) << 16;
+        float joined = from_bits(own + u32(i32(rest)));
+        // Somebody else wrote the value.
+        return is_nan(joined) ? from_bits(own) : joined;
+    }
 };
 
 constexpr u32 F16_BIAS = (15u - 127u) << 23;

@@ -1,4 +1,4 @@
-// Units of parameters and their moments in memory: what the update and the payment of rows have in common.
+// Parameters in memory, as updates, payments of rows and averages read and write them; and units of them with their moments.
 #pragma once
 
 #include "abi.cuh"
@@ -9,7 +9,7 @@ template <typename P> struct Params {
 
     P* values;
 
-    __device__ Params(const Tensor& t, bool, u32, u64 start) : values(reinterpret_cast<P*>(t.param) + start) {}
+    __device__ Params(u64 param, u64, bool, u32, u64 start) : values(reinterpret_cast<P*>(param) + start) {}
 
     __device__ __forceinline__ void read(u32 at, u32 n, bool whole, A (&w)[GROUP]) const { load_wide(values + at, n, whole, w); }
 
@@ -25,9 +25,9 @@ template <typename H> struct NarrowParams {
     bool is_stochastic;
     u32 key;
 
-    __device__ NarrowParams(const Tensor& t, bool is_stochastic, u32 key, u64 start)
-        : values(reinterpret_cast<H*>(t.param) + start),
-          rests(t.master == 0 ? nullptr : reinterpret_cast<Rest*>(t.master) + start),
+    __device__ NarrowParams(u64 param, u64 master, bool is_stochastic, u32 key, u64 start)
+        : values(reinterpret_cast<H*>(param) + start),
+          rests(master == 0 ? nullptr : reinterpret_cast<Rest*>(master) + start),
           is_stochastic(is_stochastic), key(key) {}
 
     __device__ __forceinline__ void read(u32 at, u32 n, bool whole, float (&w)[GROUP]) const {
@@ -85,7 +85,7 @@ template <typename F, typename P> struct Stored {
 
     // The key is that of the random numbers of the moments and, in the upper half, of the parameter.
     __device__ Stored(const Lanes& lanes, const Tensor& t, bool is_stochastic, u64 place, u64 key)
-        : lanes(lanes), params(t, is_stochastic, u32(key >> 32), place * t.unit),
+        : lanes(lanes), params(t.param, t.master, is_stochastic, u32(key >> 32), place * t.unit),
           moments(reinterpret_cast<typename F::Code*>(t.exp_avg) + place * t.unit),
           norms(reinterpret_cast<typename F::Norm*>(t.exp_inf) + place * t.unit),
           norm(reinterpret_cast<A*>(t.exp_inf) + place), log(reinterpret_cast<u32*>(t.units) + place),

@@ -38,6 +38,9 @@ pub struct ClipGradNorm {
 /// weights after the first update in which its variable has a gradient. With `overwrite_frequency` f, every f-th update
 /// ends with `w = average`. A variable that has never had a gradient, such as a running statistic, has no average, and
 /// nothing overwrites it.
+///
+/// w is the master copy where there is one ([`Rounding::Master`]), and becomes the average without being rounded. With
+/// [`Rounding::Stochastic`] a weight that becomes its average is rounded at random, with a key of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Ema {

@@ -20,11 +20,19 @@ pub enum Rounding {
     Nearest,
     /// Up or down at random, so that the mean is exact: a weight that is moved by a tenth of a unit in the last place
     /// goes one up in one step of ten. Costs no memory. The random numbers are those of a counter: seed, update, the
-    /// variable's name and the element's place.
+    /// variable's name and the element's place. An average that replaces a parameter is rounded like this, too, with
+    /// numbers of its own: the counter has the call in place of the update.
     Stochastic,
     /// A master copy in f32 is what is updated; the parameter is its nearest value. For bf16 the copy takes 2 bytes an
     /// element, since its other half is the parameter itself (ties are rounded up there, not to even); for f16, 4
     /// bytes.
+    ///
+    /// A parameter that somebody else writes (`Var::set`, `VarMap::load`, a mask) is the new master, within half a unit in
+    /// its last place: for bf16 the copy's other half stays, and for f16 the copy stays where it still rounds to the
+    /// parameter. No write makes the master NaN or infinite, unless it writes such a value. Where this crate writes
+    /// parameters, the master is exactly what was written: the average that
+    /// [`finalize_ema`](crate::Adamax::finalize_ema) and [`overwrite_frequency`](crate::Ema::overwrite_frequency) write,
+    /// rows of [`Table::set_rows`](crate::Table::set_rows), rows that `max_norm` scales.
     Master,
 }
 
@@ -92,7 +100,8 @@ pub(crate) trait Half: Element<Acc = f32> {
     /// A nearest value, and what is left.
     fn split(x: f32) -> (Self, Self::Rest);
 
-    /// What was split. A value that was changed since then is the master itself.
+    /// Undoes [`split`](Self::split). The value may have been written by somebody else since then: the result is always
+    /// within half a unit in the last place of it, and it is NaN or infinite only if the value is.
     fn join(self, rest: Self::Rest) -> f32;
 }
 
@@ -142,7 +151,11 @@ impl Half for bf16 {
 
     #[inline(always)]
     fn join(self, rest: i16) -> f32 {
-        f32::from_bits((u32::from(self.to_bits()) << 16).wrapping_add(i32::from(rest) as u32))
+        let own = u32::from(self.to_bits()) << 16;
+        let joined = f32::from_bits(own.wrapping_add(i32::from(rest) as u32));
+        // A zero with a negative rest and an infinity with a positive one were never split: somebody else wrote the
+        // value, and the sum leaves the numbers. Every other sum has the sign of the value and is within half a unit of it.
+        if joined.is_nan() { f32::from_bits(own) } else { joined }
     }
 }
 
@@ -249,6 +262,64 @@ mod tests {
             }
             // A weight that somebody has set is no longer what was split.
             assert_eq!(f16::from_f32(7.0).join(1.0), 7.0);
+        }
+    }
+
+    /// All bf16 values with all rests, whether `split` made the pair or somebody else wrote the value.
+    #[test]
+    fn a_value_of_bf16_and_any_rest_are_a_master() {
+        use rayon::prelude::*;
+        (0..=u16::MAX).into_par_iter().for_each(|bits| {
+            let value = bf16::from_bits(bits);
+            let (own, exact) = (u32::from(bits) << 16, value.to_f32());
+            if value.is_nan() {
+                assert!((i16::MIN..=i16::MAX).all(|rest| value.join(rest).is_nan()), "{bits:#06x}");
+                return;
+            }
+            let (least, most) = match bits & 0x7fff {
+                0 => (0, i16::MAX),
+                0x7f80 => (i16::MIN, 0),
+                _ => (i16::MIN, i16::MAX),
+            };
+            let is_right = |rest: i16| {
+                let joined = value.join(rest);
+                if (least..=most).contains(&rest) {
+                    let (again, rest_again) = <bf16 as Half>::split(joined);
+                    joined.to_bits() == own.wrapping_add(i32::from(rest) as u32)
+                        && (again.to_bits(), rest_again) == (bits, rest)
+                } else {
+                    joined.to_bits() == own
+                }
+            };
+            assert!((i16::MIN..=i16::MAX).all(is_right), "{bits:#06x}");
+            // The bits of all sums are consecutive, so that those of the largest rests are the farthest away. An infinity
+            // counts as 2^128.
+            let number = |x: f32| if x.is_infinite() { 2f64.powi(128).copysign(x.into()) } else { f64::from(x) };
+            let next = f64::from(f32::from_bits((own & 0x7fff_ffff) + if exact.is_finite() { 1 << 16 } else { 0 }));
+            let unit = if next.is_finite() { next - f64::from(exact.abs()) } else { 2f64.powi(120) };
+            for rest in [i16::MIN, -1, 0, 1, i16::MAX] {
+                let joined = value.join(rest);
+                assert!((number(joined) - number(exact)).abs() <= unit / 2.0, "{bits:#06x} {rest}");
+                assert!(joined.is_finite() || exact.is_infinite(), "{bits:#06x} {rest}");
+                assert!(joined.is_sign_positive() == exact.is_sign_positive(), "{bits:#06x} {rest}");
+            }
+        });
+    }
+
+    #[test]
+    fn a_value_of_f16_and_any_copy_are_a_master() {
+        for bits in 0..=u16::MAX {
+            let value = f16::from_bits(bits);
+            let exact = value.to_f32();
+            for copy in sweep().step_by(64).chain([0.0, -0.0, f32::INFINITY, f32::NAN, exact, exact * 1.000_4, -exact])
+            {
+                let joined = value.join(copy);
+                assert_eq!(joined.is_nan(), value.is_nan(), "{bits:#06x} {copy:e}");
+                if !value.is_nan() {
+                    assert_eq!(f16::narrow(joined).to_bits(), bits, "{copy:e}");
+                    assert!(joined.to_bits() == copy.to_bits() || joined.to_bits() == exact.to_bits());
+                }
+            }
         }
     }
 

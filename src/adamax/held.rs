@@ -10,7 +10,7 @@ use crate::codec::Encoding;
 use crate::error::{Error, Result};
 use crate::gradient::sparse::row_len;
 use crate::group::GroupSettings;
-use crate::kernel::{Kernel, Orders, RowGrad, Touched};
+use crate::kernel::{self, Kernel, Orders, RowGrad, Touched};
 use crate::params::{Keeping, ParamsAdamax, SparseUpdate};
 use crate::rounding::derive;
 use crate::rule::{Hyperparameters, WeightDecay};
@@ -76,7 +76,7 @@ impl StateMut<'_> {
         let noted = limits::take(var.id());
         match self {
             _ if noted.is_empty() => Ok(()),
-            Self::Own(state) => limits::scale_state(state, var, &noted),
+            Self::Own(_) => kernel::scale_down(var, row_len(var), &noted).map(drop),
             Self::Shared(debts, account) => debts.scale_down(account, &noted),
         }
     }

@@ -31,7 +31,7 @@ use candle_nn::{Optimizer, VarMap};
 
 use self::accumulate::{Accumulated, Sum};
 use self::collect::{Collected, Found, collect};
-use self::ema::Averages;
+use self::ema::{Averages, Rounded};
 use self::gradients::{GradRef, Gradients};
 use self::held::Held;
 pub use self::inspect::{MomentStatistics, StateBytes, Statistics};
@@ -370,7 +370,8 @@ impl Adamax {
             self.counters.skipped += 1;
             return Ok(());
         }
-        averages.advance(&mut self.vars, self.params.ema, updates_before, &mut self.context)?;
+        let rounded = Rounded::of_call(&rates, self.params.seed, self.counters.calls);
+        averages.advance(&mut self.vars, self.params.ema, updates_before, &rounded, &mut self.context)?;
         self.counters.calls += 1;
         Ok(())
     }
@@ -399,7 +400,8 @@ impl Adamax {
             self.counters.skipped += 1;
             return Ok(());
         }
-        averages.advance(&mut self.vars, self.params.ema, updates, &mut self.context)
+        let rounded = Rounded::of_flush(&rates, self.params.seed, updates);
+        averages.advance(&mut self.vars, self.params.ema, updates, &rounded, &mut self.context)
     }
 
     /// The update, unless it is skipped.

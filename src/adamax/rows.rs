@@ -90,8 +90,9 @@ impl Adamax {
         self.step_found(grads, |var| touched.get(&var.id()).copied())
     }
 
-    /// Lets rows of the variable `name` begin anew: their moments become zero, and gradients that are accumulated for
-    /// them are dropped. For an id that is given to a new item; [`Table::set_rows`](crate::Table::set_rows) sets the
+    /// Lets rows of the variable `name` begin anew: their moments become zero, their masters
+    /// ([`Rounding::Master`](crate::Rounding::Master)) become the weights as they are, and gradients that are accumulated
+    /// for them are dropped. For an id that is given to a new item; [`Table::set_rows`](crate::Table::set_rows) sets the
     /// weights.
     ///
     /// # Errors
@@ -112,6 +113,9 @@ impl Adamax {
         let mut state = param.state.get_mut();
         state.pay(Some(&rows))?;
         state.moments.clear_rows(&rows, len)?;
+        if let Some(master) = &state.master {
+            master.clear_rows(&rows);
+        }
         drop(state);
         match param.accumulated.as_mut().map(|accumulated| &mut accumulated.sum) {
             Some(Sum::Dense(sum)) => sum.clear_rows(&rows, len)?,

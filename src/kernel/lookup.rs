@@ -7,6 +7,7 @@ use super::lend::{Elements, ElementsMut, Source, elements_of, lend};
 use super::occurrences::Listed;
 use crate::element::Element;
 use crate::pages;
+use crate::state::written;
 
 /// Runs `$body` with the slice of elements, and makes a storage of the vector that comes back.
 macro_rules! with_storage {
@@ -109,15 +110,29 @@ pub(crate) fn limit(gathered: &mut CpuStorage, row_len: usize, ids: &[u32], max_
 }
 
 /// Scales noted rows of a variable down, which still have the norm that was noted. Returns their numbers.
+///
+/// Masters follow only the elements that have changed: a row at the limit, whose scaled elements round to their old values,
+/// would otherwise lose all steps that are smaller than its rounding.
 pub(crate) fn scale_down(table: &Tensor, row_len: usize, noted: &[(u32, Limit)]) -> crate::Result<Vec<u32>> {
-    Ok(lend(table, |elements| {
+    let is_followed = written::is_followed(table);
+    let mut changed = Vec::new();
+    let mut note = |row, column| {
+        if is_followed {
+            changed.push((row, column));
+        }
+    };
+    let scaled = lend(table, |elements| {
         Ok(match elements {
-            ElementsMut::F64(table) => rows::scale_noted(table, row_len, noted),
-            ElementsMut::F32(table) => rows::scale_noted(table, row_len, noted),
-            ElementsMut::F16(table) => rows::scale_noted(table, row_len, noted),
-            ElementsMut::BF16(table) => rows::scale_noted(table, row_len, noted),
+            ElementsMut::F64(table) => rows::scale_noted(table, row_len, noted, |_, _| {}),
+            ElementsMut::F32(table) => rows::scale_noted(table, row_len, noted, |_, _| {}),
+            ElementsMut::F16(table) => rows::scale_noted(table, row_len, noted, &mut note),
+            ElementsMut::BF16(table) => rows::scale_noted(table, row_len, noted, &mut note),
         })
-    })?)
+    })?;
+    if !changed.is_empty() {
+        written::elements(table, &changed);
+    }
+    Ok(scaled)
 }
 
 /// Asks for large pages under a large table.

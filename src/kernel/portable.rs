@@ -114,7 +114,8 @@ pub(super) fn average(tasks: Vec<Task<'_, Average<'_>>>) -> Result<()> {
         if is_empty(var) {
             continue;
         }
-        let Average { momentum, overwrite, average } = task.kind;
+        // Variables that are updated here have no masters, and are rounded to the nearest value.
+        let Average { momentum, overwrite, average, .. } = task.kind;
         let old = tensor(average)?;
         let param = var.to_dtype(old.dtype())?;
         // A share of 0 leaves its term out, whatever it is: 0 times infinity would be NaN.

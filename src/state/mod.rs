@@ -3,8 +3,10 @@
 //! Invariant: a [`Buffer`] has the type of its variable's arithmetic: f64 for f64, else f32. Zeroed memory is the state
 //! before the first update, in every encoding, and takes no memory until it is written.
 
+mod master;
 mod moments;
 mod tensors;
+pub(crate) mod written;
 
 use candle_core::{DType, Device, Shape, Tensor};
 
@@ -12,6 +14,7 @@ use crate::error::Result;
 use crate::pages::Pages;
 use crate::rounding::Rounding;
 
+pub(crate) use master::{Kept, Master};
 pub(crate) use moments::{Coded, Layout, Moments, Norms, Stored};
 pub(crate) use tensors::MomentTensors;
 
@@ -199,90 +202,6 @@ impl ParamState {
     /// Where it lives.
     pub(crate) fn place(&self) -> Place {
         self.moments.place()
-    }
-}
-
-/// What a master copy of f16 and bf16 parameters keeps beside them; zeros are a copy that equals its parameter.
-pub(crate) enum Master {
-    /// The other half of the copy of a bf16 parameter.
-    Rest(Pages<i16>),
-    /// The copy of an f16 parameter.
-    Copy(Pages<f32>),
-    /// Either of them, on the parameter's GPU.
-    Device(Tensor),
-}
-
-impl Master {
-    /// Whether parameters of `dtype` have one.
-    pub(crate) fn is_kept(dtype: DType, rounding: Rounding) -> bool {
-        rounding == Rounding::Master && matches!(dtype, DType::BF16 | DType::F16)
-    }
-
-    /// The master of a parameter, if it has one.
-    pub(crate) fn zeros(var: &Tensor, place: Place, rounding: Rounding) -> Result<Option<Self>> {
-        if !Self::is_kept(var.dtype(), rounding) {
-            return Ok(None);
-        }
-        let (dtype, n) = (Self::dtype(var.dtype()), var.elem_count());
-        Ok(Some(match (place, dtype) {
-            (Place::Cuda, dtype) => Self::Device(Tensor::zeros(var.shape(), dtype, var.device())?),
-            (_, DType::I16) => Self::Rest(Pages::zeros(n)),
-            (_, _) => Self::Copy(Pages::zeros(n)),
-        }))
-    }
-
-    /// Lets rows of a parameter in host memory have masters that equal the parameter.
-    pub(crate) fn clear_rows(&mut self, rows: &[u32], row_len: usize) {
-        match self {
-            Self::Rest(values) => clear(values, rows, row_len),
-            Self::Copy(values) => clear(values, rows, row_len),
-            Self::Device(_) => {}
-        }
-    }
-
-    /// A copy for a parameter that may have more rows: those are zero.
-    pub(crate) fn grown(&self, var: &Tensor) -> Result<Self> {
-        let n = var.elem_count();
-        Ok(match self {
-            Self::Rest(values) => Self::Rest(Pages::extended(values, n)),
-            Self::Copy(values) => Self::Copy(Pages::extended(values, n)),
-            Self::Device(tensor) => Self::Device(grown(tensor, var.shape())?),
-        })
-    }
-
-    /// The values as they are stored.
-    pub(crate) fn to_tensor(&self, shape: &Shape) -> Result<Tensor> {
-        Ok(match self {
-            Self::Rest(values) => Tensor::from_slice(values, shape, &Device::Cpu)?,
-            Self::Copy(values) => Tensor::from_slice(values, shape, &Device::Cpu)?,
-            Self::Device(tensor) => tensor.to_device(&Device::Cpu)?.reshape(shape)?,
-        })
-    }
-
-    /// What [`to_tensor`](Self::to_tensor) made, for the parameter `var`.
-    pub(crate) fn from_tensor(tensor: &Tensor, var: &Tensor, place: Place) -> Result<Self> {
-        if place == Place::Cuda {
-            return Ok(Self::Device(tensor.to_device(var.device())?.copy()?));
-        }
-        let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?;
-        Ok(match flat.dtype() {
-            DType::I16 => Self::Rest(Pages::of(&flat.to_vec1()?)),
-            _ => Self::Copy(Pages::of(&flat.to_vec1()?)),
-        })
-    }
-
-    /// How many bytes it takes, once all of it has been written.
-    pub(crate) fn bytes(&self) -> usize {
-        match self {
-            Self::Rest(values) => size_of_val::<[i16]>(values),
-            Self::Copy(values) => size_of_val::<[f32]>(values),
-            Self::Device(tensor) => tensor.elem_count() * tensor.dtype().size_in_bytes(),
-        }
-    }
-
-    /// The dtype of a master of parameters of `dtype`.
-    pub(crate) fn dtype(dtype: DType) -> DType {
-        if dtype == DType::BF16 { DType::I16 } else { DType::F32 }
     }
 }
 

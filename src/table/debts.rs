@@ -10,7 +10,6 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 
 use candle_core::{Tensor, TensorId};
 
-use super::limits;
 use super::records::lock;
 use crate::error::{Error, Result};
 use crate::kernel::{self, GpuMarks, Limit, Listed, Occurrences, Orders, PayTask, RowGrad, Touched};
@@ -160,7 +159,7 @@ impl Debts {
     pub(crate) fn scale_down(&self, account: &mut Account, noted: &[(u32, Limit)]) -> Result<()> {
         let rows: Vec<u32> = noted.iter().map(|&(row, _)| row).collect();
         self.pay(account, &Touched::Rows(&rows))?;
-        limits::scale_state(&mut account.state, &self.var, noted)
+        kernel::scale_down(&self.var, self.row_len, noted).map(drop)
     }
 
     /// Books an update of the rows of a gradient, which have paid last, or of all.

@@ -17,7 +17,6 @@ use super::records::{self, lock};
 use crate::error::Result;
 use crate::gradient::sparse::row_len;
 use crate::kernel::{self, Limit};
-use crate::state::ParamState;
 
 /// The number of tables with noted rows. It spares the variables of most models the search for their table.
 static NOTED: AtomicUsize = AtomicUsize::new(0);
@@ -80,14 +79,4 @@ pub(crate) fn scale_down(var: &Tensor) -> Result<()> {
         Some(debts) => debts.scale_down(&mut debts.lock(), &noted),
         None => kernel::scale_down(var, row_len(var), &noted).map(drop),
     }
-}
-
-/// Scales noted rows of a variable down that has this `state`. Their masters become what the weight is then.
-pub(crate) fn scale_state(state: &mut ParamState, var: &Tensor, noted: &[(u32, Limit)]) -> Result<()> {
-    let row_len = row_len(var);
-    let scaled = kernel::scale_down(var, row_len, noted)?;
-    if let Some(master) = &mut state.master {
-        master.clear_rows(&scaled, row_len);
-    }
-    Ok(())
 }

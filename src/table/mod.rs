@@ -21,7 +21,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::SparseGrad;
 use crate::gradient::sparse::{IDS, read_ids, row_len, rows_of, to_sparse};
 use crate::kernel::{self, GpuIds, Listed, Occurrences, RowGrad, Unchecked, is_supported};
-use crate::state::arithmetic;
+use crate::state::{arithmetic, written};
 
 pub(crate) use lookup::{Pooled, PooledIds};
 pub(crate) use records::{Lookups, find};
@@ -232,8 +232,10 @@ impl Table {
         let (n, device) = (rows.len(), weight.device());
         let positions = Tensor::new(positions, device)?;
         let values = values.to_device(device)?.copy()?.reshape(((), row_len))?.index_select(&positions, 0)?;
-        let rows = Tensor::new(rows, device)?.reshape((n, 1))?.broadcast_as((n, row_len))?.contiguous()?;
-        Ok(weight.detach().reshape((self.0.rows, row_len))?.scatter_set(&rows, &values, 0)?)
+        let places = Tensor::new(rows.as_slice(), device)?.reshape((n, 1))?.broadcast_as((n, row_len))?.contiguous()?;
+        weight.detach().reshape((self.0.rows, row_len))?.scatter_set(&places, &values, 0)?;
+        written::rows(weight, &rows);
+        Ok(())
     }
 
     pub(crate) fn on_host(&self) -> bool {

@@ -1,13 +1,13 @@
 //! The passes: which streams each one walks over. No arithmetic here; that is `rule.rs`.
 
 use candle_core::bail;
-use half::{bf16, f16};
 
-use super::span::{DensePass, Orders, Span};
+use super::span::{DensePass, MasterMut, Orders, Span, narrow, split};
 use super::{Elements, ElementsMut, Isa, Kind, Pass, Work};
 use crate::element::{Arithmetic, Element};
+use crate::rounding::{Half, Rounding, derive};
 use crate::rule;
-use crate::state::{Buffer, ParamState};
+use crate::state::{Buffer, Master, ParamState};
 
 /// The update of a variable and its moments.
 pub(crate) struct Update<'a> {
@@ -28,6 +28,12 @@ pub(crate) struct Average<'a> {
     /// Whether the variable is then replaced by its average.
     pub(crate) overwrite: bool,
     pub(crate) average: &'a mut Buffer,
+    /// Of the variable: the average moves towards it, and replaces it.
+    pub(crate) master: Option<&'a mut Master>,
+    /// How f16 and bf16 variables are rounded that are replaced.
+    pub(crate) rounding: Rounding,
+    /// Of the random numbers: seed, variable and call.
+    pub(crate) key: u64,
 }
 
 impl<'a> Kind<'a> for Update<'a> {
@@ -108,15 +114,23 @@ impl<'a> Kind<'a> for Average<'a> {
     where
         'a: 'x,
     {
-        let (momentum, overwrite) = (self.momentum, self.overwrite);
-        Ok(match (lent, self.average) {
-            (Some(ElementsMut::F64(w)), Buffer::F64(average)) => AverageLoop::boxed(momentum, overwrite, w, average),
-            (Some(ElementsMut::F32(w)), Buffer::F32(average)) => AverageLoop::boxed(momentum, overwrite, w, average),
-            (Some(ElementsMut::F16(w)), Buffer::F32(average)) => {
-                AverageLoop::<f16>::boxed(momentum, overwrite, w, average)
+        let shares = Shares { momentum: self.momentum, overwrite: self.overwrite };
+        let rounded = Rounded { rounding: self.rounding, key: self.key, first: 0 };
+        let master = self.master.map(MasterMut::new).transpose()?;
+        Ok(match (lent, self.average, master) {
+            (Some(ElementsMut::F64(w)), Buffer::F64(average), None) => AverageLoop::boxed(shares, w, average),
+            (Some(ElementsMut::F32(w)), Buffer::F32(average), None) => AverageLoop::boxed(shares, w, average),
+            (Some(ElementsMut::F16(params)), Buffer::F32(average), None) => {
+                Box::new(NarrowAverageLoop { shares, rounded, params, rests: None, average })
             }
-            (Some(ElementsMut::BF16(w)), Buffer::F32(average)) => {
-                AverageLoop::<bf16>::boxed(momentum, overwrite, w, average)
+            (Some(ElementsMut::F16(params)), Buffer::F32(average), Some(MasterMut::Copy(copy))) => {
+                Box::new(NarrowAverageLoop { shares, rounded, params, rests: Some(copy), average })
+            }
+            (Some(ElementsMut::BF16(params)), Buffer::F32(average), None) => {
+                Box::new(NarrowAverageLoop { shares, rounded, params, rests: None, average })
+            }
+            (Some(ElementsMut::BF16(params)), Buffer::F32(average), Some(MasterMut::Rest(rest))) => {
+                Box::new(NarrowAverageLoop { shares, rounded, params, rests: Some(rest), average })
             }
             _ => bail!("no CPU kernel for this combination of dtypes"),
         })
@@ -158,45 +172,129 @@ impl<'x, G: Element> Work<'x> for AccumulateLoop<'x, G> {
     }
 }
 
-struct AverageLoop<'x, P: Element> {
-    momentum: P::Acc,
-    one_minus_momentum: P::Acc,
+/// How an average moves.
+#[derive(Clone, Copy)]
+struct Shares {
+    momentum: f64,
     overwrite: bool,
-    param: &'x mut [P],
-    average: &'x mut [P::Acc],
 }
 
-impl<'x, P: Element> AverageLoop<'x, P> {
-    fn boxed(momentum: f64, overwrite: bool, param: &'x mut [P], average: &'x mut [P::Acc]) -> Box<dyn Work<'x> + 'x> {
-        let (one_minus_momentum, momentum) = (P::Acc::from_f64(1.0 - momentum), P::Acc::from_f64(momentum));
-        Box::new(Self { momentum, one_minus_momentum, overwrite, param, average })
+impl Shares {
+    /// One step of an average.
+    #[inline(always)]
+    fn step<A: Arithmetic>(self) -> impl Fn(A, A) -> A {
+        let (one_minus_momentum, momentum) = (A::from_f64(1.0 - self.momentum), A::from_f64(self.momentum));
+        move |average, w| rule::average(momentum, one_minus_momentum, average, w)
     }
 }
 
-impl<P: Element> Pass for AverageLoop<'_, P> {
+/// Averages of parameters that need no rounding.
+struct AverageLoop<'x, A> {
+    shares: Shares,
+    params: &'x mut [A],
+    average: &'x mut [A],
+}
+
+impl<'x, A: Arithmetic> AverageLoop<'x, A> {
+    fn boxed(shares: Shares, params: &'x mut [A], average: &'x mut [A]) -> Box<dyn Work<'x> + 'x> {
+        Box::new(Self { shares, params, average })
+    }
+}
+
+impl<A: Arithmetic> Pass for AverageLoop<'_, A> {
     type Output = ();
 
     #[inline(always)]
     fn run(self) {
-        for (param, average) in self.param.iter_mut().zip(self.average) {
-            *average = rule::average(self.momentum, self.one_minus_momentum, *average, param.widen());
-            if self.overwrite {
-                *param = P::narrow(*average);
+        let step = self.shares.step();
+        for (param, average) in self.params.iter_mut().zip(self.average) {
+            *average = step(*average, *param);
+            if self.shares.overwrite {
+                *param = *average;
             }
         }
     }
 }
 
-impl<'x, P: Element> Work<'x> for AverageLoop<'x, P> {
+impl<'x, A: Arithmetic> Work<'x> for AverageLoop<'x, A> {
     fn cut(self: Box<Self>, piece: usize) -> Vec<Box<dyn Work<'x> + 'x>> {
-        let Self { momentum, one_minus_momentum, overwrite, .. } = *self;
-        let pieces = self.param.chunks_mut(piece).zip(self.average.chunks_mut(piece));
-        pieces
-            .map(|(param, average)| {
-                Box::new(AverageLoop { momentum, one_minus_momentum, overwrite, param, average })
-                    as Box<dyn Work<'x> + 'x>
-            })
-            .collect()
+        let Self { shares, params, average } = *self;
+        let pieces = params.chunks_mut(piece).zip(average.chunks_mut(piece));
+        pieces.map(|(params, average)| AverageLoop::boxed(shares, params, average)).collect()
+    }
+
+    fn run(self: Box<Self>, isa: Isa) {
+        isa.run(*self);
+    }
+}
+
+/// How many elements of 16 bits share a key when an average replaces them.
+pub(crate) const AVERAGE_BLOCK: usize = 1024;
+
+/// How parameters of 16 bits become their averages.
+#[derive(Clone, Copy)]
+struct Rounded {
+    rounding: Rounding,
+    key: u64,
+    /// Which block of the parameter the first one is.
+    first: u64,
+}
+
+/// Averages of parameters of 16 bits, or of their masters.
+struct NarrowAverageLoop<'x, H: Half> {
+    shares: Shares,
+    rounded: Rounded,
+    params: &'x mut [H],
+    rests: Option<&'x mut [H::Rest]>,
+    average: &'x mut [f32],
+}
+
+impl<H: Half> Pass for NarrowAverageLoop<'_, H> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { shares, rounded: Rounded { rounding, key, first }, params, mut rests, average } = self;
+        let step = shares.step::<f32>();
+        for (block, average) in average.chunks_mut(AVERAGE_BLOCK).enumerate() {
+            let range = block * AVERAGE_BLOCK..block * AVERAGE_BLOCK + average.len();
+            let params = &mut params[range.clone()];
+            match &mut rests {
+                Some(rests) => {
+                    let rests = &mut rests[range];
+                    for ((average, param), rest) in average.iter_mut().zip(&*params).zip(&*rests) {
+                        *average = step(*average, param.join(*rest));
+                    }
+                    if shares.overwrite {
+                        split(average, params, rests);
+                    }
+                }
+                None => {
+                    for (average, param) in average.iter_mut().zip(&*params) {
+                        *average = step(*average, param.widen());
+                    }
+                    if shares.overwrite {
+                        narrow(average, params, rounding, (derive(key, first + block as u64) >> 32) as u32);
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl<'x, H: Half> Work<'x> for NarrowAverageLoop<'x, H> {
+    fn cut(self: Box<Self>, piece: usize) -> Vec<Box<dyn Work<'x> + 'x>> {
+        let Self { shares, mut rounded, params, rests, average } = *self;
+        let blocks = piece.div_ceil(AVERAGE_BLOCK).max(1);
+        let piece = blocks * AVERAGE_BLOCK;
+        let mut rests = rests.map(|rests| rests.chunks_mut(piece));
+        let pieces = params.chunks_mut(piece).zip(average.chunks_mut(piece)).map(|(params, average)| {
+            let rests = rests.as_mut().and_then(Iterator::next);
+            let part = NarrowAverageLoop { shares, rounded, params, rests, average };
+            rounded.first += blocks as u64;
+            Box::new(part) as Box<dyn Work<'x> + 'x>
+        });
+        pieces.collect()
     }
 
     fn run(self: Box<Self>, isa: Isa) {

@@ -338,7 +338,8 @@ pub(crate) fn limit<E: Element>(rows: &mut [E], row_len: usize, ids: &[u32], max
         for (&id, row) in ids.iter().zip(rows.chunks_exact_mut(row_len)) {
             let norm = norm_of(row);
             if norm > max_norm {
-                scale_down(row, norm, max_norm);
+                let factor = factor_of::<E>(norm, max_norm);
+                row.iter_mut().for_each(|x| *x = E::narrow(x.widen() * factor));
                 above.push((id, norm));
             }
         }
@@ -346,13 +347,25 @@ pub(crate) fn limit<E: Element>(rows: &mut [E], row_len: usize, ids: &[u32], max
     above
 }
 
-/// Scales noted rows of a table down, each if it still has the norm that was noted. Returns their numbers.
-pub(crate) fn scale_noted<E: Element>(table: &mut [E], row_len: usize, noted: &[(u32, Limit)]) -> Vec<u32> {
+/// Scales noted rows of a table down, each if it still has the norm that was noted. Returns their numbers. `changed` gets
+/// the row and the column of each element that has another value then.
+pub(crate) fn scale_noted<E: Element>(
+    table: &mut [E],
+    row_len: usize,
+    noted: &[(u32, Limit)],
+    mut changed: impl FnMut(u32, usize),
+) -> Vec<u32> {
     let mut scaled = Vec::with_capacity(noted.len());
     for &(id, Limit { norm, max_norm }) in noted {
         let row = &mut table[id as usize * row_len..][..row_len];
         if norm_of(row).to_bits() == norm.to_bits() {
-            scale_down(row, norm, max_norm);
+            let factor = factor_of::<E>(norm, max_norm);
+            for (column, x) in row.iter_mut().enumerate() {
+                let old = std::mem::replace(x, E::narrow(x.widen() * factor));
+                if old.widen() != x.widen() {
+                    changed(id, column);
+                }
+            }
             scaled.push(id);
         }
     }
@@ -363,8 +376,7 @@ fn norm_of<E: Element>(row: &[E]) -> f64 {
     row.iter().map(|x| x.widen().to_f64() * x.widen().to_f64()).sum::<f64>().sqrt()
 }
 
-/// `w * max_norm / (norm + 1e-7)`, as PyTorch does.
-fn scale_down<E: Element>(row: &mut [E], norm: f64, max_norm: f64) {
-    let factor = E::Acc::from_f64(max_norm / (norm + 1e-7));
-    row.iter_mut().for_each(|x| *x = E::narrow(x.widen() * factor));
+/// A row is scaled down as PyTorch does: `w * max_norm / (norm + 1e-7)`.
+fn factor_of<E: Element>(norm: f64, max_norm: f64) -> E::Acc {
+    E::Acc::from_f64(max_norm / (norm + 1e-7))
 }

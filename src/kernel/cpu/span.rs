@@ -16,7 +16,7 @@ use crate::kernel::rows::Summand;
 use crate::ledger::Debt;
 use crate::rounding::{Half, Rounding, derive, random};
 use crate::rule::{self, Coefficients};
-use crate::state::{Buffer, Coded, Master, Norms, ParamState, Stored};
+use crate::state::{Buffer, Coded, Kept, Master, Norms, ParamState, Stored};
 
 /// What one update of one parameter is made with.
 #[derive(Clone, Copy, Debug)]
@@ -88,9 +88,19 @@ enum NormsMut<'x, F: Format> {
     Shared(&'x mut [f32]),
 }
 
-enum MasterMut<'x> {
+pub(super) enum MasterMut<'x> {
     Rest(&'x mut [i16]),
     Copy(&'x mut [f32]),
+}
+
+impl<'x> MasterMut<'x> {
+    pub(super) fn new(master: &'x mut Master) -> candle_core::Result<Self> {
+        Ok(match master.kept()? {
+            Kept::Rest(rest) => Self::Rest(rest),
+            Kept::Copy(copy) => Self::Copy(copy),
+            Kept::Device(_) => bail!("no CPU kernel for masters on another device"),
+        })
+    }
 }
 
 impl<'x> Span<'x> {
@@ -109,12 +119,7 @@ impl<'x> Span<'x> {
             Stored::F16(coded) => MomentsMut::F16(CodedMut::new(coded)),
             Stored::Q8(coded) => MomentsMut::Q8(CodedMut::new(coded)),
         };
-        let master = match state.master.as_mut() {
-            Some(Master::Rest(rest)) => Some(MasterMut::Rest(rest)),
-            Some(Master::Copy(copy)) => Some(MasterMut::Copy(copy)),
-            Some(Master::Device(_)) => bail!("no CPU kernel for masters on another device"),
-            None => None,
-        };
+        let master = state.master.as_mut().map(MasterMut::new).transpose()?;
         Ok(Self { params, moments, master, unit: layout.unit, first: 0 })
     }
 
@@ -518,7 +523,7 @@ fn join<H: Half>(params: &[H], rests: &[H::Rest], wide: &mut [f32]) {
 
 /// Rounds to parameters of 16 bits.
 #[inline(always)]
-fn narrow<H: Half>(wide: &[f32], params: &mut [H], rounding: Rounding, key: u32) {
+pub(super) fn narrow<H: Half>(wide: &[f32], params: &mut [H], rounding: Rounding, key: u32) {
     if rounding == Rounding::Stochastic {
         for ((w, param), i) in wide.iter().zip(params).zip(0u32..) {
             *param = H::of_bits(H::stochastic(*w, random(key, i)));
@@ -532,7 +537,7 @@ fn narrow<H: Half>(wide: &[f32], params: &mut [H], rounding: Rounding, key: u32)
 
 /// Takes masters apart.
 #[inline(always)]
-fn split<H: Half>(wide: &[f32], params: &mut [H], rests: &mut [H::Rest]) {
+pub(super) fn split<H: Half>(wide: &[f32], params: &mut [H], rests: &mut [H::Rest]) {
     for ((w, param), rest) in wide.iter().zip(params).zip(rests) {
         (*param, *rest) = H::split(*w);
     }

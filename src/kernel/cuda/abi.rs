@@ -426,6 +426,10 @@ pub(crate) struct Pair {
     pub(crate) to: Address,
     /// A gradient, or a parameter, which an average may overwrite.
     pub(crate) other: Address,
+    /// What a master keeps beside the parameter, if there is one.
+    pub(crate) master: Address,
+    /// Of the random numbers with which a parameter is overwritten.
+    pub(crate) key: u64,
     pub(crate) len: u64,
 }
 
@@ -441,6 +445,6 @@ pub(crate) struct PairArgs {
     /// 1 less that share.
     pub(crate) other_factor: f64,
     pub(crate) chunk_units: u32,
-    /// Whether parameters become their averages.
+    /// 0 if parameters stay, 1 if they become their averages, 2 if those are rounded at random.
     pub(crate) overwrites: u32,
 }

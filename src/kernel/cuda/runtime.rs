@@ -20,6 +20,7 @@ use crate::error::Result;
 use crate::kernel::lend::gpu::{Held, address_to_write, written};
 use crate::kernel::{self, Accumulate, Average, Measured, RowTask, Source, Task};
 use crate::reduce::{LEAF, Norm, NormType};
+use crate::rounding::Rounding;
 use crate::state::Buffer;
 
 /// The GPUs of one optimizer.
@@ -109,13 +110,13 @@ impl Runtimes {
             }
         }
         for (device, tasks) in Self::by_device(tasks, device) {
-            let pass = Pass { kernel: "accumulate", factor: 0.0, other_factor: 0.0, overwrites: false };
+            let pass = Pass { kernel: "accumulate", factor: 0.0, other_factor: 0.0, overwrites: 0 };
             let mut pairs = Vec::new();
             let mut factor = 1.0;
             for task in tasks {
                 let (Some(Source::Tensor(grad)), Buffer::Tensor(sum)) = (task.read, &*task.kind.sum) else { continue };
                 factor = task.kind.unscale;
-                pairs.push((sum.clone(), grad.clone()));
+                pairs.push(PairOf { to: sum.clone(), other: grad.clone(), master: None, key: 0 });
             }
             self.of(&device)?.pass(&Pass { factor, ..pass }, &pairs)?;
         }
@@ -128,15 +129,18 @@ impl Runtimes {
         }
         for (device, tasks) in Self::by_device(tasks, device) {
             // Variables that came later begin with a copy, so not all have the same momentum.
-            let mut passes: Vec<(Pass, Vec<(Tensor, Tensor)>)> = Vec::new();
+            let mut passes: Vec<(Pass, Vec<PairOf>)> = Vec::new();
             for task in tasks {
-                let (Some(var), Average { momentum, overwrite, average: Buffer::Tensor(average) }) =
-                    (task.lent, task.kind)
-                else {
-                    continue;
+                let Average { momentum, overwrite, average, master, rounding, key } = task.kind;
+                let (Some(var), Buffer::Tensor(average)) = (task.lent, average) else { continue };
+                let master = master.map(|master| master.on_gpu().cloned()).transpose()?;
+                let pair = PairOf { to: average.clone(), other: var.clone(), master, key };
+                let overwrites = match (overwrite, rounding) {
+                    (false, _) => 0,
+                    (true, Rounding::Stochastic) => 2,
+                    (true, Rounding::Nearest | Rounding::Master) => 1,
                 };
-                let (pair, other_factor) = ((average.clone(), var.clone()), 1.0 - momentum);
-                let pass = Pass { kernel: "average", factor: momentum, other_factor, overwrites: overwrite };
+                let pass = Pass { kernel: "average", factor: momentum, other_factor: 1.0 - momentum, overwrites };
                 match passes.iter_mut().find(|(known, _)| *known == pass) {
                     Some((_, pairs)) => pairs.push(pair),
                     None => passes.push((pass, vec![pair])),
@@ -216,7 +220,15 @@ struct Pass {
     kernel: &'static str,
     factor: f64,
     other_factor: f64,
-    overwrites: bool,
+    overwrites: u32,
+}
+
+/// The tensors of one pair.
+struct PairOf {
+    to: Tensor,
+    other: Tensor,
+    master: Option<Tensor>,
+    key: u64,
 }
 
 impl Runtime {
@@ -425,11 +437,11 @@ impl Runtime {
     }
 
     /// One launch for all pairs of the same types.
-    fn pass(&mut self, pass: &Pass, pairs: &[(Tensor, Tensor)]) -> Result<()> {
+    fn pass(&mut self, pass: &Pass, pairs: &[PairOf]) -> Result<()> {
         self.launcher.begin()?;
-        let mut kernels: Vec<(String, Vec<&(Tensor, Tensor)>)> = Vec::new();
-        for pair in pairs.iter().filter(|(to, _)| to.elem_count() > 0) {
-            let kernel = format!("{}_{}", pass.kernel, pair.1.dtype().as_str());
+        let mut kernels: Vec<(String, Vec<&PairOf>)> = Vec::new();
+        for pair in pairs.iter().filter(|pair| pair.to.elem_count() > 0) {
+            let kernel = format!("{}_{}", pass.kernel, pair.other.dtype().as_str());
             match kernels.iter_mut().find(|(known, _)| *known == kernel) {
                 Some((_, pairs)) => pairs.push(pair),
                 None => kernels.push((kernel, vec![pair])),
@@ -437,17 +449,17 @@ impl Runtime {
         }
         for (kernel, pairs) in &kernels {
             self.launcher.load(Module::Passes, kernel)?;
-            self.launcher.plan_leaves(kernel, pairs.iter().map(|(to, _)| to.elem_count() as u64))?;
+            self.launcher.plan_leaves(kernel, pairs.iter().map(|pair| pair.to.elem_count() as u64))?;
         }
         let mut room = Room::default();
         let places: Vec<_> = kernels.iter().map(|(_, pairs)| room.of::<Pair>(pairs.len())).collect();
         let mut filling = self.staging.fill(&room)?;
         let mut addresses = Vec::with_capacity(kernels.len());
         for ((_, pairs), place) in kernels.iter().zip(&places) {
-            let pairs = pairs.iter().map(|(to, other)| {
-                let (to_address, other) =
-                    (address_to_write(to, &self.launcher.stream)?, address_to_write(other, &self.launcher.stream)?);
-                Ok(Pair { to: to_address, other, len: to.elem_count() as u64 })
+            let address = |tensor: &Tensor| address_to_write(tensor, &self.launcher.stream);
+            let pairs = pairs.iter().map(|PairOf { to, other, master, key }| {
+                let master = master.as_ref().map_or(Ok(0), &address)?;
+                Ok(Pair { to: address(to)?, other: address(other)?, master, key: *key, len: to.elem_count() as u64 })
             });
             addresses.push(filling.put(*place, &pairs.collect::<Result<Vec<_>>>()?)?);
         }
@@ -461,12 +473,13 @@ impl Runtime {
                 factor: pass.factor,
                 other_factor: pass.other_factor,
                 chunk_units: LEAVES,
-                overwrites: u32::from(pass.overwrites),
+                overwrites: pass.overwrites,
             };
             self.launcher.launch(kernel, blocks, args)?;
-            for (to, other) in pairs {
-                written(to, &self.launcher.stream)?;
-                written(other, &self.launcher.stream)?;
+            for PairOf { to, other, master, .. } in pairs {
+                for tensor in [Some(to), Some(other), master.as_ref()].into_iter().flatten() {
+                    written(tensor, &self.launcher.stream)?;
+                }
             }
         }
         self.launcher.end()

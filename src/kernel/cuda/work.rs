@@ -189,11 +189,7 @@ impl<'a> Prepared<'a> {
 
 /// The moments and the master of a state that lives on its variable's GPU.
 pub(super) fn on_gpu(state: &ParamState) -> Result<(&MomentTensors, Option<&Tensor>)> {
-    let master = match &state.master {
-        Some(Master::Device(master)) => Some(master),
-        None => None,
-        Some(_) => return Err(candle_core::Error::msg("expected a master on the variable's GPU").into()),
-    };
+    let master = state.master.as_ref().map(Master::on_gpu).transpose()?;
     match &state.moments.stored {
         Stored::Device(moments) => Ok((moments, master)),
         _ => Err(candle_core::Error::msg("expected moments on the variable's GPU").into()),

@@ -6,7 +6,7 @@ use super::*;
 use crate::kernel::cuda::abi::{Control, Late, Pair, PairArgs, UpdateArgs};
 use crate::kernel::cuda::plan::{LEAVES, chunks, chunks_of_leaves, units_of_chunk};
 use crate::kernel::{Source, Task, Update, cpu};
-use crate::state::{Layout, Place};
+use crate::state::{Layout, Master, Place};
 
 /// Several updates of tensors of these shapes by both, compared after each.
 fn check(shapes: &[Vec<usize>], keep: Keep) -> Result<()> {
@@ -183,52 +183,89 @@ fn late_orders_and_skipped_calls() -> Result<()> {
 fn sums_and_averages_have_the_bits_of_the_cpu() -> Result<()> {
     for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
         for n in [1usize, 7, 8, 1023, 5000] {
-            let (other, to) = (tensor(&[n], 1, 41, dtype)?, tensor(&[n], 2, 3, crate::state::arithmetic(dtype))?);
             for (kind, factor, overwrites) in
                 [("accumulate", 0.3, false), ("average", 0.99, false), ("average", 0.5, true), ("average", 0.0, false)]
             {
-                let own = || crate::state::Buffer::from_tensor(&to, &to, Place::Host).map_err(candle_core::Error::from);
-                let (mut buffer, var) = (own()?, Var::from_tensor(&other)?);
-                match kind {
-                    "accumulate" => cpu::run(vec![Task {
-                        place: Place::Host,
-                        nth: 0,
-                        lent: None,
-                        read: Some(Source::Tensor(&other)),
-                        kind: crate::kernel::Accumulate { unscale: factor, sum: &mut buffer },
-                    }])?,
-                    _ => cpu::run(vec![Task {
-                        place: Place::Host,
-                        nth: 0,
-                        lent: Some(var.as_tensor()),
-                        read: None,
-                        kind: crate::kernel::Average { momentum: factor, overwrite: overwrites, average: &mut buffer },
-                    }])?,
+                for rounding in [Rounding::Nearest, Rounding::Stochastic, Rounding::Master] {
+                    check_pass(dtype, n, kind, (factor, overwrites), rounding)?;
                 }
-                let (mut device, mut param) = (memory(&to, 0)?, memory(&other, 2 * dtype.size_in_bytes())?);
-                let pair = Pair { to: device.address(), other: param.address(), len: n as u64 };
-                let chunks = chunks_of_leaves([n as u64]).expect("little work");
-                let (mut pairs, blocks) = (Memory::of(&[pair], 0), chunks.len());
-                let mut chunks = Memory::of(&chunks, 0);
-                let args = PairArgs {
-                    pairs: pairs.address(),
-                    chunks: chunks.address(),
-                    control: 0,
-                    factor,
-                    other_factor: 1.0 - factor,
-                    chunk_units: LEAVES,
-                    overwrites: u32::from(overwrites),
-                };
-                launch(&format!("{kind}_{}", name(dtype)), blocks, &args, false);
-                let expected = buffer.to_tensor(to.shape()).map_err(candle_core::Error::from)?;
-                assert_eq!(
-                    numbers(&device, to.dtype()),
-                    numbers(&memory(&expected, 0)?, to.dtype()),
-                    "{kind} {dtype:?}"
-                );
-                assert_eq!(numbers(&param, dtype), numbers(&memory(var.as_tensor(), 0)?, dtype), "{kind} {dtype:?}");
             }
         }
     }
+    Ok(())
+}
+
+/// One pass by both.
+fn check_pass(dtype: DType, n: usize, kind: &str, (factor, overwrites): (f64, bool), rounding: Rounding) -> Result<()> {
+    let what = format!("{kind} {dtype:?} {n} {rounding:?}");
+    let (other, to) = (tensor(&[n], 1, 41, dtype)?, tensor(&[n], 2, 3, crate::state::arithmetic(dtype))?);
+    let mut buffer = crate::state::Buffer::from_tensor(&to, &to, Place::Host).map_err(candle_core::Error::from)?;
+    let (var, key) = (Var::from_tensor(&other)?, 0x9e37_79b9_7f4a);
+    // Rests of all kinds: those of bf16 are those of other values, those of f16 its own with more digits, and foreign ones.
+    let mut master = if !Master::is_kept(dtype, rounding) {
+        None
+    } else if dtype == DType::BF16 {
+        let rests: Vec<i16> = (0..n).map(|i| (i * 40_503) as i16).collect();
+        Some(Tensor::new(rests, &Device::Cpu)?)
+    } else {
+        Some((other.to_dtype(DType::F32)? * 1.000_2)?)
+    }
+    .map(|kept| Master::from_tensor(&kept, &var, Place::Host))
+    .transpose()
+    .map_err(candle_core::Error::from)?;
+    let kept = |master: &Option<Master>| -> Result<Option<(Memory, DType)>> {
+        let kept = master.as_ref().map(|master| master.to_tensor(var.shape())).transpose();
+        kept.map_err(candle_core::Error::from)?.map(|kept| Ok((memory(&kept, 0)?, kept.dtype()))).transpose()
+    };
+    let mut kept_on_device = kept(&master)?;
+    match kind {
+        "accumulate" => cpu::run(vec![Task {
+            place: Place::Host,
+            nth: 0,
+            lent: None,
+            read: Some(Source::Tensor(&other)),
+            kind: crate::kernel::Accumulate { unscale: factor, sum: &mut buffer },
+        }])?,
+        _ => cpu::run(vec![Task {
+            place: Place::Host,
+            nth: 0,
+            lent: Some(var.as_tensor()),
+            read: None,
+            kind: crate::kernel::Average {
+                momentum: factor,
+                overwrite: overwrites,
+                average: &mut buffer,
+                master: master.as_mut(),
+                rounding,
+                key,
+            },
+        }])?,
+    }
+    let (mut device, mut param) = (memory(&to, 0)?, memory(&other, 2 * dtype.size_in_bytes())?);
+    let pair = Pair {
+        to: device.address(),
+        other: param.address(),
+        master: kept_on_device.as_mut().map_or(0, |(memory, _)| memory.address()),
+        key,
+        len: n as u64,
+    };
+    let chunks = chunks_of_leaves([n as u64]).expect("little work");
+    let (mut pairs, blocks) = (Memory::of(&[pair], 0), chunks.len());
+    let mut chunks = Memory::of(&chunks, 0);
+    let args = PairArgs {
+        pairs: pairs.address(),
+        chunks: chunks.address(),
+        control: 0,
+        factor,
+        other_factor: 1.0 - factor,
+        chunk_units: LEAVES,
+        overwrites: if rounding == Rounding::Stochastic { 2 } else { 1 } * u32::from(overwrites),
+    };
+    launch(&format!("{kind}_{}", name(dtype)), blocks, &args, false);
+    let expected = buffer.to_tensor(to.shape()).map_err(candle_core::Error::from)?;
+    assert_eq!(numbers(&device, to.dtype()), numbers(&memory(&expected, 0)?, to.dtype()), "{what}");
+    assert_eq!(numbers(&param, dtype), numbers(&memory(var.as_tensor(), 0)?, dtype), "{what}");
+    let numbers_of = |kept: &Option<(Memory, DType)>| kept.as_ref().map(|(memory, dtype)| numbers(memory, *dtype));
+    assert_eq!(numbers_of(&kept_on_device), numbers_of(&kept(&master)?), "{what}");
     Ok(())
 }
