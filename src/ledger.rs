@@ -272,6 +272,20 @@ impl<A: Arithmetic> Debt<'_, A> {
         (m * self.beta1, if u == A::ZERO { A::ZERO } else { shrunk })
     }
 
+    /// The same for a row whose weights have been written since, and stand as they are: its moments alone catch up.
+    pub(crate) fn standing(self) -> Self {
+        // Without updates, one by one: the weight is not even multiplied, whatever its moments are.
+        let missed = Updates { entries: &[], ..self.missed };
+        let (decay, smallest_u) = (A::from_f64(1.0), A::from_f64(f64::INFINITY));
+        Self { decay, sums: [A::ZERO; TERMS], smallest_u, missed, ..self }
+    }
+
+    /// The weight of a row without momentum.
+    #[inline(always)]
+    pub(crate) fn decayed(&self, w: A) -> A {
+        self.decay * w
+    }
+
     /// Whether the series suffices for an element.
     #[inline(always)]
     pub(crate) fn is_series(&self, m: A, u: A) -> bool {

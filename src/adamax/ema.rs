@@ -38,6 +38,8 @@ impl Averages {
         let overwrite = overwrite_frequency.is_some_and(|frequency| (update + 1).is_multiple_of(frequency));
         let mut tasks = Vec::with_capacity(params.len());
         for (nth, (param, fresh)) in params.iter_mut().zip(self.fresh).enumerate() {
+            // The average is one of weights that are up to date, and may take their place.
+            param.state.pay_all()?;
             let place = param.place();
             let momentum = if update == 0 || fresh.is_some() { 0.0 } else { rounded(momentum, param.var.dtype()) };
             param.ema = fresh.or(param.ema.take());
@@ -75,6 +77,7 @@ impl Adamax {
         }
         let mut tasks = Vec::with_capacity(self.vars.len());
         for (nth, param) in self.vars.iter_mut().enumerate() {
+            param.state.pay_all()?;
             let place = param.place();
             let Some(average) = &mut param.ema else { continue };
             // With momentum 1 the average stays, and the weight becomes it.

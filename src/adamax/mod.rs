@@ -316,15 +316,20 @@ impl Adamax {
         }
         let mut locked: Vec<_> = self.vars.iter_mut().map(Param::unlock).collect();
         let (mut tasks, mut row_tasks, mut nth) = (Vec::with_capacity(locked.len()), Vec::new(), 0);
+        for (index, (var, accumulated, state)) in locked.iter_mut().enumerate() {
+            if let Some(grad) = gradients.of(index, *accumulated) {
+                state.seek_written(&grad, var)?;
+            }
+        }
         for (index, (orders, (var, accumulated, state))) in orders.iter().zip(&mut locked).enumerate() {
             let (Some(orders), Some(grad)) = (*orders, gradients.of(index, *accumulated)) else { continue };
+            state.pay_touched(&grad, var)?;
             match grad {
                 GradRef::Rows(grad) => {
-                    state.pay_touched(grad, var)?;
-                    row_tasks.push(RowTask { nth, var, grad, orders, state });
+                    let (state, checksums) = state.parts();
+                    row_tasks.push(RowTask { nth, var, grad, orders, state, checksums });
                 }
                 GradRef::Dense(read) => {
-                    state.pay(None)?;
                     let place = state.place();
                     tasks.push(Task { place, nth, lent: Some(*var), read: Some(read), kind: Update { orders, state } });
                 }

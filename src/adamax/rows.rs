@@ -74,7 +74,7 @@ impl Adamax {
         rows.dedup();
         let len = row_len(&param.var);
         let mut state = param.state.get_mut();
-        state.pay(Some(&rows))?;
+        state.pay(&rows)?;
         state.moments.clear_rows(&rows, len)?;
         drop(state);
         match param.accumulated.as_mut().map(|accumulated| &mut accumulated.sum) {

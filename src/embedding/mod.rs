@@ -55,6 +55,7 @@ impl Options {
     fn padding_idx(&mut self, table: &Table, id: usize) -> Result<()> {
         let rows = table.rows();
         check::require(id < rows, "padding_idx", format!("an id below the {rows} rows"), id)?;
+        table.pad(id as u32)?;
         self.padding = Some(id as u32);
         Ok(())
     }

@@ -70,7 +70,9 @@ pub(super) fn pool(table: &Table, pooled: Pooled) -> crate::Result<Tensor> {
     debts::pay_occurrences(table.raw().id(), &occurrences)?;
     let Pooled { starts, mean, factors, max_norm, .. } = pooled;
     if let Some(max_norm) = max_norm {
-        kernel::renormalize(table.raw(), table.row_len(), &occurrences.listed()?.unique(), max_norm)?;
+        let rows = occurrences.listed()?.unique();
+        kernel::renormalize(table.raw(), table.row_len(), &rows, max_norm)?;
+        debts::rewritten(table.raw().id(), &rows)?;
     }
     let anchor = anchor(table, &shape)?;
     let record = Record::new(table, &anchor, occurrences);

@@ -69,6 +69,8 @@ struct Shared {
     live: Mutex<HashMap<TensorId, (u64, Weak<Occurrences>)>>,
     /// The lookups whose ids only the GPU has seen.
     unchecked: Mutex<Unchecked>,
+    /// The padding rows of the layers over it.
+    paddings: Mutex<Vec<u32>>,
 }
 
 impl Drop for Shared {
@@ -95,7 +97,8 @@ impl Table {
         let rows = rows_of("weight", weight)?;
         let make = |weight: Tensor| {
             let row_len = row_len(&weight);
-            Arc::new(Shared { weight, rows, row_len, live: Mutex::default(), unchecked: Mutex::default() })
+            let (live, unchecked, paddings) = (Mutex::default(), Mutex::default(), Mutex::default());
+            Arc::new(Shared { weight, rows, row_len, live, unchecked, paddings })
         };
         if weight.is_variable() {
             let mut is_new = false;
@@ -130,9 +133,15 @@ impl Table {
         &self.0.weight
     }
 
-    /// Lets rows pay what they owe, which are ascending.
-    pub(crate) fn pay(&self, rows: &[u32]) -> Result<()> {
-        debts::pay(self.0.weight.id(), rows)
+    /// A layer over the table has this padding row: as long as its moments are zero it stays as it is.
+    pub(crate) fn pad(&self, row: u32) -> Result<()> {
+        let mut paddings = records::lock(&self.0.paddings);
+        if !paddings.contains(&row) {
+            paddings.push(row);
+        }
+        drop(paddings);
+        // After that: an optimizer that takes the table meanwhile has found it there.
+        debts::pad(self.0.weight.id(), row)
     }
 
     /// How many rows it has.
@@ -182,7 +191,9 @@ impl Table {
             Some(all) => debts::pay_listed(weight.id(), all)?,
         }
         if let Some(max_norm) = max_norm {
-            kernel::renormalize(weight, self.0.row_len, &ids.trained.listed()?.unique(), max_norm)?;
+            let rows = ids.trained.listed()?.unique();
+            kernel::renormalize(weight, self.0.row_len, &rows, max_norm)?;
+            debts::rewritten(weight.id(), &rows)?;
         }
         lookup::rows(self, ids, shape)
     }
@@ -222,12 +233,14 @@ impl Table {
         if rows.is_empty() || row_len == 0 {
             return Ok(());
         }
-        self.pay(&rows)?;
+        debts::pay_before_writing(weight.id(), &rows)?;
+        let written = rows.clone();
         let (n, device) = (rows.len(), weight.device());
         let positions = Tensor::new(positions, device)?;
         let values = values.to_device(device)?.copy()?.reshape(((), row_len))?.index_select(&positions, 0)?;
         let rows = Tensor::new(rows, device)?.reshape((n, 1))?.broadcast_as((n, row_len))?.contiguous()?;
-        Ok(weight.detach().reshape((self.0.rows, row_len))?.scatter_set(&rows, &values, 0)?)
+        weight.detach().reshape((self.0.rows, row_len))?.scatter_set(&rows, &values, 0)?;
+        debts::rewritten(weight.id(), &written)
     }
 
     pub(crate) fn on_host(&self) -> bool {

@@ -78,6 +78,13 @@ pub(super) fn share(var: TensorId, make: impl FnOnce() -> Arc<Shared>) -> Arc<Sh
     shared
 }
 
+/// The padding rows of the layers over a variable.
+pub(super) fn paddings(var: TensorId) -> Vec<u32> {
+    let table = lock(&RECORDS).tables.get(&var).and_then(Weak::upgrade);
+    // Without the lock: the last owner of a table, which this may be, takes it when it leaves.
+    table.map(|table| lock(&table.paddings).clone()).unwrap_or_default()
+}
+
 /// Forgets the table of a variable, which nobody uses any more.
 pub(super) fn forget(var: TensorId) {
     let mut records = lock(&RECORDS);

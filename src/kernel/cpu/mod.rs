@@ -15,7 +15,7 @@ use rayon::prelude::*;
 pub(crate) use isa::{Isa, Pass};
 pub(crate) use measure::measure;
 pub(crate) use passes::{Accumulate, Average, Update};
-pub(crate) use rows::{PayTask, RowTask, pay_rows, update_rows};
+pub(crate) use rows::{PayTask, RowTask, Written, pay_rows, update_rows};
 pub(crate) use span::Orders;
 
 use super::lend::{Borrowed, Elements, ElementsMut, LENT_AT_ONCE, Source, lend, lend_all};

@@ -7,12 +7,13 @@ use rayon::prelude::*;
 
 use super::isa::prefetch;
 use super::span::{Lane, Orders, PayRow, Span, UpdateUnit};
-use super::{Isa, Pass};
+use super::{Elements, Isa, Pass};
 use crate::codec::Limits;
 use crate::element::{Arithmetic, Element};
 use crate::kernel::lend::{Borrowed, lend};
 use crate::kernel::rows::{RowGrad, RowsView};
 use crate::ledger::Ledger;
+use crate::mark::{Checksum, Mark, Weight};
 use crate::reduce::dot;
 use crate::rounding::Rounding;
 use crate::state::ParamState;
@@ -34,6 +35,8 @@ pub(crate) struct RowTask<'a> {
     pub(crate) grad: &'a RowGrad<'a>,
     pub(crate) orders: Orders,
     pub(crate) state: &'a mut ParamState,
+    /// Where the checksums of the touched rows go, if they are wanted.
+    pub(crate) checksums: Option<&'a mut Vec<Checksum>>,
 }
 
 /// Updates the touched rows of all tables.
@@ -43,10 +46,15 @@ pub(crate) fn update_rows(tasks: Vec<RowTask<'_>>) -> candle_core::Result<()> {
 }
 
 fn update_table(task: RowTask<'_>, isa: Isa, threads: usize) -> candle_core::Result<()> {
-    let RowTask { var, grad, orders, state, .. } = task;
+    let RowTask { var, grad, orders, state, checksums, .. } = task;
     let borrowed: Vec<Borrowed<'_>> = grad.borrow()?;
     let view = grad.view(&borrowed)?;
     let (rows, row_len) = (view.rows.len(), view.row_len);
+    let mut checksums = checksums;
+    if let Some(checksums) = &mut checksums {
+        checksums.clear();
+        checksums.resize(rows, Checksum::of::<f32>(&[]));
+    }
     if rows == 0 || row_len == 0 {
         return Ok(());
     }
@@ -55,7 +63,8 @@ fn update_table(task: RowTask<'_>, isa: Isa, threads: usize) -> candle_core::Res
         if !span.has_units_of(row_len) {
             bail!("expected moments by rows");
         }
-        let rows = Rows { view: &view, orders, from: 0, to: rows, span: span.in_units_of(row_len) };
+        let checksums = checksums.map(|checksums| &mut checksums[..]);
+        let rows = Rows { view: &view, orders, from: 0, to: rows, span: span.in_units_of(row_len), checksums };
         if threads <= 1 || view.rows.len() * row_len <= SEQUENTIAL {
             isa.run(rows);
         } else {
@@ -74,25 +83,28 @@ struct Rows<'x> {
     from: usize,
     to: usize,
     span: Span<'x>,
+    /// One for each of them, if they are wanted.
+    checksums: Option<&'x mut [Checksum]>,
 }
 
 impl<'x> Rows<'x> {
     /// Cuts into pieces of `piece` touched rows: rows ascend, so the span can be cut between any two.
     fn cut(self, piece: usize) -> Vec<Self> {
-        let Self { view, orders, from, to, mut span } = self;
+        let Self { view, orders, from, to, mut span, mut checksums } = self;
         let mut pieces = Vec::with_capacity((to - from).div_ceil(piece));
         for from in (from..to).step_by(piece) {
             let to = to.min(from + piece);
             let (part, rest) = span.rows(view.rows[from], view.rows[to - 1]);
             span = rest;
-            pieces.push(Self { view, orders, from, to, span: part });
+            let own = checksums.as_mut().and_then(|checksums| checksums.split_off_mut(..to - from));
+            pieces.push(Self { view, orders, from, to, span: part, checksums: own });
         }
         pieces
     }
 
     #[inline(always)]
     fn update<A: Lane>(self) {
-        let Self { view, orders, from, to, mut span } = self;
+        let Self { view, orders, from, to, mut span, mut checksums } = self;
         let orders = orders.prepare::<A>();
         let row_len = view.row_len;
         let (mut scratch, mut sums) = (vec![A::ZERO; row_len], vec![A::ZERO; row_len]);
@@ -114,6 +126,9 @@ impl<'x> Rows<'x> {
             }
             let job = UpdateUnit { orders: &orders, grads: view.row(k, &mut sums) };
             A::update(&mut span, &job, place(k), &mut scratch);
+            if let Some(checksums) = &mut checksums {
+                checksums[k - from] = span.checksum(place(k));
+            }
         }
     }
 }
@@ -138,33 +153,107 @@ pub(crate) struct PayTask<'a> {
     pub(crate) state: &'a mut ParamState,
 }
 
-/// Lets rows pay: ascending, each with the update of the ledger after which it was up to date.
-pub(crate) fn pay_rows(task: PayTask<'_>, rows: &[(u32, u32)]) -> candle_core::Result<()> {
+/// What is done about rows whose weights have been written since they were up to date, other than by this crate.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Written {
+    /// Nothing is changed, and the first of them is named.
+    Refused,
+    /// Nothing is changed, whether there is one, which is named, or not.
+    Sought,
+    /// Their weights stand as they are; their moments catch up.
+    Stands,
+}
+
+/// Lets rows pay, ascending, each with its mark, which becomes that of a row that is up to date. Returns the first row that
+/// was found to be written, if that is refused.
+pub(crate) fn pay_rows(
+    task: PayTask<'_>,
+    rows: &mut [(u32, Mark)],
+    written: Written,
+) -> candle_core::Result<Option<u32>> {
     let (isa, threads) = (Isa::detect(), rayon::current_num_threads());
     let PayTask { var, row_len, ledger, rounding, key, state } = task;
     let limits = state.moments.layout.encoding.limits();
     if rows.is_empty() || row_len == 0 {
-        return Ok(());
+        return Ok(None);
     }
     lend(var, |params| {
         let span = Span::new(params, state)?;
         if !span.has_units_of(row_len) {
             bail!("expected moments by rows");
         }
-        let pass = PayPass { rows, ledger, limits, rounding, key, span: span.in_units_of(row_len) };
-        if threads <= 1 || rows.len() * row_len <= SEQUENTIAL {
+        let span = span.in_units_of(row_len);
+        let piece = if threads <= 1 || rows.len() * row_len <= SEQUENTIAL {
+            rows.len()
+        } else {
+            rows.len().div_ceil(threads * PIECES_PER_THREAD)
+        };
+        let check = |rows: &mut [(u32, Mark)]| isa.run(CheckPass { rows, span: &span });
+        if piece == rows.len() {
+            check(rows);
+        } else {
+            rows.par_chunks_mut(piece).with_max_len(1).for_each(check);
+        }
+        let found = rows.iter().find(|(_, mark)| mark.checksum().is_some()).map(|(row, _)| *row);
+        match written {
+            Written::Sought => return Ok(found),
+            Written::Refused if found.is_some() => return Ok(found),
+            Written::Refused | Written::Stands => {}
+        }
+        let is_one = piece == rows.len();
+        let pass = PayPass { rows, ledger, limits, rounding, key, span };
+        if is_one {
             isa.run(pass);
         } else {
-            let piece = rows.len().div_ceil(threads * PIECES_PER_THREAD);
             pass.cut(piece).into_par_iter().with_max_len(1).for_each(|pass| isa.run(pass));
         }
-        Ok(())
+        Ok(None)
     })
+}
+
+/// Compares weights with the checksums of their marks: afterwards only the marks of rows that were written have one.
+struct CheckPass<'x> {
+    rows: &'x mut [(u32, Mark)],
+    span: &'x Span<'x>,
+}
+
+impl Pass for CheckPass<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { rows, span } = self;
+        let ahead = rows_ahead(span.unit * size_of::<f32>());
+        for k in 0..rows.len() {
+            if let Some((next, _)) = rows.get(k + ahead) {
+                span.prefetch_params(*next as usize);
+            }
+            let (row, mark) = rows[k];
+            if let Some(checksum) = mark.checksum()
+                && span.checksum(row as usize) == checksum
+            {
+                rows[k].1 = mark.without_checksum();
+            }
+        }
+    }
+}
+
+/// The checksums of these rows of a table.
+pub(crate) fn checksums(table: Elements<'_>, row_len: usize, rows: &[u32]) -> Vec<Checksum> {
+    fn of<W: Weight>(table: &[W], row_len: usize, rows: &[u32]) -> Vec<Checksum> {
+        rows.iter().map(|&row| Checksum::of(&table[row as usize * row_len..][..row_len])).collect()
+    }
+    match table {
+        Elements::F64(table) => of(table, row_len, rows),
+        Elements::F32(table) => of(table, row_len, rows),
+        Elements::F16(table) => of(table, row_len, rows),
+        Elements::BF16(table) => of(table, row_len, rows),
+    }
 }
 
 /// Some of the rows that pay, and the part of the table that they are in.
 struct PayPass<'x> {
-    rows: &'x [(u32, u32)],
+    rows: &'x mut [(u32, Mark)],
     ledger: &'x Ledger,
     limits: Limits,
     rounding: Rounding,
@@ -176,7 +265,7 @@ impl<'x> PayPass<'x> {
     fn cut(self, piece: usize) -> Vec<Self> {
         let Self { rows, ledger, limits, rounding, key, mut span } = self;
         let mut pieces = Vec::with_capacity(rows.len().div_ceil(piece));
-        for rows in rows.chunks(piece) {
+        for rows in rows.chunks_mut(piece) {
             let (part, rest) = span.rows(rows[0].0, rows[rows.len() - 1].0);
             span = rest;
             pieces.push(Self { rows, ledger, limits, rounding, key, span: part });
@@ -191,16 +280,28 @@ impl<'x> PayPass<'x> {
         let mut scratch = vec![A::ZERO; row_len];
         let ahead = rows_ahead(row_len * size_of::<A>());
         let first = span.first;
-        let place = |k: usize| rows[k].0 as usize - first;
-        for k in 0..rows.len().min(ahead) {
-            span.prefetch(place(k));
+        let fetch = |(row, mark): (u32, Mark), span: &Span<'_>| {
+            let place = row as usize - first;
+            if mark.is_empty() { span.prefetch_params(place) } else { span.prefetch(place) }
+        };
+        for next in rows.iter().take(ahead) {
+            fetch(*next, &span);
         }
-        for (k, &(_, since)) in rows.iter().enumerate() {
-            if k + ahead < rows.len() {
-                span.prefetch(place(k + ahead));
+        for k in 0..rows.len() {
+            if let Some(next) = rows.get(k + ahead) {
+                fetch(*next, &span);
             }
-            let job = PayRow { debt: ledger.debt::<A>(since as usize), limits, rounding, key };
-            A::pay(&mut span, &job, place(k), &mut scratch);
+            let (row, mark) = rows[k];
+            let place = row as usize - first;
+            let mut debt = ledger.debt::<A>(mark.since());
+            if mark.checksum().is_some() {
+                span.drop_master(place);
+                debt = debt.standing();
+            }
+            let (is_empty, is_padding) = (mark.is_empty(), mark.is_padding());
+            let job = PayRow { debt, is_empty, is_padding, limits, rounding, key };
+            A::pay(&mut span, &job, place, &mut scratch);
+            rows[k].1 = mark.caught_up(ledger.now(), span.checksum(place));
         }
     }
 }
