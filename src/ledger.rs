@@ -37,6 +37,14 @@ const LEFT_OUT: f64 = 1e-9;
 const VANISHED: f64 = 1e-18;
 /// So many entries are kept before all rows pay and the ledger begins anew.
 pub(crate) const FULL: usize = 1 << 16;
+/// So many updates a window may have.
+pub(crate) const LONGEST_WINDOW: usize = FULL;
+
+/// How many updates it takes until what is left of a step's momentum has vanished, `ln(1e-18) / ln(beta1 / beta2)`. Work and
+/// memory of a ledger grow with it.
+pub(crate) fn window(beta1: f64, beta2: f64) -> f64 {
+    if beta1 == 0.0 { 0.0 } else { VANISHED.ln() / (beta1 / beta2).ln() }
+}
 
 /// What of a debt is the same for all rows; kernels take it as it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]

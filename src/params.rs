@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::check;
 use crate::codec::StateDType;
 use crate::error::{Error, ErrorKind, Result};
+use crate::ledger::{self, LONGEST_WINDOW};
 use crate::reduce::NormType;
 use crate::rounding::Rounding;
 use crate::rule::{Epsilon, Hyperparameters, WeightDecay};
@@ -87,6 +88,9 @@ pub(crate) struct Keeping {
     pub(crate) sparse_update: SparseUpdate,
 }
 
+/// Below this share of `beta2` a `beta1` has a window that is short enough: `1e-18` to the power of `1 / 65536`, rounded down.
+const LARGEST_QUOTIENT: f64 = 0.99936;
+
 impl Keeping {
     /// Checks it against the numbers of its group.
     pub(crate) fn validate(&self, hyper: &Hyperparameters) -> Result<()> {
@@ -99,6 +103,16 @@ impl Keeping {
         };
         if let Some(needs) = needs.filter(|_| beta1 >= beta2) {
             return Err(Error::invalid("beta1", format!("a number below `beta2`, {beta2}, for {needs}"), beta1));
+        }
+        // Of betas that are neighbors the quotient may be 1, whose window never ends.
+        let window = ledger::window(beta1, beta2);
+        if self.sparse_update == SparseUpdate::Exact && !(0.0..=LONGEST_WINDOW as f64).contains(&window) {
+            let expected = format!(
+                "a number further below `beta2`, {beta2}, for `sparse_update: Exact`: what a step leaves of its momentum has \
+                 to vanish within {LONGEST_WINDOW} updates, as it does for at most {} times `beta2`",
+                LARGEST_QUOTIENT
+            );
+            return Err(Error::invalid("beta1", expected, beta1));
         }
         if let (SparseUpdate::Exact, WeightDecay::L2(lambda)) = (self.sparse_update, weight_decay) {
             let expected = "None or Decoupled for `sparse_update: Exact`: with L2 no row is without a gradient";

@@ -109,6 +109,10 @@ impl Adamax {
     /// mebibyte, or of more than some 16,000 values; the system's errors.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         self.require_names()?;
+        // What can fail comes before rows catch up.
+        checkpoint::native::check_settings(&self.params, &self.groups, self.names())
+            .and_then(|()| checkpoint::require_writable(path.as_ref()))
+            .map_err(|error| self.own(error))?;
         checkpoint::native::write(&self.snapshot()?, path.as_ref()).map_err(|error| self.own(error))
     }
 

@@ -48,6 +48,26 @@ pub(super) fn write(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Res
     sync_folder(parent).map_err(failed("syncing", parent))
 }
 
+/// Makes a file beside `path`, as a save does, and removes it.
+pub(super) fn probe(path: &Path) -> Result<()> {
+    if path.is_dir() {
+        let error = io::Error::new(io::ErrorKind::IsADirectory, "expected the path of a file, got that of a folder");
+        return Err(failed("writing", path)(error));
+    }
+    static PROBES: AtomicU64 = AtomicU64::new(0);
+    let Some(name) = path.file_name() else {
+        return Err(failed("writing", path)(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "expected the path of a file",
+        )));
+    };
+    let mut probe = std::ffi::OsString::from(".");
+    probe.push(name);
+    probe.push(format!(".{}-{}.probe", std::process::id(), PROBES.fetch_add(1, Ordering::Relaxed)));
+    let probe = path.with_file_name(probe);
+    File::create_new(&probe).and_then(|_| fs::remove_file(&probe)).map_err(failed("writing", path))
+}
+
 /// Makes a rename in `folder` last.
 #[cfg(unix)]
 fn sync_folder(folder: &Path) -> io::Result<()> {

@@ -126,6 +126,12 @@ fn write_tensors<'t>(
     })
 }
 
+/// Makes sure, as far as that can be known before, that a file can be written to `path`; writes nothing that stays. For those
+/// who have to change something before they write, such as letting rows of tables catch up.
+pub(crate) fn require_writable(path: &Path) -> Result<()> {
+    atomic::probe(path)
+}
+
 fn unreadable(path: &Path, source: SafeTensorError) -> Error {
     let path = path.to_owned();
     match source {

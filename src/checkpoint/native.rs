@@ -111,6 +111,17 @@ pub(crate) fn write(snapshot: &Snapshot, path: &Path) -> Result<()> {
     write_tensors(path, tensors, Some((METADATA, json)))
 }
 
+/// Makes sure that settings are of a size that [`write()`] writes, before anything is made ready for it.
+pub(crate) fn check_settings<'n>(
+    params: &ParamsAdamax,
+    groups: &[GroupSettings],
+    names: impl IntoIterator<Item = &'n str>,
+) -> Result<()> {
+    let json = serde_json::to_string(&(params, groups))
+        .map_err(|error| Error::checkpoint(METADATA, "settings that JSON can hold", error))?;
+    Room::of(names).check(METADATA, &json)
+}
+
 /// Reads what [`write()`] has written for variables of these names, which are in alphabetical order.
 pub(crate) fn read(path: &Path, names: &[&str]) -> Result<Snapshot> {
     let is_var = |name: &str| names.binary_search(&name).is_ok();

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::super::Adamax;
-use crate::checkpoint::Counters;
+use crate::checkpoint::{Counters, require_writable};
 use crate::checkpoint::keras::{self, Extras, KerasState};
 use crate::checkpoint::plain::is_zero;
 use crate::error::{Error, ErrorKind, Result};
@@ -34,6 +34,7 @@ impl Adamax {
     /// their own, an average that a variable does not have yet; variables without names; the system's errors.
     pub fn save_keras(&self, path: impl AsRef<Path>) -> Result<()> {
         self.require_names()?;
+        require_writable(path.as_ref()).map_err(|error| self.own(error))?;
         let state = self.keras_state().map_err(|error| self.own(error))?;
         keras::write(&state, path.as_ref()).map_err(|error| self.own(error))
     }
@@ -70,6 +71,7 @@ impl Adamax {
     pub fn save_keras_legacy(&self, path: impl AsRef<Path>, order: &[impl AsRef<str>]) -> Result<()> {
         let write = || {
             let order = self.legacy_order(order)?;
+            require_writable(path.as_ref())?;
             keras::write_legacy(&self.keras_state()?, &order, path.as_ref())
         };
         write().map_err(|error| self.own(error))
@@ -115,6 +117,7 @@ impl Adamax {
             LearningRate::Constant(_) | LearningRate::Tensor(_) => Some(self.rate(calls)?),
             LearningRate::Schedule(_) | LearningRate::Custom(_) => None,
         };
+        self.add_moments(&mut vars)?;
         Ok(KerasState { iteration: calls, learning_rate, vars })
     }
 

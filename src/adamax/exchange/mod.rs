@@ -5,7 +5,7 @@ mod torch;
 
 use std::collections::BTreeMap;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 use super::held::GroupPlan;
 use super::late::without;
@@ -19,17 +19,16 @@ use crate::group::GroupSettings;
 use crate::params::ParamsAdamax;
 use crate::rule::Epsilon;
 use crate::schedule::Plateau;
-use crate::state::{Layout, Master, MomentTensors, Moments, Place};
+use crate::state::{Layout, Master, MomentTensors, Moments, Place, arithmetic};
 
 impl Adamax {
-    /// The state of every variable with m and u as they are, decoded where they are encoded, and the counters. With
-    /// `SparseUpdate::Exact` all rows pay what they owe.
+    /// The counters, and the state of every variable without its moments: zeros stand for them until it is known that nothing
+    /// refuses the state, since rows of tables with `SparseUpdate::Exact` have to catch up for the moments.
     fn plain(&self) -> Result<(Counters, BTreeMap<String, PlainVar>)> {
         let late = self.late();
         let plain = self.vars.iter().map(|param| {
-            param.state.pay_all()?;
-            let (state, shape) = (param.state.get(), param.var.shape());
-            let (exp_avg, exp_inf) = state.moments.to_tensors(shape)?;
+            let shape = param.var.shape();
+            let zeros = Tensor::zeros((), arithmetic(param.var.dtype()), &Device::Cpu)?.broadcast_as(shape)?;
             let ema = param.ema.as_ref().map(|ema| ema.to_tensor(shape)).transpose()?;
             let accumulated = param.accumulated.as_ref().filter(|accumulated| accumulated.calls > 0);
             let accumulated = accumulated.map(|accumulated| {
@@ -39,11 +38,22 @@ impl Adamax {
                 };
                 Ok::<_, Error>((sum, accumulated.calls))
             });
-            let step = self.settled_step(&param.name, state.step, late);
-            let plain = PlainVar { exp_avg, exp_inf, step, ema, accumulated: accumulated.transpose()? };
+            let step = self.settled_step(&param.name, param.state.get().step, late);
+            let plain = PlainVar { exp_avg: zeros.clone(), exp_inf: zeros, step, ema, accumulated: accumulated.transpose()? };
             Ok((param.name.clone(), plain))
         });
         Ok((without(&self.counters, late), plain.collect::<Result<_>>()?))
+    }
+
+    /// Adds m and u as they are, decoded where they are encoded. All rows catch up.
+    fn add_moments(&self, vars: &mut BTreeMap<String, PlainVar>) -> Result<()> {
+        for param in &self.vars {
+            param.state.pay_all()?;
+            if let Some(plain) = vars.get_mut(&param.name) {
+                (plain.exp_avg, plain.exp_inf) = param.state.get().moments.to_tensors(param.var.shape())?;
+            }
+        }
+        Ok(())
     }
 
     /// Takes state from elsewhere, with these settings, as [`restore`](Self::restore) does.

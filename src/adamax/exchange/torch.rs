@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use super::super::Adamax;
-use crate::checkpoint::Counters;
+use crate::checkpoint::{Counters, require_writable};
 use crate::checkpoint::torch::{self, PARAM_GROUPS, TorchGroup, TorchState};
 use crate::error::{Error, Result};
 use crate::group::{GroupLr, GroupSettings};
@@ -50,6 +50,7 @@ impl Adamax {
     /// variables without names; the system's errors.
     pub fn save_torch(&self, path: impl AsRef<Path>) -> Result<()> {
         self.require_names()?;
+        require_writable(path.as_ref()).map_err(|error| self.own(error))?;
         let state = self.torch_state().map_err(|error| self.own(error))?;
         torch::write(&state, path.as_ref()).map_err(|error| self.own(error))
     }
@@ -122,6 +123,7 @@ impl Adamax {
                 }
             }
         }
+        self.add_moments(&mut vars)?;
         Ok(TorchState { groups, vars })
     }
 
