@@ -97,48 +97,61 @@ pub(crate) struct Checksum(u32);
 
 /// A type of weights.
 pub(crate) trait Weight: Copy {
-    /// Its bits, mixed so that the upper ones count in any sum.
-    fn mixed(self) -> u32;
+    /// Its bits.
+    fn bits(self) -> u32;
 }
 
 impl Weight for f32 {
     #[inline(always)]
-    fn mixed(self) -> u32 {
-        self.to_bits() ^ (self.to_bits() >> 16)
+    fn bits(self) -> u32 {
+        self.to_bits()
     }
 }
 
 impl Weight for f64 {
     #[inline(always)]
-    fn mixed(self) -> u32 {
-        let folded = self.to_bits() ^ (self.to_bits() >> 29);
-        folded as u32 ^ (folded >> 32) as u32
+    fn bits(self) -> u32 {
+        (self.to_bits() as u32).wrapping_add((self.to_bits() >> 32) as u32)
     }
 }
 
 impl Weight for f16 {
     #[inline(always)]
-    fn mixed(self) -> u32 {
+    fn bits(self) -> u32 {
         u32::from(self.to_bits())
     }
 }
 
 impl Weight for bf16 {
     #[inline(always)]
-    fn mixed(self) -> u32 {
+    fn bits(self) -> u32 {
         u32::from(self.to_bits())
     }
 }
 
+/// So many sums a checksum is made of, so that a loop over weights vectorizes.
+const LANES: usize = 16;
+
 impl Checksum {
-    /// The checksum of the weights of one row: a sum of products with one odd number for each place, so that a loop over
-    /// them vectorizes.
+    /// The checksum of the weights of one row.
     #[inline(always)]
     pub(crate) fn of<W: Weight>(weights: &[W]) -> Self {
+        // A rotation tells the places of a lane apart, and an odd factor the lanes.
+        let mut lanes = [0u32; LANES];
+        let mut add = |weights: &[W]| {
+            for (lane, weight) in lanes.iter_mut().zip(weights) {
+                *lane = lane.rotate_left(5).wrapping_add(weight.bits());
+            }
+        };
+        let chunks = weights.chunks_exact(LANES);
+        let rest = chunks.remainder();
+        chunks.for_each(&mut add);
+        add(rest);
         let mut sum = 0u32;
-        for (weight, i) in weights.iter().zip(0u32..) {
-            let factor = i.wrapping_mul(0x9e37_79b2).wrapping_add(0x85eb_ca6b);
-            sum = sum.wrapping_add(weight.mixed().wrapping_mul(factor));
+        for (lane, i) in lanes.iter().zip(0u32..) {
+            // The upper bits alone, such as those of signs, would get lost in a sum of products.
+            let folded = lane ^ (lane >> 16);
+            sum = sum.wrapping_add(folded.wrapping_mul(i.wrapping_mul(0x9e37_79b2).wrapping_add(0x85eb_ca6b)));
         }
         let mixed = (sum ^ (sum >> 15)).wrapping_mul(0x846c_a68b);
         Self((mixed >> 19).max(1))

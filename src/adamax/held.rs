@@ -189,9 +189,15 @@ impl GroupPlan {
 
 impl Adamax {
     /// Brings every weight up to date: rows of tables with [`SparseUpdate::Exact`] pay what they owe for the updates
-    /// that they missed. Call it before weights are read as a whole other than by this crate: by an operation on the
-    /// `Var`, or by `VarMap::save`. A second call in a row costs nothing. Paying in two parts rounds differently from
-    /// paying once, so a call is part of the run.
+    /// that they missed. Call it before weights are read as a whole other than by this crate, by an operation on the
+    /// `Var` or by `VarMap::save`, and before they are written, by `Var::set` or `VarMap::load`. After it no row has missed
+    /// an update: what is read is up to date, and what is written before the next step stands as it is, and later steps
+    /// start from it. A second call in a row costs nothing. Paying in two parts rounds differently from paying once, so a
+    /// call is part of the run.
+    ///
+    /// A row that was written too early and [noticed](crate::ErrorKind::WrittenRow) stands as it is, too: its moments
+    /// catch up, its weights do not. The same holds where all rows catch up without this call: when the optimizer is saved or
+    /// dropped, when its state or [`Table::weight`](crate::Table::weight) is read, and when settings are replaced.
     ///
     /// ```
     /// use candle_adamax::{Adamax, ParamsAdamax, SparseUpdate, Table};
@@ -208,6 +214,9 @@ impl Adamax {
     /// optimizer.catch_up()?; // rows 0 to 8 have gone on moving by their momentum
     /// let w = weight.to_vec2::<f32>()?;
     /// assert!(w[0][0] < w[8][0] && w[8][0] < w[9][0]);
+    ///
+    /// weight.set(&weight.zeros_like()?)?; // no row has missed an update
+    /// assert_eq!(table.lookup(&Tensor::new(&[0u32], &Device::Cpu)?)?.to_vec2::<f32>()?, [[0.0; 4]]);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     ///

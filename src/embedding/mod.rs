@@ -86,7 +86,8 @@ impl Embedding {
         Ok(Self { table: matrix(&weight)?, options: Options::default() })
     }
 
-    /// The row `id` gets no gradient: it stays as it is (PyTorch's `padding_idx`).
+    /// The row `id` gets no gradient: it stays as it is (PyTorch's `padding_idx`). With
+    /// [`SparseUpdate::Exact`](crate::SparseUpdate::Exact) decay spares it, too, unless it has had a gradient in another way.
     ///
     /// # Errors
     ///

@@ -36,6 +36,10 @@ pub(crate) use records::snapshot;
 /// weight is in host memory or, with the feature `cuda`, on a GPU; on any other device it is looked up and differentiated
 /// densely, candle's way.
 ///
+/// With [`SparseUpdate::Exact`](crate::SparseUpdate::Exact) a row catches up on the updates that it missed when it is looked
+/// up. Call [`Adamax::catch_up`](crate::Adamax::catch_up) or [`weight`](Self::weight) before the weight is read or written by
+/// anything but this crate; [`set_rows`](Self::set_rows) may be called at any time.
+///
 /// Ids on the table's GPU stay there, and a lookup waits for nothing: rows of ids that are none are NaN, and the error that
 /// names the id is that of the optimizer's step, or of a later lookup if there is none. With ids in host memory it is the
 /// lookup's own.
@@ -154,7 +158,7 @@ impl Table {
     /// # Errors
     ///
     /// An id that is not the number of a row, or that was not in an earlier lookup whose ids were on the GPU; ids that are not
-    /// integers.
+    /// integers; a row that was [written](crate::ErrorKind::WrittenRow) while it had missed updates.
     pub fn lookup(&self, ids: &Tensor) -> Result<Tensor> {
         self.lookup_without(ids, None, None)
     }
