@@ -13,6 +13,7 @@
 use half::{bf16, f16};
 
 use crate::ledger::FULL;
+use crate::rounding::mix;
 
 /// The bits of the number of an update.
 const SINCE: u32 = (1 << 17) - 1;
@@ -153,8 +154,7 @@ impl Checksum {
             let folded = lane ^ (lane >> 16);
             sum = sum.wrapping_add(folded.wrapping_mul(i.wrapping_mul(0x9e37_79b2).wrapping_add(0x85eb_ca6b)));
         }
-        let mixed = (sum ^ (sum >> 15)).wrapping_mul(0x846c_a68b);
-        Self((mixed >> 19).max(1))
+        Self(((mix(u64::from(sum)) >> 51) as u32).max(1))
     }
 }
 
@@ -178,7 +178,10 @@ mod tests {
                     row.iter().map(|w| w + 1.0).collect(),
                     vec![0.0; len],
                     vec![1.0; len],
-                    row.iter().enumerate().map(|(i, w)| if i == 0 { f32::from_bits(w.to_bits() ^ 1) } else { *w }).collect(),
+                    row.iter()
+                        .enumerate()
+                        .map(|(i, w)| if i == 0 { f32::from_bits(w.to_bits() ^ 1) } else { *w })
+                        .collect(),
                 ];
                 let of_row = Checksum::of(&row);
                 let narrow = |row: &[f32]| Checksum::of(&row.iter().map(|w| bf16::from_f32(*w)).collect::<Vec<_>>());

@@ -332,9 +332,7 @@ pub(super) fn pay_listed(var: TensorId, rows: &Listed) -> Result<()> {
 pub(super) fn pay_occurrences(var: TensorId, occurrences: &Occurrences) -> Result<()> {
     match occurrences {
         Occurrences::Host(rows) => pay_listed(var, rows),
-        Occurrences::Gpu(ids) => {
-            with(var, |debts, account| debts.pay(account, Some(&ids.touched()), Written::Refused))
-        }
+        Occurrences::Gpu(ids) => with(var, |debts, account| debts.pay(account, Some(&ids.touched()), Written::Refused)),
     }
 }
 

@@ -9,7 +9,8 @@ use crate::common::bits;
 #[test]
 fn betas_that_are_too_close_are_refused() -> Result<()> {
     let w = table(2, 1, DType::F32)?;
-    for (beta1, beta2) in [(0.999, 0.999_001), (0.999, 0.999_000_1), (0.5, 0.500_000_000_000_000_1), (0.0999, 0.099_95)] {
+    for (beta1, beta2) in [(0.999, 0.999_001), (0.999, 0.999_000_1), (0.5, 0.500_000_000_000_000_1), (0.0999, 0.099_95)]
+    {
         let params = ParamsAdamax { beta1, beta2, ..exact() };
         let error = Adamax::from_named([("w", w.clone())], params.clone()).unwrap_err().to_string();
         assert_eq!(

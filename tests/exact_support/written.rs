@@ -120,7 +120,9 @@ fn notices(dtype: DType, params: &ParamsAdamax) -> Result<()> {
         Ok(())
     })?;
     end(|optimizer| optimizer.snapshot().map(drop).map_err(Into::into))?;
-    end(|optimizer| ["first", "second"].iter().try_for_each(|name| optimizer.state(name).map(drop).map_err(Into::into)))?;
+    end(|optimizer| {
+        ["first", "second"].iter().try_for_each(|name| optimizer.state(name).map(drop).map_err(Into::into))
+    })?;
     end(|mut optimizer| {
         optimizer.reset_rows("first", &Tensor::new(&[0u32, 1, 2], CPU)?)?;
         optimizer.reset_rows("second", &Tensor::new(&[0u32, 1, 2], CPU)?)?;

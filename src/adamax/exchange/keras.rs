@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use super::super::Adamax;
-use crate::checkpoint::{Counters, require_writable};
 use crate::checkpoint::keras::{self, Extras, KerasState};
 use crate::checkpoint::plain::is_zero;
+use crate::checkpoint::{Counters, require_writable};
 use crate::error::{Error, ErrorKind, Result};
 use crate::group::{GroupLr, GroupSettings};
 use crate::params::{ParamsAdamax, StepCount};

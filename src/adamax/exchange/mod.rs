@@ -39,7 +39,8 @@ impl Adamax {
                 Ok::<_, Error>((sum, accumulated.calls))
             });
             let step = self.settled_step(&param.name, param.state.get().step, late);
-            let plain = PlainVar { exp_avg: zeros.clone(), exp_inf: zeros, step, ema, accumulated: accumulated.transpose()? };
+            let plain =
+                PlainVar { exp_avg: zeros.clone(), exp_inf: zeros, step, ema, accumulated: accumulated.transpose()? };
             Ok((param.name.clone(), plain))
         });
         Ok((without(&self.counters, late), plain.collect::<Result<_>>()?))

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use super::super::Adamax;
-use crate::checkpoint::{Counters, require_writable};
 use crate::checkpoint::torch::{self, PARAM_GROUPS, TorchGroup, TorchState};
+use crate::checkpoint::{Counters, require_writable};
 use crate::error::{Error, Result};
 use crate::group::{GroupLr, GroupSettings};
 use crate::params::{ParamsAdamax, StepCount};
