@@ -132,6 +132,18 @@ impl Weight for bf16 {
 
 /// So many sums a checksum is made of, so that a loop over weights vectorizes.
 const LANES: usize = 16;
+/// Odd numbers without a pattern, in which sums with signs would cancel out: those of a linear congruential generator.
+const FACTORS: [u32; LANES] = {
+    let mut factors = [0x85eb_ca6b; LANES];
+    let mut i = 1;
+    while i < LANES {
+        let next =
+            (factors[i - 1] as u64).wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        factors[i] = (next >> 32) as u32 | 1;
+        i += 1;
+    }
+    factors
+};
 
 impl Checksum {
     /// The checksum of the weights of one row.
@@ -149,10 +161,10 @@ impl Checksum {
         chunks.for_each(&mut add);
         add(rest);
         let mut sum = 0u32;
-        for (lane, i) in lanes.iter().zip(0u32..) {
+        for (lane, factor) in lanes.iter().zip(FACTORS) {
             // The upper bits alone, such as those of signs, would get lost in a sum of products.
             let folded = lane ^ (lane >> 16);
-            sum = sum.wrapping_add(folded.wrapping_mul(i.wrapping_mul(0x9e37_79b2).wrapping_add(0x85eb_ca6b)));
+            sum = sum.wrapping_add(folded.wrapping_mul(factor));
         }
         Self(((mix(u64::from(sum)) >> 51) as u32).max(1))
     }

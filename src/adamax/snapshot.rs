@@ -111,9 +111,8 @@ impl Adamax {
         self.require_names()?;
         // What can fail comes before rows catch up.
         checkpoint::native::check_settings(&self.params, &self.groups, self.names())
-            .and_then(|()| checkpoint::require_writable(path.as_ref()))
-            .map_err(|error| self.own(error))?;
-        checkpoint::native::write(&self.snapshot()?, path.as_ref()).map_err(|error| self.own(error))
+            .and_then(|()| checkpoint::save(path.as_ref(), |to| checkpoint::native::write(&self.snapshot()?, to)))
+            .map_err(|error| self.own(error))
     }
 
     /// Takes all state from a file that [`save`](Self::save) wrote, as [`restore`](Self::restore) does. The next steps

@@ -20,6 +20,10 @@ pub(super) fn write(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Res
             "expected the path of a file",
         )));
     };
+    if path.is_dir() {
+        let error = io::Error::new(io::ErrorKind::IsADirectory, "expected the path of a file, got that of a folder");
+        return Err(failed("writing", path)(error));
+    }
     let parent = match path.parent() {
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),
@@ -37,7 +41,9 @@ pub(super) fn write(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Res
     }
     // Two processes that save to the same path at once do not write into each other's file.
     let file: PathBuf = folder.join(format!("{}-{}", std::process::id(), SAVES.fetch_add(1, Ordering::Relaxed)));
-    let written = write(&file).and_then(|()| {
+    // Before `write`, which may change something: what can fail for a path fails here.
+    let created = File::create_new(&file).map(drop).map_err(failed("writing", path));
+    let written = created.and_then(|()| write(&file)).and_then(|()| {
         File::options().write(true).open(&file).and_then(|file| file.sync_all()).map_err(failed("syncing", &file))?;
         fs::rename(&file, path).map_err(failed("renaming to", path))
     });
@@ -46,26 +52,6 @@ pub(super) fn write(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Res
     let _ = fs::remove_dir_all(&folder);
     written?;
     sync_folder(parent).map_err(failed("syncing", parent))
-}
-
-/// Makes a file beside `path`, as a save does, and removes it.
-pub(super) fn probe(path: &Path) -> Result<()> {
-    if path.is_dir() {
-        let error = io::Error::new(io::ErrorKind::IsADirectory, "expected the path of a file, got that of a folder");
-        return Err(failed("writing", path)(error));
-    }
-    static PROBES: AtomicU64 = AtomicU64::new(0);
-    let Some(name) = path.file_name() else {
-        return Err(failed("writing", path)(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "expected the path of a file",
-        )));
-    };
-    let mut probe = std::ffi::OsString::from(".");
-    probe.push(name);
-    probe.push(format!(".{}-{}.probe", std::process::id(), PROBES.fetch_add(1, Ordering::Relaxed)));
-    let probe = path.with_file_name(probe);
-    File::create_new(&probe).and_then(|_| fs::remove_file(&probe)).map_err(failed("writing", path))
 }
 
 /// Makes a rename in `folder` last.

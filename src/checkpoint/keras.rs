@@ -17,7 +17,7 @@ use candle_core::Tensor;
 use super::header::Wanted;
 use super::plain::{PlainVar, count, of_scalar, scalar};
 use super::reading::{Room, TensorFile};
-use super::write_tensors;
+use super::{Destination, write_tensors};
 use crate::error::{Error, Result};
 
 const ITERATION: &str = "iteration";
@@ -70,7 +70,7 @@ pub(crate) struct Extras {
 }
 
 /// Writes the variables by path.
-pub(crate) fn write(state: &KerasState, path: &Path) -> Result<()> {
+pub(crate) fn write(state: &KerasState, to: &Destination<'_>) -> Result<()> {
     // As the iteration of Keras; and all of the rate's digits, which Keras rounds to f32.
     let scalars = [
         Some((ITERATION.to_owned(), iteration(state)?)),
@@ -84,11 +84,11 @@ pub(crate) fn write(state: &KerasState, path: &Path) -> Result<()> {
         moments.into_iter().chain(average).chain(accumulator)
     });
     let scalars = scalars.iter().flatten().map(|(key, tensor)| (key.clone(), tensor));
-    write_tensors(path, scalars.chain(vars), None)
+    write_tensors(to, scalars.chain(vars), None)
 }
 
 /// Writes the variables in the legacy order, where the variables of the model are in the order of `names`.
-pub(crate) fn write_legacy(state: &KerasState, names: &[&str], path: &Path) -> Result<()> {
+pub(crate) fn write_legacy(state: &KerasState, names: &[&str], to: &Destination<'_>) -> Result<()> {
     let iteration = iteration(state)?;
     let vars = names
         .iter()
@@ -96,7 +96,7 @@ pub(crate) fn write_legacy(state: &KerasState, names: &[&str], path: &Path) -> R
     let vars = vars.collect::<Result<Vec<_>>>()?;
     let moments = vars.iter().map(|var| &var.exp_avg).chain(vars.iter().map(|var| &var.exp_inf));
     let tensors = std::iter::once(&iteration).chain(moments);
-    write_tensors(path, tensors.enumerate().map(|(position, tensor)| (position.to_string(), tensor)), None)
+    write_tensors(to, tensors.enumerate().map(|(position, tensor)| (position.to_string(), tensor)), None)
 }
 
 fn iteration(state: &KerasState) -> Result<Tensor> {

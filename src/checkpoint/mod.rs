@@ -114,22 +114,26 @@ impl From<Tensor> for AccumulatedGrad {
     }
 }
 
-/// Writes a safetensors file of these tensors, with at most one text of metadata: it is complete or not there.
+/// A file that is being made for a path.
+pub(crate) struct Destination<'p> {
+    path: &'p Path,
+    file: &'p Path,
+}
+
+/// Lets `write` make a file for `path`: it is complete or not there. The file can be written when `write` is called, which may
+/// change something then, such as letting rows of tables catch up.
+pub(crate) fn save(path: &Path, write: impl FnOnce(&Destination<'_>) -> Result<()>) -> Result<()> {
+    atomic::write(path, |file| write(&Destination { path, file }))
+}
+
+/// Writes a safetensors file of these tensors, with at most one text of metadata.
 fn write_tensors<'t>(
-    path: &Path,
+    to: &Destination<'_>,
     tensors: impl IntoIterator<Item = (String, &'t Tensor)>,
     text: Option<(&str, String)>,
 ) -> Result<()> {
     let metadata = text.map(|(key, text)| HashMap::from([(key.to_owned(), text)]));
-    atomic::write(path, |file| {
-        safetensors::serialize_to_file(tensors, metadata, file).map_err(|error| unreadable(path, error))
-    })
-}
-
-/// Makes sure, as far as that can be known before, that a file can be written to `path`; writes nothing that stays. For those
-/// who have to change something before they write, such as letting rows of tables catch up.
-pub(crate) fn require_writable(path: &Path) -> Result<()> {
-    atomic::probe(path)
+    safetensors::serialize_to_file(tensors, metadata, to.file).map_err(|error| unreadable(to.path, error))
 }
 
 fn unreadable(path: &Path, source: SafeTensorError) -> Error {

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::header::Wanted;
 use super::reading::{Room, TensorFile};
-use super::{AccumulatedGrad, Counters, Snapshot, VarSnapshot, write_tensors};
+use super::{AccumulatedGrad, Counters, Destination, Snapshot, VarSnapshot, write_tensors};
 use crate::error::{Error, Result};
 use crate::gradient::SparseGrad;
 use crate::group::GroupSettings;
@@ -66,7 +66,7 @@ struct Version {
 }
 
 /// Writes a snapshot.
-pub(crate) fn write(snapshot: &Snapshot, path: &Path) -> Result<()> {
+pub(crate) fn write(snapshot: &Snapshot, to: &Destination<'_>) -> Result<()> {
     let Snapshot { params, groups, counters, grad_scaler, plateau, vars } = snapshot;
     let mut tensors: Vec<(String, &Tensor)> = Vec::with_capacity(2 * vars.len());
     let mut headers = BTreeMap::new();
@@ -108,7 +108,7 @@ pub(crate) fn write(snapshot: &Snapshot, path: &Path) -> Result<()> {
     let json = serde_json::to_string(&header)
         .map_err(|error| Error::checkpoint(METADATA, "settings that JSON can hold", error))?;
     Room::of(vars.keys().map(String::as_str)).check(METADATA, &json)?;
-    write_tensors(path, tensors, Some((METADATA, json)))
+    write_tensors(to, tensors, Some((METADATA, json)))
 }
 
 /// Makes sure that settings are of a size that [`write()`] writes, before anything is made ready for it.

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::header::Wanted;
 use super::plain::{PlainVar, count, of_scalar};
 use super::reading::{Room, TensorFile};
-use super::write_tensors;
+use super::{Destination, write_tensors};
 use crate::error::{Error, Result};
 
 /// The key of the JSON text in the metadata.
@@ -80,7 +80,7 @@ pub(crate) struct TorchState {
 }
 
 /// Writes the state; averages and gradients that wait have no place in it, and the caller has made sure of that.
-pub(crate) fn write(state: &TorchState, path: &Path) -> Result<()> {
+pub(crate) fn write(state: &TorchState, to: &Destination<'_>) -> Result<()> {
     let steps = state.vars.iter().map(|(name, var)| {
         let key = format!("{name}.step");
         if var.step > LARGEST_STEP {
@@ -98,7 +98,7 @@ pub(crate) fn write(state: &TorchState, path: &Path) -> Result<()> {
         .map_err(|error| Error::checkpoint(PARAM_GROUPS, "settings that JSON can hold", error))?;
     Room::of(state.vars.keys().map(String::as_str)).check(PARAM_GROUPS, &groups)?;
     let tensors = moments.chain(steps.iter().map(|(key, step)| (key.clone(), step)));
-    write_tensors(path, tensors, Some((PARAM_GROUPS, groups)))
+    write_tensors(to, tensors, Some((PARAM_GROUPS, groups)))
 }
 
 /// Reads the state of parameters of these names, which are in alphabetical order, and of no others.

@@ -5,7 +5,7 @@ use std::path::Path;
 use super::super::Adamax;
 use crate::checkpoint::keras::{self, Extras, KerasState};
 use crate::checkpoint::plain::is_zero;
-use crate::checkpoint::{Counters, require_writable};
+use crate::checkpoint::{self, Counters};
 use crate::error::{Error, ErrorKind, Result};
 use crate::group::{GroupLr, GroupSettings};
 use crate::params::{ParamsAdamax, StepCount};
@@ -34,9 +34,7 @@ impl Adamax {
     /// their own, an average that a variable does not have yet; variables without names; the system's errors.
     pub fn save_keras(&self, path: impl AsRef<Path>) -> Result<()> {
         self.require_names()?;
-        require_writable(path.as_ref()).map_err(|error| self.own(error))?;
-        let state = self.keras_state().map_err(|error| self.own(error))?;
-        keras::write(&state, path.as_ref()).map_err(|error| self.own(error))
+        checkpoint::save(path.as_ref(), |to| keras::write(&self.keras_state()?, to)).map_err(|error| self.own(error))
     }
 
     /// Takes the variables of Keras 3's Adamax from a file that `examples/exchange/keras3.py`, or
@@ -71,8 +69,7 @@ impl Adamax {
     pub fn save_keras_legacy(&self, path: impl AsRef<Path>, order: &[impl AsRef<str>]) -> Result<()> {
         let write = || {
             let order = self.legacy_order(order)?;
-            require_writable(path.as_ref())?;
-            keras::write_legacy(&self.keras_state()?, &order, path.as_ref())
+            checkpoint::save(path.as_ref(), |to| keras::write_legacy(&self.keras_state()?, &order, to))
         };
         write().map_err(|error| self.own(error))
     }

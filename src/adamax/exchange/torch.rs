@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::super::Adamax;
 use crate::checkpoint::torch::{self, PARAM_GROUPS, TorchGroup, TorchState};
-use crate::checkpoint::{Counters, require_writable};
+use crate::checkpoint::{self, Counters};
 use crate::error::{Error, Result};
 use crate::group::{GroupLr, GroupSettings};
 use crate::params::{ParamsAdamax, StepCount};
@@ -50,9 +50,7 @@ impl Adamax {
     /// variables without names; the system's errors.
     pub fn save_torch(&self, path: impl AsRef<Path>) -> Result<()> {
         self.require_names()?;
-        require_writable(path.as_ref()).map_err(|error| self.own(error))?;
-        let state = self.torch_state().map_err(|error| self.own(error))?;
-        torch::write(&state, path.as_ref()).map_err(|error| self.own(error))
+        checkpoint::save(path.as_ref(), |to| torch::write(&self.torch_state()?, to)).map_err(|error| self.own(error))
     }
 
     /// Takes the state of a `torch.optim.Adamax` from a file that `examples/exchange/pytorch.py`, or
