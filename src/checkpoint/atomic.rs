@@ -42,7 +42,7 @@ pub(super) fn write(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Res
     // Two processes that save to the same path at once do not write into each other's file.
     let file: PathBuf = folder.join(format!("{}-{}", std::process::id(), SAVES.fetch_add(1, Ordering::Relaxed)));
     // Before `write`, which may change something: what can fail for a path fails here.
-    let created = File::create_new(&file).map(drop).map_err(failed("writing", path));
+    let created = File::create(&file).map(drop).map_err(failed("writing", path));
     let written = created.and_then(|()| write(&file)).and_then(|()| {
         File::options().write(true).open(&file).and_then(|file| file.sync_all()).map_err(failed("syncing", &file))?;
         fs::rename(&file, path).map_err(failed("renaming to", path))
