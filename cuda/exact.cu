@@ -5,8 +5,10 @@
 // src/kernel/cuda/exact.rs.
 #include "unit.cuh"
 
-// Of a mark: the moments of the row are zero. src/table/debts.rs.
+// Of a mark: the moments of the row are zero; it is a padding row; the update after which it was up to date. src/mark.rs.
 constexpr u32 EMPTY = 1u << 31;
+constexpr u32 PADDING = 1u << 30;
+constexpr u32 SINCE = (1u << 17) - 1;
 constexpr u32 NOTHING = 0xffffffff;
 
 struct PayArgs {
@@ -23,12 +25,12 @@ struct PayArgs {
     u32 mark;    // of rows that have paid
 };
 
-// After which update the row at `place` was up to date, if these lanes are to let it pay.
+// The mark of the row at `place`, if these lanes are to let it pay.
 DEVICE u32 claim(const PayArgs& args, u64 place) {
-    u32 old = args.marks[place], since = old & ~EMPTY, mark = args.mark | (old & EMPTY);
+    u32 old = args.marks[place], since = old & SINCE, mark = args.mark | (old & (EMPTY | PADDING));
     bool decays = args.entries[since].log_decay != args.entries[args.now].log_decay;
-    bool owes = since < args.now && ((old & EMPTY) == 0 || decays);
-    return owes && atomicCAS(&args.marks[place], old, mark) == old ? since : NOTHING;
+    bool is_spared = (old & EMPTY) != 0 && ((old & PADDING) != 0 || !decays);
+    return since < args.now && !is_spared && atomicCAS(&args.marks[place], old, mark) == old ? old : NOTHING;
 }
 
 // One row that pays.
@@ -37,9 +39,9 @@ template <typename F, typename P> struct Row : Stored<F, P> {
     using Stored<F, P>::Stored;
     using Stored<F, P>::is_whole;
 
-    // Moments as they are.
-    __device__ __forceinline__ void pay_full(const Debt<A>& debt) const {
-        bool series = true;
+    // Moments as they are. A padding row stays as it is where its moments are zero.
+    __device__ __forceinline__ void pay_full(const Debt<A>& debt, bool padding) const {
+        bool series = true, blank = true;
         for (u32 at = lanes.begin(); at < len; at += lanes.stride()) {
             u32 n = count(at);
             bool whole = is_whole && n == GROUP;
@@ -47,9 +49,13 @@ template <typename F, typename P> struct Row : Stored<F, P> {
             load(moments + at, n, whole, m);
             load(norms + at, n, whole, u);
 #pragma unroll
-            for (u32 i = 0; i < GROUP; i++) series = series && debt.is_series(m[i], u[i]); // what is not there is zero
+            for (u32 i = 0; i < GROUP; i++) { // what is not there is zero
+                series = series && debt.is_series(m[i], u[i]);
+                blank = blank && m[i] == A(0) && u[i] == A(0);
+            }
         }
         series = lanes.all(series);
+        if (lanes.all(blank) && padding) return;
         for (u32 at = lanes.begin(); at < len; at += lanes.stride()) {
             u32 n = count(at);
             bool whole = is_whole && n == GROUP;
@@ -70,8 +76,9 @@ template <typename F, typename P> struct Row : Stored<F, P> {
     }
 
     // One norm for the row.
-    __device__ __forceinline__ void pay_row(const Debt<A>& debt, const Limits& limits) const {
+    __device__ __forceinline__ void pay_row(const Debt<A>& debt, const Limits& limits, bool padding) const {
         A before = *norm, after = debt.norm(before);
+        if (padding && before == A(0)) return; // it tells whether there has been a gradient
         bool series = debt.is_series(after, before);
         for (u32 at = lanes.begin(); at < len; at += lanes.stride()) {
             u32 n = count(at);
@@ -90,7 +97,7 @@ template <typename F, typename P> struct Row : Stored<F, P> {
     }
 
     // Encoded moments with a unit.
-    __device__ __forceinline__ void pay_coded(const Debt<float>& debt, const Limits& limits) const {
+    __device__ __forceinline__ void pay_coded(const Debt<float>& debt, const Limits& limits, bool padding) const {
         u32 before = *log;
         Moved moved = move_unit<F>(before, debt.shrunk, 0.0f);
         PayBlock<F> block = PayBlock<F>::of(debt, limits, key, before, moved);
@@ -113,6 +120,7 @@ template <typename F, typename P> struct Row : Stored<F, P> {
         }
         blank = lanes.all(blank);
         series = lanes.all(series);
+        if (blank && padding) return;
         for (u32 at = lanes.begin(); at < len; at += lanes.stride()) {
             u32 n = count(at);
             bool whole = is_whole && n == GROUP;
@@ -141,16 +149,17 @@ template <typename F, typename P, bool ROWWISE> DEVICE void pay_rows(const PayAr
     for (u64 i = (u64(blockIdx.x) * THREADS + threadIdx.x) / lanes.count; i < args.n; i += at_once) {
         u64 place = t.rows != 0 ? reinterpret_cast<const u32*>(t.rows)[i] : i;
         if (place >= args.all) continue; // the id of nothing
-        u32 since = lanes.first(lanes.lane == 0 ? claim(args, place) : 0);
-        if (since == NOTHING) continue;
-        const Debt<A> debt = Debt<A>::of(args.entries, args.terms, since, args.now);
+        u32 mark = lanes.first(lanes.lane == 0 ? claim(args, place) : 0);
+        if (mark == NOTHING) continue;
+        bool padding = (mark & PADDING) != 0;
+        const Debt<A> debt = Debt<A>::of(args.entries, args.terms, mark & SINCE, args.now);
         Row<F, P> row(lanes, t, args.rounding == 1, place, derive(args.key, place));
         if constexpr (ROWWISE) {
-            row.pay_row(debt, args.limits);
+            row.pay_row(debt, args.limits, padding);
         } else if constexpr (F::IS_CODED) {
-            row.pay_coded(debt, args.limits);
+            row.pay_coded(debt, args.limits, padding);
         } else {
-            row.pay_full(debt);
+            row.pay_full(debt, padding);
         }
     }
 }

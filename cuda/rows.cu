@@ -73,12 +73,12 @@ struct MarkArgs {
     u32 added; // and those that are added
 };
 
-// Which rows are up to date: src/table/debts.rs.
+// Which rows are up to date: src/table/debts.rs, src/mark.rs.
 KERNEL(rows_mark, MarkArgs) {
     u64 threads = u64(gridDim.x) * THREADS;
     for (u64 i = u64(blockIdx.x) * THREADS + threadIdx.x; i < args.n; i += threads) {
         u64 row = args.rows != nullptr ? args.rows[i] : i;
-        // Named several times, a row gets the same mark each time: without `kept`, or alone.
+        // Named several times, a row gets the same mark each time: what was added the first time is added again.
         if (row < args.all) args.marks[row] = (args.marks[row] & args.kept) | args.added;
     }
 }

@@ -217,6 +217,19 @@ pub enum ErrorKind {
         rows: usize,
     },
 
+    /// A row of a table with [`SparseUpdate::Exact`](crate::SparseUpdate::Exact) has missed updates, and its weights are not
+    /// those that it had when it missed them.
+    #[error(
+        "row {row} of a table of shape {shape:?} with `SparseUpdate::Exact` was written while it had missed updates, which \
+         would move what was written: call `Adamax::catch_up` before weights are written, or now, to let them stand"
+    )]
+    WrittenRow {
+        /// The row.
+        row: usize,
+        /// The table's dimensions.
+        shape: Vec<usize>,
+    },
+
     /// A gradient in the `GradStore` belongs to a lookup that is not known any more.
     #[error(
         "the rows of a lookup are not known any more: it was differentiated more than once, as were too many after it, \

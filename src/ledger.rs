@@ -37,6 +37,14 @@ const LEFT_OUT: f64 = 1e-9;
 const VANISHED: f64 = 1e-18;
 /// So many entries are kept before all rows pay and the ledger begins anew.
 pub(crate) const FULL: usize = 1 << 16;
+/// So many updates a window may have.
+pub(crate) const LONGEST_WINDOW: usize = FULL;
+
+/// How many updates it takes until what is left of a step's momentum has vanished, `ln(1e-18) / ln(beta1 / beta2)`. Work and
+/// memory of a ledger grow with it.
+pub(crate) fn window(beta1: f64, beta2: f64) -> f64 {
+    if beta1 == 0.0 { 0.0 } else { VANISHED.ln() / (beta1 / beta2).ln() }
+}
 
 /// What of a debt is the same for all rows; kernels take it as it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
@@ -270,6 +278,20 @@ impl<A: Arithmetic> Debt<'_, A> {
     pub(crate) fn moments(&self, m: A, u: A) -> (A, A) {
         let shrunk = rule::maximum(u * self.beta2, self.eps_inside);
         (m * self.beta1, if u == A::ZERO { A::ZERO } else { shrunk })
+    }
+
+    /// The same for a row whose weights have been written since, and stand as they are: its moments alone catch up.
+    pub(crate) fn standing(self) -> Self {
+        // Without updates, one by one: the weight is not even multiplied, whatever its moments are.
+        let missed = Updates { entries: &[], ..self.missed };
+        let (decay, smallest_u) = (A::from_f64(1.0), A::from_f64(f64::INFINITY));
+        Self { decay, sums: [A::ZERO; TERMS], smallest_u, missed, ..self }
+    }
+
+    /// The weight of a row without momentum.
+    #[inline(always)]
+    pub(crate) fn decayed(&self, w: A) -> A {
+        self.decay * w
     }
 
     /// Whether the series suffices for an element.

@@ -91,6 +91,7 @@
 //! | `trace` | a span for each call, or nothing |
 //! | `pages` | zeroed arrays that take memory where they are written |
 //! | `codec` | how moments are stored in 4 and 2 bytes; pure |
+//! | `mark` | what is known of one such row: when it was up to date, and a checksum of its weights; pure |
 //! | `ledger` | what rows owe for the updates that they missed; pure |
 //! | `scaler` | the dynamic loss scale: what a call makes of it; pure |
 //! | `reduce`, `clip` | the one tree by which norms are summed, and what clipping makes of them; pure |
@@ -114,6 +115,7 @@ mod group;
 pub mod guide;
 mod kernel;
 mod ledger;
+mod mark;
 mod pages;
 mod params;
 mod reduce;

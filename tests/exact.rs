@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
+mod exact_support;
 
 use candle_adamax::{
     Adamax, CosineDecay, Embedding, Epsilon, ExponentialDecay, Kernel, ParamGroup, ParamsAdamax, Rounding, Snapshot,

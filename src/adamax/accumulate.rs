@@ -92,6 +92,8 @@ impl Adamax {
                     (of_call, of_sum) => of_call.or(of_sum),
                 }
             })?;
+            self.seek_written(Gradients::OfThisCall(collected))?;
+            self.seek_written(Gradients::Accumulated { calls: steps })?;
         }
         let unscale = self.unscale();
         let mut sums = Vec::new();

@@ -102,7 +102,7 @@ impl<'p> Move<'p> {
         let Some(average) = ema else { return Ok(None) };
         let mut state = state.get_mut();
         // The average is one of all rows, as they would be.
-        state.pay(None)?;
+        state.pay_all()?;
         let rounding = rounded.roundings.get(*group).copied().unwrap_or_default();
         let key = derive(derive(rounded.seed, *key), rounded.write);
         Ok(Some(Self { var: var.as_tensor(), momentum, overwrite, average, state, rounding, key }))

@@ -1,7 +1,7 @@
 //! The state of one variable, wherever it is: the optimizer's own, or shared with the lookups of a table.
 
 use std::ops::{Deref, DerefMut};
-use std::sync::{Arc, MutexGuard};
+use std::sync::MutexGuard;
 
 use candle_core::Tensor;
 
@@ -10,19 +10,20 @@ use crate::codec::Encoding;
 use crate::error::{Error, Result};
 use crate::gradient::sparse::row_len;
 use crate::group::GroupSettings;
-use crate::kernel::{self, Kernel, Orders, RowGrad, Touched};
+use crate::kernel::{self, Kernel, Orders, Touched, Written};
+use crate::mark::Checksum;
 use crate::params::{Keeping, ParamsAdamax, SparseUpdate};
 use crate::rounding::derive;
 use crate::rule::{Hyperparameters, WeightDecay};
 use crate::state::{Layout, Master, Moments, ParamState, Place};
-use crate::table::debts::{Account, Debts};
+use crate::table::debts::{Account, Debts, Owner};
 use crate::table::limits;
 
 /// The state of one variable.
 pub(super) enum Held {
     Own(ParamState),
     /// Of a table whose rows may owe something.
-    Shared(Arc<Debts>),
+    Shared(Owner),
 }
 
 /// The state, to be read.
@@ -62,12 +63,28 @@ impl Held {
 }
 
 impl StateMut<'_> {
-    /// Lets rows pay, or all of them, before they are updated.
-    pub(super) fn pay(&mut self, rows: Option<&[u32]>) -> Result<()> {
-        match (self, rows) {
-            (Self::Own(_), _) => Ok(()),
-            (Self::Shared(debts, account), Some(rows)) => debts.pay(account, &Touched::Rows(rows)),
-            (Self::Shared(debts, account), None) => debts.pay_all(account),
+    /// Lets all rows pay; those that somebody has written stand as they are.
+    pub(super) fn pay_all(&mut self) -> Result<()> {
+        match self {
+            Self::Own(_) => Ok(()),
+            Self::Shared(debts, account) => debts.pay_all(account),
+        }
+    }
+
+    /// Lets rows pay; those that somebody has written stand as they are.
+    pub(super) fn pay(&mut self, rows: &[u32]) -> Result<()> {
+        match self {
+            Self::Own(_) => Ok(()),
+            Self::Shared(debts, account) => debts.pay(account, Some(&Touched::Rows(rows)), Written::Stands),
+        }
+    }
+
+    /// Makes sure that nobody has written weights of `var` that a gradient will let pay.
+    pub(super) fn seek_written(&mut self, grad: &GradRef<'_>, var: &Tensor) -> Result<()> {
+        match self {
+            // On a GPU it cannot be known.
+            Self::Shared(_, account) if !account.is_on_host() => Ok(()),
+            _ => self.pay_for(grad, var, Written::Sought),
         }
     }
 
@@ -82,10 +99,25 @@ impl StateMut<'_> {
     }
 
     /// Lets the rows of a gradient of `var` pay, before they are updated.
-    pub(super) fn pay_touched(&mut self, grad: &RowGrad<'_>, var: &Tensor) -> Result<()> {
+    pub(super) fn pay_touched(&mut self, grad: &GradRef<'_>, var: &Tensor) -> Result<()> {
+        self.pay_for(grad, var, Written::Refused)
+    }
+
+    fn pay_for(&mut self, grad: &GradRef<'_>, var: &Tensor, written: Written) -> Result<()> {
+        match (self, grad) {
+            (Self::Own(_), _) => Ok(()),
+            (Self::Shared(debts, account), GradRef::Rows(grad)) => {
+                debts.pay(account, Some(&grad.touched(var.device())?), written)
+            }
+            (Self::Shared(debts, account), GradRef::Dense(_)) => debts.pay(account, None, written),
+        }
+    }
+
+    /// The state, and where an update puts the checksums of the rows that it touches, if they are wanted.
+    pub(super) fn parts(&mut self) -> (&mut ParamState, Option<&mut Vec<Checksum>>) {
         match self {
-            Self::Own(_) => Ok(()),
-            Self::Shared(debts, account) => debts.pay(account, &grad.touched(var.device())?),
+            Self::Own(state) => (state, None),
+            Self::Shared(_, account) => account.parts(),
         }
     }
 
@@ -176,10 +208,15 @@ impl GroupPlan {
 
 impl Adamax {
     /// Brings every weight up to date: rows of tables with [`SparseUpdate::Exact`] pay what they owe for the updates
-    /// that they missed, and rows that a layer with [`max_norm`](crate::Embedding::max_norm) has looked up are scaled.
-    /// Call it before weights are read as a whole other than by this crate: by an operation on the
-    /// `Var`, or by `VarMap::save`. A second call in a row costs nothing. Paying in two parts rounds differently from
-    /// paying once, so a call is part of the run.
+    /// that they missed, and rows that a layer with [`max_norm`](crate::Embedding::max_norm) has looked up are scaled. Call
+    /// it before weights are read as a whole other than by this crate, by an operation on the `Var` or by `VarMap::save`, and
+    /// before they are written, by `Var::set` or `VarMap::load`. After it no row has missed an update: what is read is up to
+    /// date, and what is written before the next step stands as it is, and later steps start from it. A second call in a row
+    /// costs nothing. Catching up in two parts rounds differently from catching up once, so a call is part of the run.
+    ///
+    /// A row that was written too early and [noticed](crate::ErrorKind::WrittenRow) stands as it is, too: its moments
+    /// catch up, its weights do not. The same holds where all rows catch up without this call: when the optimizer is saved or
+    /// dropped, when its state or [`Table::weight`](crate::Table::weight) is read, and when settings are replaced.
     ///
     /// ```
     /// use candle_adamax::{Adamax, ParamsAdamax, SparseUpdate, Table};
@@ -196,6 +233,9 @@ impl Adamax {
     /// optimizer.catch_up()?; // rows 0 to 8 have gone on moving by their momentum
     /// let w = weight.to_vec2::<f32>()?;
     /// assert!(w[0][0] < w[8][0] && w[8][0] < w[9][0]);
+    ///
+    /// weight.set(&weight.zeros_like()?)?; // no row has missed an update
+    /// assert_eq!(table.lookup(&Tensor::new(&[0u32], &Device::Cpu)?)?.to_vec2::<f32>()?, [[0.0; 4]]);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     ///
@@ -282,10 +322,8 @@ impl Param {
             };
         }
         if let (Held::Own(state), SparseUpdate::Exact) = (&mut self.state, plan.keeping.sparse_update) {
-            let marks = Debts::prepare(var, state)?;
-            let state = std::mem::replace(state, ParamState::nothing(&wanted));
             let (hyper, rounding) = (plan.hyper(self.decays), plan.keeping.rounding);
-            self.state = Held::Shared(Debts::new(var, row_len(var), (state, marks), &hyper, rounding, key));
+            self.state = Held::Shared(Owner::new(var, row_len(var), state, &hyper, rounding, key)?);
         }
         Ok(())
     }

@@ -424,6 +424,7 @@ impl Adamax {
         self.check_tables(rates, |index, param| {
             gradients.of(index, param.accumulated.as_ref()).map(GradRef::is_of_rows)
         })?;
+        self.seek_written(gradients)?;
         self.prepare_states(gradients, rates)?;
         let update = self.counters.updates + 1;
         let orders = self.orders(gradients, rates, &summary, 0);
@@ -435,14 +436,14 @@ impl Adamax {
         let (mut tasks, mut row_tasks, mut nth) = (Vec::with_capacity(locked.len()), Vec::new(), 0);
         for (index, (orders, (var, accumulated, state))) in orders.iter().zip(&mut locked).enumerate() {
             let (Some(orders), Some(grad)) = (*orders, gradients.of(index, *accumulated)) else { continue };
+            state.pay_touched(&grad, var)?;
             state.scale_down(var)?;
             match grad {
                 GradRef::Rows(grad) => {
-                    state.pay_touched(grad, var)?;
-                    row_tasks.push(RowTask { nth, var, grad, orders, state });
+                    let (state, checksums) = state.parts();
+                    row_tasks.push(RowTask { nth, var, grad, orders, state, checksums });
                 }
                 GradRef::Dense(read) => {
-                    state.pay(None)?;
                     let place = state.place();
                     tasks.push(Task { place, nth, lent: Some(*var), read: Some(read), kind: Update { orders, state } });
                 }
@@ -502,6 +503,19 @@ impl Adamax {
             if Coefficients::of_update(&plan.hyper(param.decays), *lr, 1).decay >= 1.0 {
                 let expected = "less than 1 of the weight to decay in a step, for `sparse_update: Exact`";
                 return Err(Error::invalid("lr", expected, lr));
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses gradients of rows that somebody has written while they had missed updates. It writes nothing.
+    fn seek_written(&mut self, gradients: Gradients<'_>) -> Result<()> {
+        for (index, param) in self.vars.iter_mut().enumerate() {
+            if let Held::Shared(_) = param.state {
+                let (var, accumulated, mut state) = param.unlock();
+                if let Some(grad) = gradients.of(index, accumulated) {
+                    state.seek_written(&grad, var)?;
+                }
             }
         }
         Ok(())

@@ -111,7 +111,7 @@ impl Adamax {
         rows.dedup();
         let len = row_len(&param.var);
         let mut state = param.state.get_mut();
-        state.pay(Some(&rows))?;
+        state.pay(&rows)?;
         state.moments.clear_rows(&rows, len)?;
         if let Some(master) = &state.master {
             master.clear_rows(&rows);

@@ -6,6 +6,14 @@ use crate::element::Arithmetic;
 use crate::ledger::Debt;
 use crate::rounding::random;
 
+/// Whether a block is one where no gradient has been.
+#[inline(always)]
+pub(crate) fn is_blank<F: Format>(moments: &[F::Code], norms: &[F::Norm], log: u32) -> bool {
+    log == 0
+        && moments.iter().all(|moment| F::load_plain(*moment) == 0.0)
+        && norms.iter().all(|norm| F::widen_norm(*norm) == 0)
+}
+
 /// Pays what a block of elements owes that share a unit.
 #[inline(always)]
 pub(crate) fn pay_block<F: Format>(
@@ -16,9 +24,7 @@ pub(crate) fn pay_block<F: Format>(
     (moments, norms, log): (&mut [F::Code], &mut [F::Norm], &mut u32),
 ) {
     // Where no gradient has been there is no unit yet, and none begins.
-    let is_blank = *log == 0
-        && moments.iter().all(|moment| F::load_plain(*moment) == 0.0)
-        && norms.iter().all(|norm| F::widen_norm(*norm) == 0);
+    let is_blank = is_blank::<F>(moments, norms, *log);
     let before = scale_of(*log);
     let (moved, rebase) = move_unit::<F>(*log, debt.shrunk, 0.0);
     let after = scale_of(moved);

@@ -55,6 +55,7 @@ impl Options {
     fn padding_idx(&mut self, table: &Table, id: usize) -> Result<()> {
         let rows = table.rows();
         check::require(id < rows, "padding_idx", format!("an id below the {rows} rows"), id)?;
+        table.pad(id as u32)?;
         self.padding = Some(id as u32);
         Ok(())
     }
@@ -90,7 +91,8 @@ impl Embedding {
     }
 
     /// The row `id` gets no gradient: it stays as it is (PyTorch's `padding_idx`), unless it is above
-    /// [`max_norm`](Self::max_norm).
+    /// [`max_norm`](Self::max_norm). With [`SparseUpdate::Exact`](crate::SparseUpdate::Exact) decay spares it, too, unless it
+    /// has had a gradient in another way.
     ///
     /// # Errors
     ///

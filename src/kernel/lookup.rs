@@ -6,6 +6,7 @@ use super::cpu::rows;
 use super::lend::{Elements, ElementsMut, Source, elements_of, lend};
 use super::occurrences::Listed;
 use crate::element::Element;
+use crate::mark::Checksum;
 use crate::pages;
 use crate::state::written;
 
@@ -133,6 +134,12 @@ pub(crate) fn scale_down(table: &Tensor, row_len: usize, noted: &[(u32, Limit)])
         written::elements(table, &changed);
     }
     Ok(scaled)
+}
+
+/// The checksums of the rows `ids`.
+pub(crate) fn checksums(table: &Tensor, row_len: usize, ids: &[u32]) -> Result<Vec<Checksum>> {
+    let borrowed = Source::Tensor(table).borrow()?;
+    Ok(rows::checksums(borrowed.elements()?, row_len, ids))
 }
 
 /// Asks for large pages under a large table.

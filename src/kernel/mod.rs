@@ -13,15 +13,18 @@ use candle_core::{DType, Tensor};
 
 use crate::clip::Clip;
 use crate::error::Result;
+use crate::mark::Mark;
 use crate::reduce::{Norm, NormType};
 use crate::state::Place;
 
-pub(crate) use cpu::{Accumulate, Average, Orders, PayTask, RowTask, Task, Update};
+pub(crate) use cpu::{Accumulate, Average, Orders, PayTask, RowTask, Task, Update, Written};
 #[cfg(feature = "cuda")]
 pub(crate) use cuda::GpuRows;
 pub(crate) use cuda::{GpuIds, GpuMarks, Unchecked};
 pub(crate) use lend::Source;
-pub(crate) use lookup::{Limit, copy, dot_rows, enlarge, gather, largest, largest_backward, limit, pool, scale_down};
+pub(crate) use lookup::{
+    Limit, checksums, copy, dot_rows, enlarge, gather, largest, largest_backward, limit, pool, scale_down,
+};
 pub(crate) use occurrences::{Listed, Occurrences, Part, total};
 pub(crate) use rows::{RowGrad, RowValues, SummedRows, Touched};
 
@@ -178,9 +181,10 @@ pub(crate) fn all_on_one_gpu<'v>(mut grads: impl Iterator<Item = (&'v Tensor, Pl
     grads.all(|(var, place)| place == Place::Cuda && var.device().same_device(first.device()))
 }
 
-/// Lets rows of a table in host memory pay: ascending, each with the update after which it was up to date.
-pub(crate) fn pay(task: PayTask<'_>, rows: &[(u32, u32)]) -> Result<()> {
-    Ok(cpu::pay_rows(task, rows)?)
+/// Lets rows of a table in host memory pay: ascending, each with its mark, which becomes the new one. Returns the first row
+/// that was written by others, if that is refused; nothing has changed then.
+pub(crate) fn pay(task: PayTask<'_>, rows: &mut [(u32, Mark)], written: Written) -> Result<Option<u32>> {
+    Ok(cpu::pay_rows(task, rows, written)?)
 }
 
 /// Those of the host, of tensor operations and of the CUDA kernels.

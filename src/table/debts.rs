@@ -1,29 +1,33 @@
 //! Tables whose untouched rows owe what a dense optimizer would have done to them: their state, shared by the
 //! optimizer, which books what it did, and by lookups, before which rows pay.
 //!
-//! Invariant: whoever reads or writes a weight or a moment of such a table holds its lock, and the rows have paid. What
-//! is owed is paid when the last owner leaves. Whenever all rows are up to date the ledger begins anew, so that what
-//! comes after depends on weights and moments only, and not on whether this process or another one made them.
+//! Invariant: whoever reads or writes a weight or a moment of such a table holds its lock, and the rows have paid. The
+//! table belongs to one optimizer: what is owed is paid when that lets go of it, whoever else still holds the state.
+//! Whenever all rows are up to date the ledger begins anew, so that what comes after depends on weights and moments
+//! only, and not on whether this process or another one made them.
+//!
+//! Weights that somebody else writes while rows owe updates would be moved by them. Rows that were updated, or have paid
+//! for themselves, have a checksum of their weights in their marks, so that most such writes are noticed. When all rows
+//! have paid there are no checksums: a write is right then, and cannot be told from a later one.
 
 use std::collections::HashMap;
+use std::ops::Deref;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 
 use candle_core::{Tensor, TensorId};
 
-use super::records::lock;
-use crate::error::{Error, Result};
-use crate::kernel::{self, GpuMarks, Limit, Listed, Occurrences, Orders, PayTask, RowGrad, Touched};
+use super::records::{self, lock};
+use crate::error::{Error, ErrorKind, Result};
+use crate::gradient::sparse::row_len;
+use crate::kernel::{self, GpuMarks, Limit, Listed, Occurrences, Orders, PayTask, RowGrad, Touched, Written};
 use crate::ledger::{FULL, Ledger};
+use crate::mark::{Checksum, Mark};
 use crate::rounding::{Rounding, derive};
 use crate::rule::Hyperparameters;
 use crate::state::{ParamState, Place};
 
-/// All of them, by their variables.
+/// All that belong to an optimizer, by their variables.
 static DEBTS: LazyLock<Mutex<HashMap<TensorId, Weak<Debts>>>> = LazyLock::new(Mutex::default);
-
-/// The moments of the row are zero: it owes decay at most. Paying leaves such moments as they are, so that it makes no
-/// difference to any bit whether this is known of a row or not.
-const EMPTY: u32 = 1 << 31;
 
 /// One table with a ledger.
 pub(crate) struct Debts {
@@ -37,13 +41,17 @@ pub(crate) struct Account {
     pub(crate) state: ParamState,
     ledger: Ledger,
     marks: Marks,
+    /// Of the rows that an update has touched last.
+    checksums: Vec<Checksum>,
     rounding: Rounding,
     key: u64,
+    /// Whether the optimizer has let go of it: the table may belong to another one by now.
+    is_released: bool,
 }
 
-/// After which update each row was up to date, and whether its moments are zero.
-pub(crate) enum Marks {
-    Host(Vec<u32>),
+/// The mark of each row.
+enum Marks {
+    Host(Vec<Mark>),
     Gpu(Box<GpuMarks>),
 }
 
@@ -55,75 +63,124 @@ impl Marks {
         }
     }
 
-    /// From now on the rows that have paid last, which are these, have this mark.
-    fn set(&mut self, rows: &[u32], mark: u32) -> Result<()> {
+    /// Update `now` has updated these rows, which have paid last; their checksums, where there are any.
+    fn set(&mut self, rows: &[u32], now: usize, checksums: &[Checksum]) -> Result<()> {
         match self {
-            Self::Gpu(marks) => return marks.mark_named(mark),
-            Self::Host(marks) => rows.iter().for_each(|&row| marks[row as usize] = mark),
+            Self::Gpu(marks) => return marks.mark_named(Mark::PADDING, now as u32),
+            Self::Host(marks) => {
+                for (k, &row) in rows.iter().enumerate() {
+                    let mark = &mut marks[row as usize];
+                    *mark = mark.updated(now, checksums.get(k).copied());
+                }
+            }
         }
         Ok(())
     }
 
-    /// From now on all rows are up to date in a ledger that begins anew, and keep these bits of their marks.
+    /// From now on all rows are up to date in a ledger that begins anew, and keep these flags of their marks.
     fn begin_anew(&mut self, kept: u32) -> Result<()> {
         match self {
             Self::Gpu(marks) => {
                 marks.forget();
                 return marks.mark_all(kept, 0);
             }
-            Self::Host(marks) => marks.iter_mut().for_each(|mark| *mark &= kept),
+            Self::Host(marks) => marks.iter_mut().for_each(|mark| *mark = mark.anew(kept)),
+        }
+        Ok(())
+    }
+
+    /// From now on this is a padding row.
+    fn pad(&mut self, row: u32) -> Result<()> {
+        match self {
+            Self::Gpu(marks) => {
+                marks.name(&Touched::Rows(&[row]))?;
+                return marks.mark_named(u32::MAX, Mark::PADDING);
+            }
+            Self::Host(marks) => {
+                if let Some(mark) = marks.get_mut(row as usize) {
+                    *mark = mark.with(Mark::PADDING);
+                }
+            }
         }
         Ok(())
     }
 }
 
-impl Debts {
-    /// Gets ready for a variable to have debts, with this state.
+/// The optimizer's hold on a table with a ledger.
+pub(crate) struct Owner(Arc<Debts>);
+
+impl Owner {
+    /// A table that owes nothing, with this state, which is taken.
     ///
     /// # Errors
     ///
-    /// It has some already; no memory for the marks.
-    pub(crate) fn prepare(var: &Tensor, state: &ParamState) -> Result<Marks> {
-        check_alone(var.id())?;
-        let mark = if state.step == 0 { EMPTY } else { 0 };
-        Ok(match state.place() {
-            Place::Cuda => Marks::Gpu(Box::new(GpuMarks::new(var, mark)?)),
-            Place::Host | Place::Device => Marks::Host(vec![mark; var.dims().first().copied().unwrap_or(1)]),
-        })
-    }
-
-    /// A table that owes nothing.
+    /// Another optimizer has it; no memory for the marks. Nothing has changed then.
     pub(crate) fn new(
         var: &Tensor,
         row_len: usize,
-        (state, marks): (ParamState, Marks),
+        state: &mut ParamState,
         hyper: &Hyperparameters,
         rounding: Rounding,
         key: u64,
-    ) -> Arc<Self> {
-        let ledger = Ledger::new(hyper);
-        let account = Account { state, ledger, marks, rounding, key };
-        let debts = Arc::new(Self { var: var.clone(), row_len, account: Mutex::new(account) });
-        lock(&DEBTS).insert(var.id(), Arc::downgrade(&debts));
-        debts
+    ) -> Result<Self> {
+        let flags = if state.step == 0 { Mark::EMPTY } else { 0 };
+        let marks = match state.place() {
+            Place::Cuda => Marks::Gpu(Box::new(GpuMarks::new(var, flags)?)),
+            Place::Host | Place::Device => {
+                Marks::Host(vec![Mark::new(flags); var.dims().first().copied().unwrap_or(1)])
+            }
+        };
+        let nothing = ParamState::nothing(&state.moments.layout);
+        let (ledger, checksums) = (Ledger::new(hyper), Vec::new());
+        let account = Account { state: nothing, ledger, marks, checksums, rounding, key, is_released: false };
+        let debts = Arc::new(Debts { var: var.clone(), row_len, account: Mutex::new(account) });
+        let mut all = lock(&DEBTS);
+        check_free(&all, var.id())?;
+        all.insert(var.id(), Arc::downgrade(&debts));
+        drop(all);
+        let owner = Self(debts);
+        let mut account = owner.lock();
+        records::paddings(var.id()).into_iter().try_for_each(|row| account.marks.pad(row))?;
+        std::mem::swap(&mut account.state, state);
+        drop(account);
+        Ok(owner)
     }
+}
 
+impl Deref for Owner {
+    type Target = Debts;
+
+    fn deref(&self) -> &Debts {
+        &self.0
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        let mut account = self.lock();
+        // Nobody is left to be told of an error; memory has been there for every payment before.
+        let _ = self.pay_all(&mut account);
+        account.is_released = true;
+        // Under the lock: a lookup that finds this one released finds it gone, too.
+        let mut all = lock(&DEBTS);
+        if all.get(&self.var.id()).is_some_and(|debts| std::ptr::eq(debts.as_ptr(), Arc::as_ptr(&self.0))) {
+            all.remove(&self.var.id());
+        }
+    }
+}
+
+impl Debts {
     /// The state, locked.
     pub(crate) fn lock(&self) -> MutexGuard<'_, Account> {
         self.account.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets rows pay.
-    pub(crate) fn pay(&self, account: &mut Account, rows: &Touched<'_>) -> Result<()> {
-        self.settle(account, Some(rows))
-    }
-
-    /// Lets all rows pay; the ledger begins anew.
-    pub(crate) fn pay_all(&self, account: &mut Account) -> Result<()> {
-        self.settle(account, None)
-    }
-
-    fn settle(&self, account: &mut Account, rows: Option<&Touched<'_>>) -> Result<()> {
+    /// Lets rows pay, or all of them, which begins the ledger anew.
+    ///
+    /// # Errors
+    ///
+    /// A row that somebody has written, if that is refused. Nothing has changed then.
+    pub(crate) fn pay(&self, account: &mut Account, rows: Option<&Touched<'_>>, written: Written) -> Result<()> {
         let now = account.ledger.now() as u32;
         if let (Marks::Gpu(marks), Some(rows)) = (&mut account.marks, rows) {
             marks.name(rows)?;
@@ -131,46 +188,69 @@ impl Debts {
         if now == 0 {
             return Ok(());
         }
-        let Account { state, ledger, rounding, key, marks } = account;
+        let Account { state, ledger, rounding, key, marks, .. } = account;
         // A row pays once between two updates; updates themselves have keys of another kind.
         let (rounding, key) = (*rounding, derive(!*key, state.step));
         let task = PayTask { var: &self.var, row_len: self.row_len, ledger, rounding, key, state };
         match marks {
             Marks::Gpu(marks) => marks.pay(task, rows.is_none(), now)?,
-            Marks::Host(since) => {
-                let owing: Vec<(u32, u32)> = match rows {
-                    Some(Touched::Rows(rows)) => rows.iter().filter_map(|&row| owing(ledger, since, row)).collect(),
+            Marks::Host(marks) => {
+                let mut owing: Vec<(u32, Mark)> = match rows {
+                    Some(Touched::Rows(rows)) => rows.iter().filter_map(|&row| owing(ledger, marks, row)).collect(),
                     Some(Touched::OnGpu(_)) => {
                         return Err(candle_core::Error::msg("expected rows in host memory").into());
                     }
-                    None => (0..since.len() as u32).filter_map(|row| owing(ledger, since, row)).collect(),
+                    None => (0..marks.len() as u32).filter_map(|row| owing(ledger, marks, row)).collect(),
                 };
-                kernel::pay(task, &owing)?;
-                for (row, _) in owing {
-                    let old = &mut since[row as usize];
-                    *old = now | (*old & EMPTY);
+                if let Some(row) = kernel::pay(task, &mut owing, written)? {
+                    return Err(ErrorKind::WrittenRow { row: row as usize, shape: self.var.dims().to_vec() }.into());
                 }
+                if written == Written::Sought {
+                    return Ok(());
+                }
+                owing.into_iter().for_each(|(row, mark)| marks[row as usize] = mark);
             }
         }
-        if rows.is_none() { account.begin_anew(EMPTY) } else { Ok(()) }
+        if rows.is_none() { account.begin_anew(Mark::EMPTY | Mark::PADDING) } else { Ok(()) }
+    }
+
+    /// Lets all rows pay; those that somebody has written stand as they are.
+    pub(crate) fn pay_all(&self, account: &mut Account) -> Result<()> {
+        self.pay(account, None, Written::Stands)
     }
 
     /// Scales noted rows down, which are ascending, after they have caught up.
     pub(crate) fn scale_down(&self, account: &mut Account, noted: &[(u32, Limit)]) -> Result<()> {
         let rows: Vec<u32> = noted.iter().map(|&(row, _)| row).collect();
-        self.pay(account, &Touched::Rows(&rows))?;
-        kernel::scale_down(&self.var, self.row_len, noted).map(drop)
+        self.pay(account, Some(&Touched::Rows(&rows)), Written::Stands)?;
+        let scaled = kernel::scale_down(&self.var, self.row_len, noted)?;
+        self.rewritten(account, &scaled)
+    }
+
+    /// Rows that have paid were written by the crate: their checksums are those of what they are now. Where all rows have paid
+    /// there are none, and nothing has to be said.
+    fn rewritten(&self, account: &mut Account, rows: &[u32]) -> Result<()> {
+        let Marks::Host(marks) = &mut account.marks else { return Ok(()) };
+        if account.ledger.now() == 0 {
+            return Ok(());
+        }
+        let checksums = kernel::checksums(&self.var, self.row_len, rows)?;
+        for (&row, checksum) in rows.iter().zip(checksums) {
+            let mark = &mut marks[row as usize];
+            *mark = mark.with_checksum(checksum);
+        }
+        Ok(())
     }
 
     /// Books an update of the rows of a gradient, which have paid last, or of all.
     pub(crate) fn book(&self, account: &mut Account, orders: &Orders, grad: Option<&RowGrad<'_>>) -> Result<()> {
         account.rounding = orders.rounding;
         let Some(grad) = grad else {
-            return account.begin_anew(0);
+            return account.begin_anew(Mark::PADDING);
         };
         account.ledger.book(&orders.coefficients, orders.shrink);
         let now = account.ledger.now();
-        account.marks.set(grad.rows().unwrap_or_default(), now as u32)?;
+        account.marks.set(grad.rows().unwrap_or_default(), now, &account.checksums)?;
         if now >= FULL { self.pay_all(account) } else { Ok(()) }
     }
 
@@ -191,88 +271,104 @@ impl Debts {
 }
 
 impl Account {
+    /// The state, and where an update in host memory puts the checksums of the rows that it touches.
+    pub(crate) fn parts(&mut self) -> (&mut ParamState, Option<&mut Vec<Checksum>>) {
+        let is_on_host = self.is_on_host();
+        (&mut self.state, is_on_host.then_some(&mut self.checksums))
+    }
+
+    /// Whether the table is in host memory.
+    pub(crate) fn is_on_host(&self) -> bool {
+        matches!(self.marks, Marks::Host(_))
+    }
+
     /// How many bytes it takes to know what each row owes.
     pub(crate) fn bytes_owed(&self) -> usize {
         let marks = match &self.marks {
-            Marks::Host(marks) => size_of_val::<[u32]>(marks),
+            Marks::Host(marks) => size_of_val::<[Mark]>(marks),
             Marks::Gpu(marks) => marks.bytes(),
         };
         marks + self.ledger.bytes()
     }
 
-    /// All rows are up to date, and keep these bits of their marks.
+    /// All rows are up to date, and keep these flags of their marks.
     fn begin_anew(&mut self, kept: u32) -> Result<()> {
         self.ledger.clear();
         self.marks.begin_anew(kept)
     }
 }
 
-/// The row and after which update it was up to date, if it owes anything.
-fn owing(ledger: &Ledger, marks: &[u32], row: u32) -> Option<(u32, u32)> {
+/// The row and its mark, if it owes anything.
+fn owing(ledger: &Ledger, marks: &[Mark], row: u32) -> Option<(u32, Mark)> {
     let mark = marks[row as usize];
-    let since = mark & !EMPTY;
-    let owes = since < ledger.now() as u32 && (mark & EMPTY == 0 || ledger.decays_since(since as usize));
-    owes.then_some((row, since))
+    let is_spared = || mark.is_empty() && (mark.is_padding() || !ledger.decays_since(mark.since()));
+    (mark.since() < ledger.now() && !is_spared()).then_some((row, mark))
 }
 
-impl Drop for Debts {
-    fn drop(&mut self) {
-        let mut all = lock(&DEBTS);
-        if all.get(&self.var.id()).is_some_and(|debts| debts.strong_count() == 0) {
-            all.remove(&self.var.id());
+/// Does something with the debts of a variable, if it has any.
+fn with(var: TensorId, f: impl FnOnce(&Debts, &mut Account) -> Result<()>) -> Result<()> {
+    loop {
+        let Some(debts) = lock(&DEBTS).get(&var).and_then(Weak::upgrade) else { return Ok(()) };
+        let mut account = debts.lock();
+        // Another optimizer may have come while this waited for the lock.
+        if !account.is_released {
+            return f(&debts, &mut account);
         }
-        drop(all);
-        let mut account = self.lock();
-        // Nobody is left to be told of an error; memory has been there for every payment before.
-        let _ = self.pay_all(&mut account);
     }
 }
 
-/// The debts of a variable, if it has any.
-pub(super) fn of(var: TensorId) -> Option<Arc<Debts>> {
-    lock(&DEBTS).get(&var).and_then(Weak::upgrade)
+/// Lets rows of a variable pay, which are ascending, before they are written by the crate.
+pub(super) fn pay_before_writing(var: TensorId, rows: &[u32]) -> Result<()> {
+    with(var, |debts, account| debts.pay(account, Some(&Touched::Rows(rows)), Written::Stands))
 }
 
-/// Refuses a variable that has debts already, before another optimizer gives it some.
+/// Refuses a variable that another optimizer has with `Exact`.
 pub(crate) fn check_alone(var: TensorId) -> Result<()> {
-    match of(var) {
-        None => Ok(()),
-        Some(_) => {
-            let got = "another one that has it, too";
-            Err(Error::invalid("sparse_update", "one optimizer with `Exact` for a table", got))
-        }
-    }
+    check_free(&lock(&DEBTS), var)
 }
 
-/// Lets rows of a variable pay, which are ascending, before they are read or written.
-pub(super) fn pay(var: TensorId, rows: &[u32]) -> Result<()> {
-    match of(var) {
-        Some(debts) => debts.pay(&mut debts.lock(), &Touched::Rows(rows)),
-        None => Ok(()),
+fn check_free(all: &HashMap<TensorId, Weak<Debts>>, var: TensorId) -> Result<()> {
+    if all.get(&var).is_some_and(|debts| debts.strong_count() > 0) {
+        let got = "another one that has it, too";
+        return Err(Error::invalid("sparse_update", "one optimizer with `Exact` for a table", got));
     }
+    Ok(())
 }
 
-/// Lets the rows of a list pay.
+/// Rows of a variable that have paid were written by the crate.
+pub(crate) fn rewritten(var: TensorId, rows: &[u32]) -> Result<()> {
+    with(var, |debts, account| debts.rewritten(account, rows))
+}
+
+/// Scales noted rows of a variable down, which are ascending, after they have caught up.
+pub(super) fn scale_down(var: &Tensor, noted: &[(u32, Limit)]) -> Result<()> {
+    let mut is_done = false;
+    with(var.id(), |debts, account| {
+        is_done = true;
+        debts.scale_down(account, noted)
+    })?;
+    if is_done { Ok(()) } else { kernel::scale_down(var, row_len(var), noted).map(drop) }
+}
+
+/// A layer over the variable has this padding row.
+pub(super) fn pad(var: TensorId, row: u32) -> Result<()> {
+    with(var, |_, account| account.marks.pad(row))
+}
+
+/// Lets the rows of a list pay, before they are looked up.
 pub(super) fn pay_listed(var: TensorId, rows: &Listed) -> Result<()> {
-    match of(var) {
-        Some(debts) => debts.pay(&mut debts.lock(), &Touched::Rows(&rows.unique())),
-        None => Ok(()),
-    }
+    with(var, |debts, account| debts.pay(account, Some(&Touched::Rows(&rows.unique())), Written::Refused))
 }
 
 /// Lets the rows of a lookup pay.
 pub(super) fn pay_occurrences(var: TensorId, occurrences: &Occurrences) -> Result<()> {
-    match (occurrences, of(var)) {
-        (Occurrences::Host(rows), _) => pay_listed(var, rows),
-        (Occurrences::Gpu(ids), Some(debts)) => debts.pay(&mut debts.lock(), &ids.touched()),
-        (Occurrences::Gpu(_), None) => Ok(()),
+    match occurrences {
+        Occurrences::Host(rows) => pay_listed(var, rows),
+        Occurrences::Gpu(ids) => with(var, |debts, account| debts.pay(account, Some(&ids.touched()), Written::Refused)),
     }
 }
 
 /// Lets all rows of a variable pay.
 pub(super) fn pay_all(var: TensorId) -> Result<()> {
-    match of(var) {
-        Some(debts) => debts.pay_all(&mut debts.lock()),
-        None => Ok(()),
-    }
+    with(var, |debts, account| debts.pay_all(account))
 }

@@ -15,8 +15,7 @@ use candle_core::{Tensor, TensorId};
 use super::debts;
 use super::records::{self, lock};
 use crate::error::Result;
-use crate::gradient::sparse::row_len;
-use crate::kernel::{self, Limit};
+use crate::kernel::Limit;
 
 /// The number of tables with noted rows. It spares the variables of most models the search for their table.
 static NOTED: AtomicUsize = AtomicUsize::new(0);
@@ -75,8 +74,5 @@ pub(crate) fn scale_down(var: &Tensor) -> Result<()> {
     if noted.is_empty() {
         return Ok(());
     }
-    match debts::of(var.id()) {
-        Some(debts) => debts.scale_down(&mut debts.lock(), &noted),
-        None => kernel::scale_down(var, row_len(var), &noted).map(drop),
-    }
+    debts::scale_down(var, &noted)
 }

@@ -39,6 +39,10 @@ pub(crate) use records::{Lookups, find};
 /// weight is in host memory or, with the feature `cuda`, on a GPU; on any other device it is looked up and differentiated
 /// densely, candle's way.
 ///
+/// With [`SparseUpdate::Exact`](crate::SparseUpdate::Exact) a row catches up on the updates that it missed when it is looked
+/// up. Call [`Adamax::catch_up`](crate::Adamax::catch_up) or [`weight`](Self::weight) before the weight is read or written by
+/// anything but this crate; [`set_rows`](Self::set_rows) may be called at any time.
+///
 /// Ids on the table's GPU stay there, and a lookup waits for nothing: rows of ids that are none are NaN, and the error that
 /// names the id is that of the optimizer's step, or of a later lookup if there is none. With ids in host memory it is the
 /// lookup's own.
@@ -72,6 +76,8 @@ struct Shared {
     limits: limits::Limits,
     /// The lookups whose ids only the GPU has seen.
     unchecked: Mutex<Unchecked>,
+    /// The padding rows of the layers over it.
+    paddings: Mutex<Vec<u32>>,
 }
 
 impl Drop for Shared {
@@ -98,7 +104,8 @@ impl Table {
         let rows = rows_of("weight", weight)?;
         let make = |weight: Tensor| {
             let row_len = row_len(&weight);
-            Arc::new(Shared { weight, rows, row_len, limits: limits::Limits::default(), unchecked: Mutex::default() })
+            let limits = limits::Limits::default();
+            Arc::new(Shared { weight, rows, row_len, limits, unchecked: Mutex::default(), paddings: Mutex::default() })
         };
         if weight.is_variable() {
             let mut is_new = false;
@@ -138,9 +145,15 @@ impl Table {
         &self.0.weight
     }
 
-    /// Lets rows pay what they owe, which are ascending.
-    pub(crate) fn pay(&self, rows: &[u32]) -> Result<()> {
-        debts::pay(self.0.weight.id(), rows)
+    /// A layer over the table has this padding row: as long as its moments are zero it stays as it is.
+    pub(crate) fn pad(&self, row: u32) -> Result<()> {
+        let mut paddings = records::lock(&self.0.paddings);
+        if !paddings.contains(&row) {
+            paddings.push(row);
+        }
+        drop(paddings);
+        // After that: an optimizer that takes the table meanwhile has found it there.
+        debts::pad(self.0.weight.id(), row)
     }
 
     /// How many rows it has.
@@ -154,7 +167,7 @@ impl Table {
     /// # Errors
     ///
     /// An id that is not the number of a row, or that was not in an earlier lookup whose ids were on the GPU; ids that are not
-    /// integers.
+    /// integers; a row that was [written](crate::ErrorKind::WrittenRow) while it had missed updates.
     pub fn lookup(&self, ids: &Tensor) -> Result<Tensor> {
         self.lookup_without(ids, None, None)
     }
@@ -228,14 +241,14 @@ impl Table {
         if rows.is_empty() || row_len == 0 {
             return Ok(());
         }
-        self.pay(&rows)?;
+        debts::pay_before_writing(weight.id(), &rows)?;
         let (n, device) = (rows.len(), weight.device());
         let positions = Tensor::new(positions, device)?;
         let values = values.to_device(device)?.copy()?.reshape(((), row_len))?.index_select(&positions, 0)?;
         let places = Tensor::new(rows.as_slice(), device)?.reshape((n, 1))?.broadcast_as((n, row_len))?.contiguous()?;
         weight.detach().reshape((self.0.rows, row_len))?.scatter_set(&places, &values, 0)?;
         written::rows(weight, &rows);
-        Ok(())
+        debts::rewritten(weight.id(), &rows)
     }
 
     pub(crate) fn on_host(&self) -> bool {
@@ -252,7 +265,7 @@ impl Table {
 
     /// Lets a row be scaled down if it is above `max_norm`, although no lookup returns it.
     pub(crate) fn limit(&self, row: u32, max_norm: f64) -> Result<()> {
-        self.pay(&[row])?;
+        debts::pay_listed(self.0.weight.id(), &Listed::new(vec![row], None, None))?;
         lookup::gather(self, &[row], Some(max_norm))?;
         Ok(())
     }

@@ -129,6 +129,11 @@ pub(super) fn table_of(var: TensorId) -> Option<Arc<Shared>> {
     lock(&RECORDS).tables.get(&var).and_then(Weak::upgrade)
 }
 
+/// The padding rows of the layers over a variable.
+pub(super) fn paddings(var: TensorId) -> Vec<u32> {
+    table_of(var).map(|table| lock(&table.paddings).clone()).unwrap_or_default()
+}
+
 /// Forgets the table of a variable, which nobody uses any more.
 pub(super) fn forget(var: TensorId) {
     let mut records = lock(&RECORDS);

@@ -16,7 +16,7 @@ use candle_core::Tensor;
 pub(crate) use isa::{Isa, Pass};
 pub(crate) use measure::measure;
 pub(crate) use passes::{Accumulate, Average, Update};
-pub(crate) use rows::{PayTask, RowTask, pay_rows, update_rows};
+pub(crate) use rows::{PayTask, RowTask, Written, pay_rows, update_rows};
 pub(crate) use span::Orders;
 
 use self::team::Team;

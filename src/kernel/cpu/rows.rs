@@ -7,13 +7,14 @@ use candle_core::{Tensor, bail};
 use super::isa::prefetch;
 use super::span::{Lane, Orders, PayRow, Span, UpdateUnit};
 use super::team::Team;
-use super::{Isa, Pass};
+use super::{Elements, Isa, Pass};
 use crate::codec::Limits;
 use crate::element::{Arithmetic, Element};
 use crate::kernel::Limit;
 use crate::kernel::lend::{Borrowed, lend};
 use crate::kernel::rows::{RowGrad, RowsView};
 use crate::ledger::Ledger;
+use crate::mark::{Checksum, Mark, Weight};
 use crate::reduce::dot;
 use crate::rounding::Rounding;
 use crate::state::ParamState;
@@ -35,6 +36,8 @@ pub(crate) struct RowTask<'a> {
     pub(crate) grad: &'a RowGrad<'a>,
     pub(crate) orders: Orders,
     pub(crate) state: &'a mut ParamState,
+    /// Where the checksums of the touched rows go, if they are wanted.
+    pub(crate) checksums: Option<&'a mut Vec<Checksum>>,
 }
 
 impl RowTask<'_> {
@@ -57,7 +60,11 @@ fn threads_for(elements: usize) -> usize {
 
 fn update_table(task: RowTask<'_>, isa: Isa, threads: usize, team: Team) -> candle_core::Result<()> {
     let elements = task.elements();
-    let RowTask { var, grad, orders, state, .. } = task;
+    let RowTask { var, grad, orders, state, mut checksums, .. } = task;
+    if let Some(checksums) = &mut checksums {
+        checksums.clear();
+        checksums.resize(grad.rows().map_or(0, <[u32]>::len), Checksum::of::<f32>(&[]));
+    }
     if elements == 0 {
         return Ok(());
     }
@@ -69,7 +76,8 @@ fn update_table(task: RowTask<'_>, isa: Isa, threads: usize, team: Team) -> cand
         if !span.has_units_of(row_len) {
             bail!("expected moments by rows");
         }
-        let all = Rows { view: &view, orders, from: 0, to: rows, span: span.in_units_of(row_len) };
+        let checksums = checksums.map(|checksums| &mut checksums[..]);
+        let all = Rows { view: &view, orders, from: 0, to: rows, span: span.in_units_of(row_len), checksums };
         if threads <= 1 || elements <= SEQUENTIAL {
             isa.run(all);
         } else {
@@ -87,25 +95,28 @@ struct Rows<'x> {
     from: usize,
     to: usize,
     span: Span<'x>,
+    /// One for each of them, if they are wanted.
+    checksums: Option<&'x mut [Checksum]>,
 }
 
 impl<'x> Rows<'x> {
     /// Cuts into pieces of `piece` touched rows: rows ascend, so the span can be cut between any two.
     fn cut(self, piece: usize) -> Vec<Self> {
-        let Self { view, orders, from, to, mut span } = self;
+        let Self { view, orders, from, to, mut span, mut checksums } = self;
         let mut pieces = Vec::with_capacity((to - from).div_ceil(piece));
         for from in (from..to).step_by(piece) {
             let to = to.min(from + piece);
             let (part, rest) = span.rows(view.rows[from], view.rows[to - 1]);
             span = rest;
-            pieces.push(Self { view, orders, from, to, span: part });
+            let own = checksums.as_mut().and_then(|checksums| checksums.split_off_mut(..to - from));
+            pieces.push(Self { view, orders, from, to, span: part, checksums: own });
         }
         pieces
     }
 
     #[inline(always)]
     fn update<A: Lane>(self) {
-        let Self { view, orders, from, to, mut span } = self;
+        let Self { view, orders, from, to, mut span, mut checksums } = self;
         let orders = orders.prepare::<A>();
         let row_len = view.row_len;
         let (mut scratch, mut sums) = (vec![A::ZERO; row_len], vec![A::ZERO; row_len]);
@@ -127,6 +138,9 @@ impl<'x> Rows<'x> {
             }
             let job = UpdateUnit { orders: &orders, grads: view.row(k, &mut sums) };
             A::update(&mut span, &job, place(k), &mut scratch);
+            if let Some(checksums) = &mut checksums {
+                checksums[k - from] = span.checksum(place(k));
+            }
         }
     }
 }
@@ -151,35 +165,96 @@ pub(crate) struct PayTask<'a> {
     pub(crate) state: &'a mut ParamState,
 }
 
-/// Lets rows pay: ascending, each with the update of the ledger after which it was up to date. Whoever calls it may hold
-/// a mutex: nobody who works on the rows takes one, and the caller takes no other tasks while it waits.
-pub(crate) fn pay_rows(task: PayTask<'_>, rows: &[(u32, u32)]) -> candle_core::Result<()> {
+/// What is done about rows whose weights have been written since they were up to date, other than by this crate.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Written {
+    /// Nothing is changed, and the first of them is named.
+    Refused,
+    /// Nothing is changed, whether there is one, which is named, or not.
+    Sought,
+    /// Their weights stand as they are; their moments catch up.
+    Stands,
+}
+
+/// Lets rows pay, ascending, each with its mark, which becomes that of a row that is up to date. Returns the first row that
+/// was found to be written, if that is refused. Whoever calls it may hold a mutex: nobody who works on the rows takes one,
+/// and the caller takes no other tasks while it waits.
+pub(crate) fn pay_rows(
+    task: PayTask<'_>,
+    rows: &mut [(u32, Mark)],
+    written: Written,
+) -> candle_core::Result<Option<u32>> {
     let PayTask { var, row_len, ledger, rounding, key, state } = task;
     let limits = state.moments.layout.encoding.limits();
     if rows.is_empty() || row_len == 0 {
-        return Ok(());
+        return Ok(None);
     }
     let (isa, threads) = (Isa::detect(), threads_for(rows.len() * row_len));
+    let piece = rows.len().div_ceil(if threads <= 1 { 1 } else { threads * PIECES_PER_THREAD });
     Team::run(threads, |team| {
         lend(var, |params| {
             let span = Span::new(params, state)?;
             if !span.has_units_of(row_len) {
                 bail!("expected moments by rows");
             }
-            let pass = PayPass { rows, ledger, limits, rounding, key, span: span.in_units_of(row_len) };
-            if threads <= 1 {
-                isa.run(pass);
-            } else {
-                team.pieces(pass.cut(rows.len().div_ceil(threads * PIECES_PER_THREAD)), |piece| isa.run(piece));
+            let span = span.in_units_of(row_len);
+            team.pieces(rows.chunks_mut(piece).collect(), |rows| isa.run(CheckPass { rows, span: &span }));
+            let found = rows.iter().find(|(_, mark)| mark.checksum().is_some()).map(|(row, _)| *row);
+            match written {
+                Written::Sought => return Ok(found),
+                Written::Refused if found.is_some() => return Ok(found),
+                Written::Refused | Written::Stands => {}
             }
-            Ok(())
+            let pass = PayPass { rows, ledger, limits, rounding, key, span };
+            team.pieces(pass.cut(piece), |piece| isa.run(piece));
+            Ok(None)
         })
     })
 }
 
+/// Compares weights with the checksums of their marks: afterwards only the marks of rows that were written have one.
+struct CheckPass<'x> {
+    rows: &'x mut [(u32, Mark)],
+    span: &'x Span<'x>,
+}
+
+impl Pass for CheckPass<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { rows, span } = self;
+        let ahead = rows_ahead(span.unit * size_of::<f32>());
+        for k in 0..rows.len() {
+            if let Some((next, _)) = rows.get(k + ahead) {
+                span.prefetch_params(*next as usize);
+            }
+            let (row, mark) = rows[k];
+            if let Some(checksum) = mark.checksum()
+                && span.checksum(row as usize) == checksum
+            {
+                rows[k].1 = mark.without_checksum();
+            }
+        }
+    }
+}
+
+/// The checksums of these rows of a table.
+pub(crate) fn checksums(table: Elements<'_>, row_len: usize, rows: &[u32]) -> Vec<Checksum> {
+    fn of<W: Weight>(table: &[W], row_len: usize, rows: &[u32]) -> Vec<Checksum> {
+        rows.iter().map(|&row| Checksum::of(&table[row as usize * row_len..][..row_len])).collect()
+    }
+    match table {
+        Elements::F64(table) => of(table, row_len, rows),
+        Elements::F32(table) => of(table, row_len, rows),
+        Elements::F16(table) => of(table, row_len, rows),
+        Elements::BF16(table) => of(table, row_len, rows),
+    }
+}
+
 /// Some of the rows that pay, and the part of the table that they are in.
 struct PayPass<'x> {
-    rows: &'x [(u32, u32)],
+    rows: &'x mut [(u32, Mark)],
     ledger: &'x Ledger,
     limits: Limits,
     rounding: Rounding,
@@ -191,7 +266,7 @@ impl<'x> PayPass<'x> {
     fn cut(self, piece: usize) -> Vec<Self> {
         let Self { rows, ledger, limits, rounding, key, mut span } = self;
         let mut pieces = Vec::with_capacity(rows.len().div_ceil(piece));
-        for rows in rows.chunks(piece) {
+        for rows in rows.chunks_mut(piece) {
             let (part, rest) = span.rows(rows[0].0, rows[rows.len() - 1].0);
             span = rest;
             pieces.push(Self { rows, ledger, limits, rounding, key, span: part });
@@ -206,16 +281,28 @@ impl<'x> PayPass<'x> {
         let mut scratch = vec![A::ZERO; row_len];
         let ahead = rows_ahead(row_len * size_of::<A>());
         let first = span.first;
-        let place = |k: usize| rows[k].0 as usize - first;
-        for k in 0..rows.len().min(ahead) {
-            span.prefetch(place(k));
+        let fetch = |(row, mark): (u32, Mark), span: &Span<'_>| {
+            let place = row as usize - first;
+            if mark.is_empty() { span.prefetch_params(place) } else { span.prefetch(place) }
+        };
+        for next in rows.iter().take(ahead) {
+            fetch(*next, &span);
         }
-        for (k, &(_, since)) in rows.iter().enumerate() {
-            if k + ahead < rows.len() {
-                span.prefetch(place(k + ahead));
+        for k in 0..rows.len() {
+            if let Some(next) = rows.get(k + ahead) {
+                fetch(*next, &span);
             }
-            let job = PayRow { debt: ledger.debt::<A>(since as usize), limits, rounding, key };
-            A::pay(&mut span, &job, place(k), &mut scratch);
+            let (row, mark) = rows[k];
+            let place = row as usize - first;
+            let mut debt = ledger.debt::<A>(mark.since());
+            if mark.checksum().is_some() {
+                span.drop_master(place);
+                debt = debt.standing();
+            }
+            let (is_empty, is_padding) = (mark.is_empty(), mark.is_padding());
+            let job = PayRow { debt, is_empty, is_padding, limits, rounding, key };
+            A::pay(&mut span, &job, place, &mut scratch);
+            rows[k].1 = mark.caught_up(ledger.now(), span.checksum(place));
         }
     }
 }

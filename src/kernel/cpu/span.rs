@@ -14,6 +14,7 @@ use crate::codec::{self, Bf16, Codes, Encoding, F16, Format, Limits, Moment, Pla
 use crate::element::{Arithmetic, Element};
 use crate::kernel::rows::Summand;
 use crate::ledger::Debt;
+use crate::mark::Checksum;
 use crate::rounding::{Half, Rounding, derive, random};
 use crate::rule::{self, Coefficients};
 use crate::state::{Buffer, Coded, Kept, Master, Norms, ParamState, Stored};
@@ -181,16 +182,45 @@ impl<'x> Span<'x> {
         matches!(self.params, ElementsMut::F16(_) | ElementsMut::BF16(_))
     }
 
+    /// Asks for the memory of the parameters of unit `k`.
+    #[inline(always)]
+    pub(super) fn prefetch_params(&self, k: usize) {
+        let range = self.range(k);
+        match &self.params {
+            ElementsMut::F64(w) => prefetch(&w[range]),
+            ElementsMut::F32(w) => prefetch(&w[range]),
+            ElementsMut::F16(w) => prefetch(&w[range]),
+            ElementsMut::BF16(w) => prefetch(&w[range]),
+        }
+    }
+
+    /// The checksum of the parameters of unit `k`.
+    #[inline(always)]
+    pub(super) fn checksum(&self, k: usize) -> Checksum {
+        let range = self.range(k);
+        match &self.params {
+            ElementsMut::F64(w) => Checksum::of(&w[range]),
+            ElementsMut::F32(w) => Checksum::of(&w[range]),
+            ElementsMut::F16(w) => Checksum::of(&w[range]),
+            ElementsMut::BF16(w) => Checksum::of(&w[range]),
+        }
+    }
+
+    /// Makes the parameters of unit `k` their own masters.
+    pub(super) fn drop_master(&mut self, k: usize) {
+        let range = self.range(k);
+        match &mut self.master {
+            None => {}
+            Some(MasterMut::Rest(rest)) => rest[range].fill(0),
+            Some(MasterMut::Copy(copy)) => copy[range].fill(0.0),
+        }
+    }
+
     /// Asks for the memory of unit `k`.
     #[inline(always)]
     pub(super) fn prefetch(&self, k: usize) {
+        self.prefetch_params(k);
         let range = self.range(k);
-        match &self.params {
-            ElementsMut::F64(w) => prefetch(&w[range.clone()]),
-            ElementsMut::F32(w) => prefetch(&w[range.clone()]),
-            ElementsMut::F16(w) => prefetch(&w[range.clone()]),
-            ElementsMut::BF16(w) => prefetch(&w[range.clone()]),
-        }
         match &self.moments {
             MomentsMut::F64(full) => full.prefetch(k, range),
             MomentsMut::F32(full) => full.prefetch(k, range),
@@ -271,6 +301,12 @@ pub(super) trait Job<A: Arithmetic + bytemuck::Pod> {
     /// The key of the random numbers.
     fn key(&self) -> u64;
 
+    /// Does the job if it is one of the parameters alone, whatever their moments are.
+    #[inline(always)]
+    fn is_of_params(&self, _: &mut [A]) -> bool {
+        false
+    }
+
     /// Where moments are as they are.
     fn full(&self, params: &mut [A], exp_avg: &mut [A], exp_inf: &mut [A]);
 
@@ -325,6 +361,10 @@ impl CodedJob for UpdateUnit<'_, f32> {
 /// The payment of what one row owes.
 pub(super) struct PayRow<'l, A> {
     pub(super) debt: Debt<'l, A>,
+    /// Whether its moments are known to be zero.
+    pub(super) is_empty: bool,
+    /// Whether it is a padding row, which stays as it is where its moments are zero.
+    pub(super) is_padding: bool,
     pub(super) limits: Limits,
     pub(super) rounding: Rounding,
     pub(super) key: u64,
@@ -342,8 +382,20 @@ impl<A: Arithmetic + bytemuck::Pod> Job<A> for PayRow<'_, A> {
     }
 
     #[inline(always)]
+    fn is_of_params(&self, params: &mut [A]) -> bool {
+        if self.is_empty {
+            // Nothing but decay is left, and pages of moments that nobody has written are not asked for.
+            params.iter_mut().for_each(|w| *w = self.debt.decayed(*w));
+        }
+        self.is_empty
+    }
+
+    #[inline(always)]
     fn full(&self, params: &mut [A], exp_avg: &mut [A], exp_inf: &mut [A]) {
         let debt = &self.debt;
+        if self.is_padding && exp_avg.iter().chain(&*exp_inf).all(|x| *x == A::ZERO) {
+            return;
+        }
         let is_series = exp_avg.iter().zip(&*exp_inf).all(|(m, u)| debt.is_series(*m, *u));
         for ((w, m), u) in params.iter_mut().zip(exp_avg).zip(exp_inf) {
             *w = if is_series { debt.weight(*w, *m, *u) } else { debt.weight_one_by_one(*w, *m, *u) };
@@ -353,14 +405,19 @@ impl<A: Arithmetic + bytemuck::Pod> Job<A> for PayRow<'_, A> {
 
     #[inline(always)]
     fn rowwise<M: Moment<A>>(&self, key: u32, params: &mut [A], state: (&mut [M::Code], &mut A)) {
-        codec::pay_row::<A, M>(&self.debt, &self.limits, key, params, state);
+        // With one norm for the row, it tells whether there has been a gradient.
+        if !(self.is_padding && *state.1 == A::ZERO) {
+            codec::pay_row::<A, M>(&self.debt, &self.limits, key, params, state);
+        }
     }
 }
 
 impl CodedJob for PayRow<'_, f32> {
     #[inline(always)]
     fn coded<F: Format>(&self, key: u32, params: &mut [f32], state: (&mut [F::Code], &mut [F::Norm], &mut u32)) {
-        codec::pay_block::<F>(&self.debt, &self.limits, key, params, state);
+        if !(self.is_padding && codec::is_blank::<F>(state.0, state.1, *state.2)) {
+            codec::pay_block::<F>(&self.debt, &self.limits, key, params, state);
+        }
     }
 }
 
@@ -429,7 +486,10 @@ impl Span<'_> {
     fn run_f64<J: Job<f64>>(&mut self, job: &J, k: usize) {
         let range = self.range(k);
         if let (ElementsMut::F64(w), MomentsMut::F64(full)) = (&mut self.params, &mut self.moments) {
-            full.run(job, k, range.clone(), &mut w[range]);
+            let w = &mut w[range.clone()];
+            if !job.is_of_params(w) {
+                full.run(job, k, range, w);
+            }
         }
     }
 
@@ -460,6 +520,7 @@ impl Span<'_> {
             ElementsMut::F64(_) => return,
         };
         match &mut self.moments {
+            _ if job.is_of_params(w) => {}
             MomentsMut::F32(full) => full.run(job, k, range.clone(), w),
             MomentsMut::BF16(coded) => coded.run(job, k, range.clone(), moment_key, w),
             MomentsMut::F16(coded) => coded.run(job, k, range.clone(), moment_key, w),

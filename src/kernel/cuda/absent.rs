@@ -74,7 +74,7 @@ impl GpuMarks {
         match *self {}
     }
 
-    pub(crate) fn mark_named(&mut self, _: u32) -> Result<()> {
+    pub(crate) fn mark_named(&mut self, _: u32, _: u32) -> Result<()> {
         match *self {}
     }
 

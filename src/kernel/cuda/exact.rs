@@ -118,10 +118,10 @@ impl GpuMarks {
         Ok(written(var, &stream)?)
     }
 
-    /// From now on the rows that were named have this mark.
-    pub(crate) fn mark_named(&mut self, mark: u32) -> Result<()> {
+    /// From now on the rows that were named have these bits in their marks, beside those of their own that are `kept`.
+    pub(crate) fn mark_named(&mut self, kept: u32, added: u32) -> Result<()> {
         let lists = self.lists(&self.device.cuda_stream());
-        lists.into_iter().try_for_each(|(rows, n)| self.mark(MarkArgs { rows, n, added: mark, ..MarkArgs::default() }))
+        lists.into_iter().try_for_each(|(rows, n)| self.mark(MarkArgs { rows, n, kept, added, ..MarkArgs::default() }))
     }
 
     /// Where the rows are that were named, and how many.

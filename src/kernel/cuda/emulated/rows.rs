@@ -50,7 +50,14 @@ fn touched_rows_have_the_bits_of_the_cpu() -> Result<()> {
             let grad = row_grad(&rows, row_len, &parts);
             let orders = orders(&keep, t, encoding);
             let mut devices = arrays(&var, &own, 0)?;
-            cpu::update_rows(vec![RowTask { nth: 0, var: &var, grad: &grad, orders, state: &mut own }])?;
+            cpu::update_rows(vec![RowTask {
+                nth: 0,
+                var: &var,
+                grad: &grad,
+                orders,
+                state: &mut own,
+                checksums: None,
+            }])?;
 
             let sums = grad.summed(dtype).map_err(candle_core::Error::from)?.values;
             let mut sums =
