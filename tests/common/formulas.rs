@@ -79,7 +79,15 @@ pub(crate) fn norm(grads: &[&[f64]], norm_type: NormType) -> f64 {
     let all = || grads.iter().flat_map(|grad| grad.iter());
     match norm_type {
         NormType::L1 => sum(all().map(|g| g.abs())),
-        NormType::L2 => sum(all().map(|g| g * g)).sqrt(),
+        NormType::L2 => {
+            // In units of the largest one, a power of two, whose squares are in range.
+            let largest = norm(grads, NormType::Inf);
+            if largest == 0.0 || !largest.is_finite() {
+                return largest;
+            }
+            let unit = f64::from_bits(largest.to_bits() & f64::INFINITY.to_bits()).max(f64::MIN_POSITIVE);
+            sum(all().map(|g| (g / unit) * (g / unit))).sqrt() * unit
+        }
         NormType::Inf => all().fold(0.0, |a: f64, g| if a.is_nan() || g.is_nan() { f64::NAN } else { a.max(g.abs()) }),
     }
 }
