@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use candle_adamax::{
     Adamax, Ema, Error, ErrorKind, GradScaler, ParamGroup, ParamsAdamax, ReduceLrOnPlateau, Restored, Rounding,
-    Snapshot, StateDType, StepCount,
+    Snapshot, SparseUpdate, StateDType, StepCount, Table,
 };
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Optimizer;
@@ -328,5 +328,40 @@ fn a_prefix_that_only_one_side_has() -> Result<()> {
         Adamax::from_named(vars(&[("module.w", &[2])], DType::F32)?, ParamsAdamax::default())?.snapshot()?;
     snapshot.vars = BTreeMap::from([("w".to_owned(), snapshot.vars.remove("module.w").unwrap())]);
     Adamax::from_named(vars(&[("w", &[2])], DType::F32)?, ParamsAdamax::default())?.restore(&snapshot)?;
+    Ok(())
+}
+
+/// Tables keep units by rows, and with `Exact` owe updates.
+#[test]
+fn tables_take_their_rows() -> Result<()> {
+    let begin = |state_dtype, sparse_update| -> Result<(Vars, Table, Adamax)> {
+        let all = vars(&[("table", &[40, 4]), ("tower", &[3])], DType::F32)?;
+        let table = Table::new(&all[0].1)?;
+        let params = ParamsAdamax { lr: 0.1.into(), state_dtype, sparse_update, ..Default::default() };
+        let optimizer = Adamax::from_named(all.clone(), params)?;
+        Ok((all, table, optimizer))
+    };
+    let step = |vars: &Vars, table: &Table, optimizer: &mut Adamax, row: u32| -> Result<()> {
+        let rows = table.lookup(&Tensor::new(&[row, 7], &Device::Cpu)?)?;
+        Ok(optimizer.backward_step(&(rows.sqr()?.sum_all()? + vars[1].1.sqr()?.sum_all()?)?)?)
+    };
+    for state_dtype in [StateDType::F32, StateDType::BF16, StateDType::Q8] {
+        for sparse_update in [SparseUpdate::Lazy, SparseUpdate::Exact] {
+            let (all, table, mut optimizer) = begin(state_dtype, sparse_update)?;
+            (0..5).try_for_each(|row| step(&all, &table, &mut optimizer, row))?;
+            let snapshot = optimizer.snapshot()?;
+            let (_, _, mut strict) = begin(state_dtype, sparse_update)?;
+            strict.restore(&snapshot)?;
+            let (mine, own_table, mut matching) = begin(state_dtype, sparse_update)?;
+            assert!(matching.restore_matching(&snapshot)?.is_complete());
+            assert_eq!(fingerprint(&matching)?, fingerprint(&strict)?, "{state_dtype:?} {sparse_update:?}");
+            (0..3).try_for_each(|row| step(&mine, &own_table, &mut matching, row))?;
+            // As other codes, too.
+            let (mine, own_table, mut other) = begin(StateDType::F16, sparse_update)?;
+            assert!(other.restore_matching(&snapshot)?.is_complete());
+            (0..3).try_for_each(|row| step(&mine, &own_table, &mut other, row))?;
+            assert_eq!(other.state("table")?.step, 8);
+        }
+    }
     Ok(())
 }
