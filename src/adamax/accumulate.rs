@@ -153,13 +153,14 @@ impl Adamax {
         self.counters.pending
     }
 
-    /// Updates with the gradients of the calls that [wait](Self::pending), and tells whether there were any: for the end
-    /// of an epoch, whose number of calls is not a multiple of the accumulation steps.
+    /// Updates with the gradients of the calls that [wait](Self::pending), and tells whether there were any: for
+    /// the end of an epoch, whose number of calls is not a multiple of the accumulation steps.
     ///
-    /// The update is that of the N-th call if N were the number of calls that wait: their mean is clipped, skipped if it
-    /// is not finite and that is asked for, and [reported](Self::report), and the averages move once more. It is no call
-    /// of its own: [`calls`](Self::calls) and schedules stay where they are, and its learning rate is that of the last
-    /// call. Where it is skipped, the sums are dropped, and a [`grad_scaler`](crate::ParamsAdamax::grad_scaler) follows.
+    /// The update is that of the N-th call if N were the number of calls that wait: their mean is clipped, skipped
+    /// if it is not finite and that is asked for, and [reported](Self::report), and the averages move once more. It
+    /// is no call of its own: [`calls`](Self::calls) and schedules stay where they are, and its learning rate is
+    /// that of the last call. Where it is skipped, the sums are dropped, and a
+    /// [`grad_scaler`](crate::ParamsAdamax::grad_scaler) follows.
     ///
     /// ```
     /// use candle_adamax::{Adamax, ParamsAdamax};
