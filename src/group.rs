@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::params::{Keeping, ParamsAdamax, SparseUpdate, check_beta, check_decay};
 use crate::rounding::Rounding;
 use crate::rule::{Hyperparameters, WeightDecay};
-use crate::schedule::{LearningRate, finite};
+use crate::schedule::LearningRate;
 
 /// The name of the group of variables that were given without one.
 pub(crate) const DEFAULT_GROUP: &str = "default";
@@ -21,7 +21,7 @@ pub enum GroupLr {
     /// The optimizer's.
     #[default]
     Inherit,
-    /// The optimizer's, times a finite factor that is not negative; at most [`f64::MAX`].
+    /// The optimizer's, times a finite factor that is not negative. A product that is beyond f64 is an error of the step.
     Factor(f64),
     /// Its own, which `set_learning_rate` does not touch.
     Own(LearningRate),
@@ -132,7 +132,7 @@ impl GroupSettings {
     pub(crate) fn lr(&self, base: f64, call: u64) -> Result<f64> {
         let lr = match &self.lr {
             GroupLr::Inherit => Ok(base),
-            GroupLr::Factor(factor) => Ok(finite(base * factor)),
+            GroupLr::Factor(factor) => check::not_negative("lr", base * factor).map(|()| base * factor),
             GroupLr::Own(lr) => lr.at(call),
         };
         lr.map_err(|error| error.within(format_args!("groups.{}", self.name)))

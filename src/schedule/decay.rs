@@ -244,7 +244,7 @@ fn quotient(step: u64, decay_steps: u64, staircase: bool) -> f64 {
 }
 
 /// A learning rate, but finite: the largest f64 in the place of infinity. A NaN stays one.
-pub(crate) fn finite(rate: f64) -> f64 {
+pub(super) fn finite(rate: f64) -> f64 {
     if rate == f64::INFINITY { f64::MAX } else { rate }
 }
 

@@ -21,7 +21,6 @@ use serde::{Deserialize, Serialize};
 
 pub use self::constant::Constant;
 pub use self::cosine::{CosineDecay, CosineDecayRestarts};
-pub(crate) use self::decay::finite;
 pub use self::decay::{ExponentialDecay, InverseTimeDecay, PolynomialDecay};
 pub use self::join::Join;
 pub use self::learning_rate::LearningRate;

@@ -130,7 +130,7 @@ fn another_encoding_and_other_groups_are_no_obstacle() -> Result<()> {
     let rest = ParamGroup::new("rest").vars(all[1..].to_vec());
     let mut other = Adamax::from_groups([body, rest], ParamsAdamax::default())?;
     assert!(other.restore_matching(&optimizer.snapshot()?)?.is_complete());
-    assert_eq!(other.groups()[1].beta1, Some(0.8));
+    assert_eq!(other.groups()[0].beta1, Some(0.8));
     for (name, _) in &all {
         let (got, expected) = (other.state(name)?, optimizer.state(name)?);
         let bound = if name == "body" { 2f64.powi(-7) } else { 0.0 };

@@ -156,7 +156,10 @@ fn what_is_not_understood_is_refused() {
             config["decay"] = json!(0.5);
             config
         }),
-        ("lr.decay_steps", schedule(json!({"config": {"initial_learning_rate": 1, "decay_steps": 0}}))),
+        (
+            "invalid `decay_steps`: expected at least 1 step, got 0",
+            schedule(json!({"config": {"initial_learning_rate": 1, "decay_steps": 0}})),
+        ),
     ] {
         let error = read(config.clone()).unwrap_err().to_string();
         assert!(error.contains(part), "`{part}` in: {error} ({config})");

@@ -47,7 +47,7 @@ pub(crate) fn mode(path: &Path) -> u32 {
 /// Runs a program, with one thread and without a terminal.
 pub(crate) fn run(program: &Path, args: &[&str]) -> Output {
     let output = Command::new(program).args(args).env("RAYON_NUM_THREADS", "1").output();
-    output.unwrap_or_else(|error| panic!("{program:?}: {error}; `cargo test` without `--test` builds it"))
+    output.unwrap_or_else(|error| panic!("{program:?}: {error}"))
 }
 
 /// What a program printed, if it ended well.

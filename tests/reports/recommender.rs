@@ -1,21 +1,31 @@
 //! Files of ratings, and runs of the example `recommender`.
 
-use std::path::PathBuf;
-use std::process::Output;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::LazyLock;
 
 use crate::program::{Folder, printed, refused, run};
 
-/// The example, which `cargo test` has built beside this test.
-fn program() -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let target = test.parent().and_then(|deps| deps.parent()).unwrap();
-    target.join("examples").join(format!("recommender{}", std::env::consts::EXE_SUFFIX))
+/// The example, which is built first: `cargo test` builds its unit tests only.
+fn program() -> &'static Path {
+    static PROGRAM: LazyLock<PathBuf> = LazyLock::new(|| {
+        let test = std::env::current_exe().unwrap();
+        let profile = test.parent().and_then(Path::parent).unwrap();
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--quiet", "--example", "recommender", "--target-dir"]).arg(profile.parent().unwrap());
+        if profile.ends_with("release") {
+            build.arg("--release");
+        }
+        assert!(build.current_dir(env!("CARGO_MANIFEST_DIR")).status().unwrap().success());
+        profile.join("examples").join(format!("recommender{}", std::env::consts::EXE_SUFFIX))
+    });
+    &PROGRAM
 }
 
 fn train(folder: &Folder, data: &PathBuf, more: &[&str]) -> Output {
     let (data, out) = (data.display().to_string(), folder.path("out").display().to_string());
     let always = ["--data", &data, "--out", &out, "--epochs", "1", "--batch", "32", "--threads", "1"];
-    run(&program(), &[&always, more].concat())
+    run(program(), &[&always, more].concat())
 }
 
 /// Ratings of 12 users, each of some of 30 items: user, item, rating, time.
@@ -98,7 +108,7 @@ fn a_run_that_is_resumed_with_more_epochs_goes_on_or_says_why_not() {
     let (data_text, out) = (data.display().to_string(), folder.path("out").display().to_string());
     let resume = |epochs: &str, schedule: &str| {
         let args = ["--data", &data_text, "--out", &out, "--batch", "32", "--threads", "1", "--resume"];
-        run(&program(), &[&args[..], &["--epochs", epochs, "--schedule", schedule]].concat())
+        run(program(), &[&args[..], &["--epochs", epochs, "--schedule", schedule]].concat())
     };
     printed(&resume("2", "exponential"));
     // A cosine is made for a number of epochs.
