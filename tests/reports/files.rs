@@ -1,7 +1,7 @@
 //! Files of state.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use candle_adamax::{Adamax, ParamsAdamax, StateDType};
 use candle_core::{DType, Tensor, Var};
@@ -61,7 +61,8 @@ fn saved_files_can_be_read_by_whom_the_umask_allows() {
     let model = model(&["w"]);
     let mut optimizer = optimizer(&model, ParamsAdamax::default());
     step(&mut optimizer, &model, 0);
-    let writers: [(&str, fn(&Adamax, &PathBuf)); 3] = [
+    type Write = fn(&Adamax, &Path);
+    let writers: [(&str, Write); 3] = [
         ("native", |optimizer, path| optimizer.save(path).unwrap()),
         ("keras", |optimizer, path| optimizer.save_keras(path).unwrap()),
         ("legacy", |optimizer, path| optimizer.save_keras_legacy(path, &["w"]).unwrap()),

@@ -22,7 +22,7 @@ fn program() -> &'static Path {
     &PROGRAM
 }
 
-fn train(folder: &Folder, data: &PathBuf, more: &[&str]) -> Output {
+fn train(folder: &Folder, data: &Path, more: &[&str]) -> Output {
     let (data, out) = (data.display().to_string(), folder.path("out").display().to_string());
     let always = ["--data", &data, "--out", &out, "--epochs", "1", "--batch", "32", "--threads", "1"];
     run(program(), &[&always, more].concat())
