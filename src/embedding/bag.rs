@@ -250,10 +250,10 @@ impl EmbeddingBag {
         let (mut kept, mut bags) = (Vec::with_capacity(all.len()), Vec::with_capacity(all.len()));
         let (mut positions, mut begins) = (Vec::new(), vec![0]);
         for (bag, range) in (0..).zip(starts.windows(2)) {
-            for (p, &id) in (0..).zip(&all).take(range[1]).skip(range[0]).filter(|&(_, &id)| Some(id) != padding) {
-                kept.push(id);
+            for p in (range[0]..range[1]).filter(|&p| Some(all[p]) != padding) {
+                kept.push(all[p]);
                 bags.push(bag);
-                positions.push(p);
+                positions.push(p as u32);
             }
             begins.push(kept.len() as u32);
         }
