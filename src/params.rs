@@ -79,7 +79,7 @@ pub enum SparseUpdate {
     ///   paying once, so all of these are part of the run.
     /// - Call [`Adamax::catch_up`](crate::Adamax::catch_up) also before weights are written other than by this crate
     ///   (`Var::set`, `VarMap::load`): updates that were missed before would move what was written. In host memory most such
-    ///   writes are noticed, and are [`ErrorKind::WrittenRow`](crate::ErrorKind::WrittenRow) in the next lookup or step of
+    ///   writes are noticed, and are [`ErrorKind::WrittenRow`] in the next lookup or step of
     ///   such a row; a call of `catch_up` then lets what was written stand. A write is not noticed where the new bits are the
     ///   old ones, in a row that was not updated or looked up since all rows were up to date, in one case of 8,191 by
     ///   chance, and on a GPU.

@@ -91,7 +91,7 @@ pub(crate) fn unit_of(largest: f64) -> f64 {
 pub(crate) struct Norm(f64);
 
 impl Norm {
-    /// From what [`stored`](Self::stored) has given.
+    /// From a number as it is stored on a GPU: see `stored`.
     pub(crate) fn of(stored: f64) -> Self {
         Self(stored)
     }

@@ -132,7 +132,7 @@ impl Adamax {
     /// Replaces every weight by its moving average: Keras's `finalize_variable_values`, for the end of training.
     ///
     /// A variable that has no average yet stays as it is. f16 and bf16 variables are rounded as their
-    /// [`Rounding`](crate::Rounding) says; with a master copy the average becomes that, too.
+    /// [`Rounding`] says; with a master copy the average becomes that, too.
     ///
     /// # Errors
     ///
