@@ -91,13 +91,13 @@ pub(crate) fn unit_of(largest: f64) -> f64 {
 pub(crate) struct Norm(f64);
 
 impl Norm {
-    /// From a number as it is stored on a GPU: see `stored`.
+    /// From a number as it is stored on a GPU: negative for a norm that is larger than any f64.
     pub(crate) fn of(stored: f64) -> Self {
         Self(stored)
     }
 
     /// As a number, which may be negative: as it is stored on a GPU.
-    #[cfg(any(test, feature = "cuda"))]
+    #[cfg(test)]
     pub(crate) fn stored(self) -> f64 {
         self.0
     }
