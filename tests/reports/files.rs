@@ -1,34 +1,14 @@
 //! Files of state.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use candle_adamax::{Adamax, ParamsAdamax, StateDType};
 use candle_core::{DType, Tensor, Var};
 use candle_nn::Optimizer;
 
 use crate::common::{bits, noise, tensor, var};
-
-/// A folder for one test.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("reports-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
+use crate::program::Folder;
 
 fn model(names: &[&str]) -> BTreeMap<String, Var> {
     names.iter().map(|name| ((*name).to_owned(), var(&noise(name.len() as u64, 6), &[6], DType::F32))).collect()
@@ -51,13 +31,10 @@ fn step(optimizer: &mut Adamax, model: &BTreeMap<String, Var>, call: u64) {
 fn saved_files_can_be_read_by_whom_the_umask_allows() {
     use std::os::unix::fs::PermissionsExt;
 
-    let folder = Folder::new("modes");
-    let mode = |path: &PathBuf| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
-    // The umask's answer, as any other program gets it.
-    let plain = folder.path("plain");
-    std::fs::write(&plain, "").unwrap();
-    let usual = mode(&plain);
+    use crate::program::mode;
 
+    let folder = Folder::new("modes");
+    let usual = folder.usual_mode();
     let model = model(&["w"]);
     let mut optimizer = optimizer(&model, ParamsAdamax::default());
     step(&mut optimizer, &model, 0);
@@ -76,7 +53,7 @@ fn saved_files_can_be_read_by_whom_the_umask_allows() {
         write(&optimizer, &path);
         assert_eq!(mode(&path), 0o640, "{name}: {:o}", mode(&path));
         // And a link stays a link.
-        let (target, link) = (folder.path(&format!("{name}.target")), folder.path(&format!("{name}.link")));
+        let (target, link) = (folder.path(format!("{name}.target")), folder.path(format!("{name}.link")));
         std::fs::write(&target, "old").unwrap();
         std::os::unix::fs::symlink(&target, &link).unwrap();
         write(&optimizer, &link);
@@ -170,5 +147,5 @@ fn a_save_that_fails_leaves_the_file_as_it_was() {
     let optimizer = optimizer(&model, ParamsAdamax::default());
     let error = optimizer.save(folder.path("none/state")).unwrap_err().to_string();
     assert!(error.contains("none"), "{error}");
-    assert_eq!(std::fs::read_dir(&folder.0).unwrap().count(), 0);
+    assert_eq!(std::fs::read_dir(folder.path("")).unwrap().count(), 0);
 }
