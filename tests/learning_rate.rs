@@ -316,7 +316,10 @@ fn wrong_json_is_refused_with_the_reason() {
         (r#"{"class_name": "Tensor", "config": null}"#.into(), "expected a number as the config of a Tensor"),
         (r#"{"config": 1}"#.into(), "expected a number or an object with a `class_name`"),
         (r#""0.1""#.into(), "expected a number or an object with a `class_name`"),
-        ("null".into(), "expected a number or an object with a `class_name`"),
+        (
+            "null".into(),
+            "expected a number or an object with a `class_name` as the learning rate, got null, NaN or infinity",
+        ),
     ] {
         let error = serde_json::from_str::<LearningRate>(&text).unwrap_err().to_string();
         assert!(error.contains(reason), "{text}: {error}");

@@ -7,9 +7,11 @@ use std::fs;
 use std::path::Path;
 
 use candle_adamax::{
-    AnnealStrategy, Constant, CosineDecay, CosineDecayRestarts, ErrorKind, ExponentialDecay, InverseTimeDecay, Join,
-    LearningRate, LearningRateSchedule, LinearWarmup, OneCycle, PiecewiseConstantDecay, PolynomialDecay, Schedule,
+    Adamax, AnnealStrategy, Constant, CosineDecay, CosineDecayRestarts, ErrorKind, ExponentialDecay, InverseTimeDecay,
+    Join, LearningRate, LearningRateSchedule, LinearWarmup, OneCycle, ParamGroup, ParamsAdamax, PiecewiseConstantDecay,
+    PolynomialDecay, Schedule,
 };
+use candle_core::{Device, Var};
 use proptest::prelude::*;
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -23,6 +25,25 @@ const HUGE: [u64; 6] = [1 << 31, 1 << 53, (1 << 53) + 1, u64::MAX / 2, u64::MAX 
 fn with<S>(mut schedule: S, change: impl FnOnce(&mut S)) -> S {
     change(&mut schedule);
     schedule
+}
+
+// === Joins of joins ===
+
+/// A file of settings that can be written can be read, however its schedules are nested.
+#[test]
+fn joins_in_joins_can_be_saved_or_are_refused() {
+    let nested = |depth: usize| (0..depth).fold(Schedule::from(0.5), |inner, _| Join::new([inner], []).into());
+    let optimizer = |depth| {
+        let var = Var::new(&[1f32], &Device::Cpu).unwrap();
+        Adamax::from_groups([ParamGroup::new("group").var("w", &var).lr(nested(depth))], ParamsAdamax::default())
+    };
+    let path = std::env::temp_dir().join(format!("candle-adamax-joins-{}.safetensors", std::process::id()));
+    let mut deepest = optimizer(32).unwrap();
+    deepest.save(&path).unwrap();
+    deepest.load(&path).unwrap();
+    fs::remove_file(&path).unwrap();
+    let error = optimizer(33).unwrap_err().to_string();
+    assert!(error.contains("`groups.group.lr.schedules`: expected at most 32 `Join`s one in another"), "{error}");
 }
 
 // === Recorded values ===

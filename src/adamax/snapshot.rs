@@ -198,6 +198,10 @@ impl Adamax {
         params.validate()?;
         check_counters(counters, params.gradient_accumulation_steps)?;
         check_trainer(&params, grad_scaler.as_ref(), plateau.as_ref())?;
+        if let (None, Some((name, _))) = (&params.ema, vars.iter().find(|(_, var)| var.ema.is_some())) {
+            let expected = "none, since the settings have no `ema`";
+            return Err(Error::checkpoint(format!("{name}.ema"), expected, "an average"));
+        }
         let groups = self.merge_groups(groups)?;
         let plans = self.plans(&params, &groups, self.kernel)?;
         let restored = self.vars.iter().map(|param| {

@@ -62,7 +62,10 @@ impl AtomicFile {
             }
         }
         let target = follow(path)?;
-        if target.file_name().is_none() {
+        // `file_name` passes over what stands behind it in `name/` and `name/.`, which a rename does not.
+        let ends_with_name =
+            |name: &std::ffi::OsStr| target.as_os_str().as_encoded_bytes().ends_with(name.as_encoded_bytes());
+        if !target.file_name().is_some_and(ends_with_name) {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "expected the path of a file"));
         }
         let folder = folder_of(&target);

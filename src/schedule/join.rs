@@ -15,6 +15,8 @@ use crate::error::Result;
 /// lr = schedules[0](step)                       before boundaries[0]
 /// ```
 ///
+/// A `Join` may be a part of another one, up to 32 of them one in another: a checkpoint could not be read otherwise.
+///
 /// At a boundary the next schedule begins, with its step 0 (in [`PiecewiseConstantDecay`](crate::PiecewiseConstantDecay)
 /// the value before still serves that step). A boundary of 0 leaves out the first schedule, so that a warm-up of no
 /// steps can be written like any other.
@@ -37,16 +39,28 @@ pub struct Join {
     pub boundaries: Vec<u64>,
 }
 
+/// How many joins may be one in another. A text of JSON is read to a depth of 128, of which each takes 3.
+const NESTED: usize = 32;
+
 impl Join {
     /// `schedules[0]` first, and `schedules[i]` from step `boundaries[i - 1]` on.
     pub fn new(schedules: impl Into<Vec<Schedule>>, boundaries: impl Into<Vec<u64>>) -> Self {
         Self { schedules: schedules.into(), boundaries: boundaries.into() }
     }
+
+    /// How many joins are one in another, this one included.
+    fn depth(&self) -> usize {
+        let inner = self.schedules.iter().map(|schedule| match schedule {
+            Schedule::Join(join) => join.depth(),
+            _ => 0,
+        });
+        1 + inner.max().unwrap_or(0)
+    }
 }
 
 impl LearningRateSchedule for Join {
     fn learning_rate(&self, step: u64) -> f64 {
-        let index = self.boundaries.iter().take_while(|&&boundary| boundary <= step).count();
+        let index = self.boundaries.partition_point(|&boundary| boundary <= step);
         let begin = self.boundaries[..index].last().copied().unwrap_or(0);
         self.schedules.get(index).map_or(f64::NAN, |schedule| schedule.learning_rate(step - begin))
     }
@@ -60,6 +74,9 @@ impl LearningRateSchedule for Join {
             self.boundaries.len(),
         )?;
         check::strictly_increasing(&self.boundaries)?;
+        let depth = self.depth();
+        let expected = format!("at most {NESTED} `Join`s one in another, so that a file of the settings can be read");
+        check::require(depth <= NESTED, "schedules", expected, depth)?;
         self.schedules.iter().enumerate().try_for_each(|(index, schedule)| {
             schedule.validate().map_err(|error| error.within(format_args!("schedules[{index}]")))
         })

@@ -221,9 +221,13 @@ impl<'de> Deserialize<'de> for LearningRate {
             }
             Some(CUSTOM) => Ok(Self::Custom(Arc::new(Absent))),
             Some(_) => Schedule::deserialize(form).map(Self::Schedule).map_err(D::Error::custom),
-            None => Err(D::Error::custom(format!(
-                "expected a number or an object with a `class_name` as the learning rate, got {form}"
-            ))),
+            None => {
+                // What TOML and YAML have as NaN or as infinity is null in a value of JSON.
+                let got = if form.is_null() { "null, NaN or infinity".to_owned() } else { form.to_string() };
+                Err(D::Error::custom(format!(
+                    "expected a number or an object with a `class_name` as the learning rate, got {got}"
+                )))
+            }
         }
     }
 }

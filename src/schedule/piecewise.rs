@@ -46,7 +46,7 @@ impl PiecewiseConstantDecay {
 impl LearningRateSchedule for PiecewiseConstantDecay {
     fn learning_rate(&self, step: u64) -> f64 {
         // The cast truncates, and makes a boundary that no step can reach the largest step.
-        let index = self.boundaries.iter().take_while(|&&boundary| step > boundary as u64).count();
+        let index = self.boundaries.partition_point(|&boundary| step > boundary as u64);
         self.values.get(index).copied().unwrap_or(f64::NAN)
     }
 

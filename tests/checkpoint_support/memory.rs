@@ -59,6 +59,20 @@ fn is_a_way_back() -> Result<()> {
 }
 
 #[test]
+fn averages_without_their_setting_are_refused() -> Result<()> {
+    let model = Model::new(DType::F32)?;
+    let mut optimizer = model.grouped(params())?;
+    model.run(&mut optimizer, 0..5, false)?;
+    let mut snapshot = optimizer.snapshot()?;
+    snapshot.params.ema = None;
+    let before = fingerprint(&optimizer)?;
+    let error = optimizer.restore(&snapshot).unwrap_err().to_string();
+    assert!(error.contains(".ema`: expected none, since the settings have no `ema`, got an average"), "{error}");
+    assert_eq!(fingerprint(&optimizer)?, before);
+    Ok(())
+}
+
+#[test]
 fn can_be_edited() -> Result<()> {
     let model = Model::new(DType::F32)?;
     let mut optimizer = model.grouped(params())?;

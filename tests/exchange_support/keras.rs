@@ -237,3 +237,17 @@ fn an_order_has_each_variable_once() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn more_calls_than_keras_counts_are_refused() -> Result<()> {
+    let w = candle_core::Var::new(&[1f32], &candle_core::Device::Cpu)?;
+    let params = ParamsAdamax { gradient_accumulation_steps: u64::MAX, ..Default::default() };
+    let mut optimizer = Adamax::from_named([("w", w.clone())], params)?;
+    for _ in 0..2 {
+        optimizer.backward_step(&w.sum_all()?)?;
+        optimizer.flush_gradients()?;
+    }
+    let error = optimizer.save_keras(left("never written")?).unwrap_err().to_string();
+    assert!(error.contains("`iteration`: expected a number that an i64 can hold"), "{error}");
+    Ok(())
+}

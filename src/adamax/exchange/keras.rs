@@ -135,7 +135,7 @@ impl Adamax {
 
     /// One number, of which Keras makes both: how many updates there were, and how many calls wait.
     fn keras_iteration(&self, counters: &Counters) -> u64 {
-        counters.updates * self.params.gradient_accumulation_steps + counters.pending
+        counters.updates.saturating_mul(self.params.gradient_accumulation_steps).saturating_add(counters.pending)
     }
 
     /// The learning rate after so many calls, unless it is a schedule, for which Keras has no variable.
