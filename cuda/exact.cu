@@ -102,7 +102,7 @@ template <typename F, typename P> struct Row : Stored<F, P> {
         Moved moved = move_unit<F>(before, debt.shrunk, 0.0f);
         PayBlock<F> block = PayBlock<F>::of(debt, limits, key, before, moved);
         // Where no gradient has been there is no unit yet, and none begins.
-        bool blank = before == 0, series = true;
+        bool zero = true, series = true;
         for (u32 at = lanes.begin(); at < len; at += lanes.stride()) {
             u32 n = count(at);
             bool whole = is_whole && n == GROUP;
@@ -113,14 +113,15 @@ template <typename F, typename P> struct Row : Stored<F, P> {
 #pragma unroll
             for (u32 i = 0; i < GROUP; i++) {
                 if (i < n) {
-                    blank = blank && F::load_plain(m[i]) == 0.0f && v[i] == 0;
+                    zero = zero && F::load_plain(m[i]) == 0.0f && v[i] == 0;
                     series = series && block.is_series(m[i], v[i]);
                 }
             }
         }
-        blank = lanes.all(blank);
+        zero = lanes.all(zero);
         series = lanes.all(series);
-        if (blank && padding) return;
+        // The unit of a row may come from a block with other rows.
+        if (zero && padding) return;
         for (u32 at = lanes.begin(); at < len; at += lanes.stride()) {
             u32 n = count(at);
             bool whole = is_whole && n == GROUP;
@@ -137,7 +138,7 @@ template <typename F, typename P> struct Row : Stored<F, P> {
             store(norms + at, n, whole, v);
         }
         lanes.sync();
-        if (lanes.lane == 0 && !blank) *log = moved.log;
+        if (lanes.lane == 0 && !(zero && before == 0)) *log = moved.log;
     }
 };
 

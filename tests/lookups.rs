@@ -352,3 +352,21 @@ fn lookups_that_were_differentiated_twice_do_not_slow_steps_down() {
     let mut of_other = optimizer(&other, ParamsAdamax::default());
     assert!(of_other.step(&grads).unwrap_err().to_string().contains("differentiated more than once"));
 }
+
+/// Rows of f64 whose squares are too large or too small for an f64, and one whose norm itself is too large.
+#[test]
+fn norms_of_rows_neither_overflow_nor_vanish() {
+    for (x, max_norm) in [(1e160, 1.0), (1e200, 1e190), (1e-170, 1e-180), (1.5e308, 1.0), (1.5e308, 1e308)] {
+        let w = var(&[x, x, 0.0], &[3, 1], DType::F64);
+        let w = Var::from_tensor(&w.reshape((1, 3)).unwrap()).unwrap();
+        let layer = Embedding::new(of(&w)).unwrap().max_norm(max_norm).unwrap();
+        // PyTorch's formula, with a norm that is always in the range.
+        let norm = x / 2.0 * 2f64.sqrt() + 0.5e-7;
+        let expected = x * (max_norm / 2.0 / norm);
+        let rows = layer.forward(&ids(&[0])).unwrap();
+        for got in [values(&rows), values(layer.embeddings())] {
+            assert!((got[0] - expected).abs() <= 1e-14 * expected, "{x:e}, {max_norm:e}: {expected:e}, got {got:?}");
+            assert_eq!((got[1], got[2]), (got[0], 0.0));
+        }
+    }
+}

@@ -425,3 +425,20 @@ fn everything_everywhere() {
     calls.extend(other.calls(|n| Place::Tasks(None, n)));
     beside("everything everywhere", calls);
 }
+
+/// Rows that are set beside steps of other rows and lookups of them: the crate's own writes are nobody else's.
+#[test]
+fn rows_that_are_set_beside_lookups_of_them() {
+    let rows = &Rows::lagging(2_000);
+    let table = Table::new(&rows.weight).unwrap();
+    let few = Tensor::new(&[0u32, 1], &Device::Cpu).unwrap();
+    let row_len = rows.weight.elem_count() / 2_000;
+    let set: Call<'_> = Box::new(|call| {
+        let values = Tensor::full(call as f32, (2, row_len), &Device::Cpu).unwrap();
+        table.set_rows(&few, &values.to_dtype(rows.weight.dtype()).unwrap()).unwrap();
+    });
+    let look_up: Call<'_> = Box::new(|_| drop(table.lookup(&few).unwrap()));
+    let step: Call<'_> = Box::new(|round| rows.step(round, 10));
+    let calls = [set, look_up, step].map(|call| (Place::Thread, call));
+    beside("rows that are set beside lookups of them", calls.into());
+}

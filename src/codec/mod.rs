@@ -46,7 +46,7 @@ use crate::rule::{Epsilon, Hyperparameters};
 
 pub(crate) use convert::{decode_block, encode_block, encode_moment, in_unit};
 pub(crate) use format::{Bf16, F16, Format, Moment, Plain, Q8};
-pub(crate) use pay::{is_blank, pay_block, pay_row};
+pub(crate) use pay::{is_zero, pay_block, pay_row};
 pub(crate) use unit::{LARGEST as LARGEST_LOG, POINT, scale_of, shrinkage};
 pub(crate) use update::{Codes, update_block, update_row};
 

@@ -8,10 +8,14 @@ use crate::rounding::random;
 
 /// Whether a block is one where no gradient has been.
 #[inline(always)]
-pub(crate) fn is_blank<F: Format>(moments: &[F::Code], norms: &[F::Norm], log: u32) -> bool {
-    log == 0
-        && moments.iter().all(|moment| F::load_plain(*moment) == 0.0)
-        && norms.iter().all(|norm| F::widen_norm(*norm) == 0)
+fn is_blank<F: Format>(moments: &[F::Code], norms: &[F::Norm], log: u32) -> bool {
+    log == 0 && is_zero::<F>(moments, norms)
+}
+
+/// Whether all moments of a block are zero, whatever its unit: the unit of a row may come from a block with other rows.
+#[inline(always)]
+pub(crate) fn is_zero<F: Format>(moments: &[F::Code], norms: &[F::Norm]) -> bool {
+    moments.iter().all(|moment| F::load_plain(*moment) == 0.0) && norms.iter().all(|norm| F::widen_norm(*norm) == 0)
 }
 
 /// Pays what a block of elements owes that share a unit.

@@ -8,6 +8,7 @@ use super::occurrences::Listed;
 use crate::element::Element;
 use crate::mark::Checksum;
 use crate::pages;
+use crate::reduce::Norm;
 use crate::state::written;
 
 /// Runs `$body` with the slice of elements, and makes a storage of the vector that comes back.
@@ -95,12 +96,12 @@ pub(crate) fn largest_backward(grad: &Tensor, row_len: usize, positions: &[u32],
 /// The norm that a lookup saw of a row, and what it is to be scaled down to.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limit {
-    pub(crate) norm: f64,
+    pub(crate) norm: Norm,
     pub(crate) max_norm: f64,
 }
 
 /// Scales gathered rows down to the L2 norm `max_norm`. Returns the ids of those that were above it, with their norms.
-pub(crate) fn limit(gathered: &mut CpuStorage, row_len: usize, ids: &[u32], max_norm: f64) -> Result<Vec<(u32, f64)>> {
+pub(crate) fn limit(gathered: &mut CpuStorage, row_len: usize, ids: &[u32], max_norm: f64) -> Result<Vec<(u32, Norm)>> {
     Ok(match gathered {
         CpuStorage::F64(values) => rows::limit(values, row_len, ids, max_norm),
         CpuStorage::F32(values) => rows::limit(values, row_len, ids, max_norm),

@@ -335,9 +335,16 @@ fn check_free(all: &HashMap<TensorId, Weak<Debts>>, var: TensorId) -> Result<()>
     Ok(())
 }
 
-/// Rows of a variable that have paid were written by the crate.
-pub(crate) fn rewritten(var: TensorId, rows: &[u32]) -> Result<()> {
-    with(var, |debts, account| debts.rewritten(account, rows))
+/// Writes rows of a variable, which are ascending. Where they owe something, they pay first, and from then on until they
+/// have their new checksums nobody else pays or books an update: a lookup would take the new weights for somebody else's.
+pub(super) fn write(var: TensorId, rows: &[u32], write: impl FnOnce() -> Result<()>) -> Result<()> {
+    let mut write = Some(write);
+    with(var, |debts, account| {
+        debts.pay(account, Some(&Touched::Rows(rows)), Written::Stands)?;
+        write.take().map_or(Ok(()), |write| write())?;
+        debts.rewritten(account, rows)
+    })?;
+    write.map_or(Ok(()), |write| write())
 }
 
 /// Scales noted rows of a variable down, which are ascending, after they have caught up.

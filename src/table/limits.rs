@@ -16,6 +16,7 @@ use super::debts;
 use super::records::{self, lock};
 use crate::error::Result;
 use crate::kernel::Limit;
+use crate::reduce::Norm;
 
 /// The number of tables with noted rows. It spares the variables of most models the search for their table.
 static NOTED: AtomicUsize = AtomicUsize::new(0);
@@ -26,7 +27,7 @@ pub(super) struct Limits(Mutex<BTreeMap<u32, Limit>>);
 
 impl Limits {
     /// Notes rows with the norms that they have.
-    pub(super) fn note(&self, rows: &[(u32, f64)], max_norm: f64) {
+    pub(super) fn note(&self, rows: &[(u32, Norm)], max_norm: f64) {
         if rows.is_empty() {
             return;
         }
@@ -37,7 +38,7 @@ impl Limits {
         for &(row, norm) in rows {
             let limit = noted.entry(row).or_insert(Limit { norm, max_norm });
             // A row that has another norm now was written since the lookup that noted it.
-            let stays = limit.norm.to_bits() == norm.to_bits() && limit.max_norm <= max_norm;
+            let stays = limit.norm == norm && limit.max_norm <= max_norm;
             if !stays {
                 *limit = Limit { norm, max_norm };
             }

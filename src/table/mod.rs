@@ -246,9 +246,11 @@ impl Table {
         let positions = Tensor::new(positions, device)?;
         let values = values.to_device(device)?.copy()?.reshape(((), row_len))?.index_select(&positions, 0)?;
         let places = Tensor::new(rows.as_slice(), device)?.reshape((n, 1))?.broadcast_as((n, row_len))?.contiguous()?;
-        weight.detach().reshape((self.0.rows, row_len))?.scatter_set(&places, &values, 0)?;
-        written::rows(weight, &rows);
-        debts::rewritten(weight.id(), &rows)
+        debts::write(weight.id(), &rows, || {
+            weight.detach().reshape((self.0.rows, row_len))?.scatter_set(&places, &values, 0)?;
+            written::rows(weight, &rows);
+            Ok(())
+        })
     }
 
     pub(crate) fn on_host(&self) -> bool {

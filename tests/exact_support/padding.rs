@@ -104,3 +104,20 @@ fn stays(dtype: DType, params: &ParamsAdamax, comes_later: bool, case: &str) -> 
     }
     Ok(())
 }
+
+/// Moments that were kept in f32 until then: a row shares the unit of its block with rows that have had gradients.
+#[test]
+fn a_padding_row_does_not_decay_after_another_encoding() -> Result<()> {
+    for state_dtype in [StateDType::BF16, StateDType::F16, StateDType::Q8] {
+        let w = Var::new(&[[5f32], [1.0], [2.0]], CPU)?;
+        let layer = Embedding::new(w.as_tensor().clone())?.padding_idx(0)?;
+        let mut optimizer = Adamax::from_named([("w", w.clone())], decaying())?;
+        let ids = Tensor::new(&[0u32, 1], CPU)?;
+        optimizer.backward_step(&layer.forward(&ids)?.sum_all()?)?;
+        optimizer.set_params(ParamsAdamax { state_dtype, ..decaying() })?;
+        optimizer.backward_step(&layer.forward(&ids)?.sum_all()?)?;
+        optimizer.catch_up()?;
+        assert_eq!(w.to_vec2::<f32>()?[0], [5.0], "{state_dtype:?}");
+    }
+    Ok(())
+}

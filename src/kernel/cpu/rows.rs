@@ -15,7 +15,7 @@ use crate::kernel::lend::{Borrowed, lend};
 use crate::kernel::rows::{RowGrad, RowsView};
 use crate::ledger::Ledger;
 use crate::mark::{Checksum, Mark, Weight};
-use crate::reduce::dot;
+use crate::reduce::{Norm, NormType, dot, unit_of};
 use crate::rounding::Rounding;
 use crate::state::ParamState;
 
@@ -419,12 +419,12 @@ pub(crate) fn largest<E: Element>(rows: &[E], row_len: usize, starts: &[u32]) ->
 
 /// Scales the rows in `rows`, which are copies of the rows `ids`, down to the L2 norm `max_norm`. Returns the ids of
 /// those that were above it, with their norms.
-pub(crate) fn limit<E: Element>(rows: &mut [E], row_len: usize, ids: &[u32], max_norm: f64) -> Vec<(u32, f64)> {
+pub(crate) fn limit<E: Element>(rows: &mut [E], row_len: usize, ids: &[u32], max_norm: f64) -> Vec<(u32, Norm)> {
     let mut above = Vec::new();
     if row_len > 0 {
         for (&id, row) in ids.iter().zip(rows.chunks_exact_mut(row_len)) {
             let norm = norm_of(row);
-            if norm > max_norm {
+            if norm.is_beyond() || norm.to_f64() > max_norm {
                 let factor = factor_of::<E>(norm, max_norm);
                 row.iter_mut().for_each(|x| *x = E::narrow(x.widen() * factor));
                 above.push((id, norm));
@@ -445,7 +445,7 @@ pub(crate) fn scale_noted<E: Element>(
     let mut scaled = Vec::with_capacity(noted.len());
     for &(id, Limit { norm, max_norm }) in noted {
         let row = &mut table[id as usize * row_len..][..row_len];
-        if norm_of(row).to_bits() == norm.to_bits() {
+        if norm_of(row) == norm {
             let factor = factor_of::<E>(norm, max_norm);
             for (column, x) in row.iter_mut().enumerate() {
                 let old = std::mem::replace(x, E::narrow(x.widen() * factor));
@@ -459,11 +459,25 @@ pub(crate) fn scale_noted<E: Element>(
     scaled
 }
 
-fn norm_of<E: Element>(row: &[E]) -> f64 {
-    row.iter().map(|x| x.widen().to_f64() * x.widen().to_f64()).sum::<f64>().sqrt()
+fn norm_of<E: Element>(row: &[E]) -> Norm {
+    let squares = |unit: f64| row.iter().map(|x| x.widen().to_f64() / unit).map(|x| x * x).sum::<f64>();
+    let sum = squares(1.0);
+    if !NormType::L2.is_out_of_range(sum) {
+        return NormType::L2.finish(sum, 1.0);
+    }
+    // Squares of f64 elements leave the range where the elements do not.
+    let largest = row.iter().map(|x| x.widen().to_f64().abs()).fold(0.0, f64::max);
+    if largest == 0.0 || largest == f64::INFINITY {
+        return Norm::of(largest);
+    }
+    let unit = unit_of(largest);
+    NormType::L2.finish(squares(unit), unit)
 }
 
 /// A row is scaled down as PyTorch does: `w * max_norm / (norm + 1e-7)`.
-fn factor_of<E: Element>(norm: f64, max_norm: f64) -> E::Acc {
-    E::Acc::from_f64(max_norm / (norm + 1e-7))
+fn factor_of<E: Element>(norm: Norm, max_norm: f64) -> E::Acc {
+    E::Acc::from_f64(match norm.is_beyond() {
+        true => norm.clip_beyond(1.0, max_norm),
+        false => max_norm / (norm.to_f64() + 1e-7),
+    })
 }

@@ -415,7 +415,7 @@ impl<A: Arithmetic + bytemuck::Pod> Job<A> for PayRow<'_, A> {
 impl CodedJob for PayRow<'_, f32> {
     #[inline(always)]
     fn coded<F: Format>(&self, key: u32, params: &mut [f32], state: (&mut [F::Code], &mut [F::Norm], &mut u32)) {
-        if !(self.is_padding && codec::is_blank::<F>(state.0, state.1, *state.2)) {
+        if !(self.is_padding && codec::is_zero::<F>(state.0, state.1)) {
             codec::pay_block::<F>(&self.debt, &self.limits, key, params, state);
         }
     }
