@@ -57,7 +57,10 @@ impl Checkpoints {
     }
 
     fn write(&self, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-        let number = self.numbers()?.into_iter().max().unwrap_or(0) + 1;
+        let newest = self.numbers()?.into_iter().max().unwrap_or(0);
+        let free = (newest..u64::MAX).map(|number| number + 1).find(|&number| !self.path(number).exists());
+        let number =
+            free.with_context(|| format!("no number is left for a checkpoint in {}", self.folder.display()))?;
         let path = self.path(number);
         let save = || -> Result<()> {
             fs::create_dir_all(&self.folder)?;
@@ -93,7 +96,8 @@ impl Checkpoints {
         self.folder.join(format!("checkpoint-{number}"))
     }
 
-    /// The numbers of the complete checkpoints.
+    /// The numbers of the complete checkpoints. Those of other programs may have the same names, such as
+    /// `checkpoint-500` of the `Trainer` of `transformers`: they are neither read nor removed.
     fn numbers(&self) -> Result<Vec<u64>> {
         let mut numbers = Vec::new();
         if !self.folder.exists() {
@@ -101,7 +105,12 @@ impl Checkpoints {
         }
         for entry in fs::read_dir(&self.folder)? {
             let name = entry?.file_name();
-            numbers.extend(name.to_str().and_then(|name| name.strip_prefix("checkpoint-")?.parse::<u64>().ok()));
+            let number = name.to_str().and_then(|name| name.strip_prefix("checkpoint-")?.parse::<u64>().ok());
+            numbers.extend(number.filter(|&number| {
+                let path = self.path(number); // another one where the name has zeros before the number
+                path.file_name() == Some(&name)
+                    && [WEIGHTS, OPTIMIZER, PROGRESS].iter().all(|file| path.join(file).is_file())
+            }));
         }
         Ok(numbers)
     }
@@ -140,5 +149,34 @@ fn option(name: &str, value: &Value) -> String {
         Value::Null => format!("no --{name}"),
         Value::String(value) => format!("--{name} {value}"),
         value => format!("--{name} {value}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_adamax::ParamsAdamax;
+    use candle_nn::Optimizer;
+
+    use super::*;
+
+    #[test]
+    fn what_other_programs_call_a_checkpoint_is_left_alone() -> Result<()> {
+        let folder = std::env::temp_dir().join(format!("candle-adamax-checkpoints-{}", std::process::id()));
+        let foreign = ["checkpoint-2", "checkpoint-007", "checkpoint-500", "checkpoint-18446744073709551615"];
+        for name in foreign {
+            fs::create_dir_all(folder.join(name))?;
+            fs::write(folder.join(name).join("model.safetensors"), "another program's")?;
+        }
+        let (checkpoints, varmap) = (Checkpoints::new(&folder), VarMap::new());
+        let optimizer = Adamax::new(vec![], ParamsAdamax::default())?;
+        let nothing = checkpoints.read(|_| Ok(())).expect_err("no checkpoint");
+        ensure!(nothing.to_string().starts_with("there is no checkpoint"), "{nothing:#}");
+        for expected in [vec![1], vec![3], vec![4]] {
+            checkpoints.save(&"progress", &varmap, &optimizer)?;
+            ensure!(checkpoints.numbers()? == expected, "{:?}", checkpoints.numbers()?);
+        }
+        ensure!(foreign.iter().all(|name| folder.join(name).join("model.safetensors").is_file()), "one was removed");
+        fs::remove_dir_all(&folder)?;
+        Ok(())
     }
 }

@@ -1,6 +1,8 @@
 //! What every program of some size needs: a way to begin and to end, random numbers, numbers to read.
 
-use std::process::ExitCode;
+use std::io::{self, Write};
+use std::panic;
+use std::process::{self, ExitCode};
 
 use anyhow::Result;
 use rand::{SeedableRng, rngs::StdRng};
@@ -18,6 +20,7 @@ pub(crate) fn start(threads: Option<usize>, run: impl FnOnce() -> Result<()>) ->
         // SAFETY: this is the only thread, so nobody reads the environment meanwhile.
         unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
     }
+    end_where_nobody_reads();
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -25,6 +28,18 @@ pub(crate) fn start(threads: Option<usize>, run: impl FnOnce() -> Result<()>) ->
             ExitCode::FAILURE
         }
     }
+}
+
+/// Ends the program with one line where what it prints cannot be written, as with `| head`: `println!` panics there.
+fn end_where_nobody_reads() {
+    let usual = panic::take_hook();
+    panic::set_hook(Box::new(move |info| match info.payload_as_str() {
+        Some(text) if text.starts_with("failed printing to std") => {
+            let _ = writeln!(io::stderr(), "error: {text}"); // stderr may be closed, too
+            process::exit(1)
+        }
+        _ => usual(info),
+    }));
 }
 
 /// The random numbers of a seed and a purpose, of up to four numbers in all. candle's own on the CPU cannot be seeded.

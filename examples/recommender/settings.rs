@@ -115,7 +115,7 @@ pub(crate) struct Settings {
     pub(crate) negatives: usize,
 
     /// What the loss of the interactions counts for beside that of the ratings.
-    #[arg(long, default_value_t = 0.7)]
+    #[arg(long, default_value_t = 0.7, value_parser = weight, allow_negative_numbers = true)]
     pub(crate) interaction_weight: f64,
 }
 
@@ -171,6 +171,14 @@ impl Settings {
 
 fn default_threads() -> usize {
     std::env::var("RAYON_NUM_THREADS").ok().and_then(|number| at_least_one(&number).ok()).unwrap_or(1)
+}
+
+/// What a loss can count for.
+fn weight(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number.is_finite() && number >= 0.0 => Ok(number),
+        _ => Err("expected a finite number that is not negative".into()),
+    }
 }
 
 /// Enough for users to leave some unrated.

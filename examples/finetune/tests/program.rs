@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use anyhow::{Result, ensure};
 
@@ -55,6 +55,23 @@ fn what_was_left_out_is_told_where_something_was() -> Result<()> {
         let (before, after) = stdout.split_once("classes: bad ").unwrap_or_default();
         ensure!(before.ends_with(&format!("texts.tsv\n{expected}")) && after.contains("good "), "{stdout}");
     }
+    fs::remove_dir_all(&folder)?;
+    Ok(())
+}
+
+#[test]
+fn a_reader_that_goes_away_ends_the_program_without_a_panic() -> Result<()> {
+    let folder = folder("reader")?;
+    let data = folder.join("texts.tsv");
+    fs::write(&data, (0..8).map(|i| format!("{}\ttext number {i}\n", ["good", "bad"][i % 2])).collect::<String>())?;
+    let mut program = Command::new(env!("CARGO_BIN_EXE_finetune"));
+    program.arg("--data").arg(data).arg("--out").arg(folder.join("out")).args(["--max-steps", "1"]);
+    let mut program = program.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    drop(program.stdout.take());
+    let output = program.wait_with_output()?;
+    let stderr = String::from_utf8(output.stderr)?;
+    ensure!(output.status.code() == Some(1) && stderr.starts_with("error: failed printing to stdout"), "{stderr}");
+    ensure!(stderr.lines().count() == 1, "{stderr}");
     fs::remove_dir_all(&folder)?;
     Ok(())
 }

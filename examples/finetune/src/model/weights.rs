@@ -4,7 +4,7 @@
 //! it. Layers get the variable itself where it is trained, and where it is not, a tensor on the same memory that no
 //! graph knows of.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 use std::sync::PoisonError;
@@ -21,6 +21,9 @@ use super::layers::{Linear, Norm};
 pub(crate) const WEIGHTS: &str = "model.safetensors";
 /// What stands before the names of the encoder and the pooler.
 const ENCODER: &str = "bert.";
+/// What wrappers around a model put before all of its names: PyTorch's `DataParallel` and `compile`, Lightning,
+/// sentence-transformers.
+const WRAPPERS: [&str; 5] = ["module.", "_orig_mod.", "model.", "0.", "auto_model."];
 
 /// Which weights are trained, by name.
 pub(crate) type IsTrained = fn(&str) -> bool;
@@ -42,8 +45,8 @@ pub(crate) struct Weights {
 /// A file of tensors. Only those that are asked for are made, since files have others of types that candle lacks.
 struct Source {
     tensors: BufferedSafetensors,
-    /// Those that nobody has taken.
-    names: HashSet<String>,
+    /// Those that nobody has taken: the names in the file by those without wrappers.
+    names: HashMap<String, String>,
 }
 
 impl Source {
@@ -51,7 +54,10 @@ impl Source {
         let path = model.join(WEIGHTS);
         let read = || -> Result<Self> {
             let tensors = BufferedSafetensors::new(fs::read(&path)?)?;
-            let names = tensors.tensors().into_iter().map(|(name, _)| name).collect();
+            let mut all: Vec<String> = tensors.tensors().into_iter().map(|(name, _)| name).collect();
+            // Where a file has a name with and without a wrapper, the shorter one counts.
+            all.sort_unstable_by_key(|name| std::cmp::Reverse(name.len()));
+            let names = all.into_iter().map(|name| (unwrapped(&name).to_owned(), name)).collect();
             Ok(Self { tensors, names })
         };
         read().with_context(|| format!("cannot read the weights of the model, {}", path.display()))
@@ -59,7 +65,7 @@ impl Source {
 
     /// Takes the weight `name` out, however the file spells it.
     fn take(&mut self, name: &str, shape: &[usize]) -> Result<Option<Tensor>> {
-        let Some(spelling) = spellings(name).into_iter().find(|spelling| self.names.remove(spelling)) else {
+        let Some(spelling) = spellings(name).into_iter().find_map(|spelling| self.names.remove(&spelling)) else {
             return Ok(None);
         };
         let view = self.tensors.get(&spelling)?;
@@ -68,6 +74,15 @@ impl Source {
         let is_float = DType::try_from(dtype).is_ok_and(|dtype| dtype.is_float());
         ensure!(is_float, "{name}: expected floating point, got {dtype:?}");
         Ok(Some(self.tensors.load(&spelling, &Device::Cpu)?))
+    }
+
+    /// Some of the names that nobody has taken, as an error tells them.
+    fn some_names(&self) -> String {
+        let mut names: Vec<&str> = self.names.values().map(String::as_str).collect();
+        names.sort_unstable();
+        let more = if names.len() > 3 { ", .." } else { "" };
+        names.truncate(3);
+        if names.is_empty() { String::new() } else { format!("; others are `{}`{more}", names.join("`, `")) }
     }
 }
 
@@ -117,7 +132,10 @@ impl Weights {
         let tensor = match found {
             Some(tensor) => tensor,
             None if self.file.is_some() && !super::is_on_top(name) => {
-                bail!("{WEIGHTS} of the model: expected a tensor `{name}`, with or without `{ENCODER}`, got none")
+                let others = self.file.as_ref().map_or(String::new(), Source::some_names);
+                bail!(
+                    "{WEIGHTS} of the model: expected a tensor `{name}`, with or without `{ENCODER}`, got none{others}"
+                )
             }
             None => {
                 self.fresh.push(name.to_owned());
@@ -154,6 +172,11 @@ impl Weights {
     }
 }
 
+/// A name without what wrappers put before it.
+fn unwrapped(name: &str) -> &str {
+    WRAPPERS.iter().find_map(|wrapper| name.strip_prefix(wrapper)).map_or(name, unwrapped)
+}
+
 /// How files spell a name: models without a head leave `bert.` out, and the oldest files call the weights of layer
 /// normalizations gamma and beta.
 fn spellings(name: &str) -> Vec<String> {
@@ -165,6 +188,16 @@ fn spellings(name: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_lose_their_wrappers() {
+        let name = "bert.embeddings.LayerNorm.gamma";
+        for wrapper in ["", "module.", "_orig_mod.module.", "model."] {
+            assert_eq!(unwrapped(&format!("{wrapper}{name}")), name);
+        }
+        assert_eq!(unwrapped("0.auto_model.embeddings.LayerNorm.bias"), "embeddings.LayerNorm.bias");
+        assert_eq!(unwrapped("module.classifier.bias"), "classifier.bias");
+    }
 
     #[test]
     fn names_have_four_spellings() {

@@ -89,3 +89,27 @@ fn a_model_s_files_may_have_more_than_is_needed() -> Result<()> {
     ensure!(saved["pad_token_id"].is_null(), "{saved}");
     Ok(())
 }
+
+#[test]
+fn weights_may_be_those_of_a_wrapped_model() -> Result<()> {
+    let folder = Folder::new("wrapped")?;
+    folder.run("model", &["--max-steps", "1"])?;
+    let (path, model) = (folder.0.join("model/model.safetensors"), folder.text("model"));
+    let weights = candle_core::safetensors::load(&path, &Device::Cpu)?;
+    let train = |out: &str| folder.run(out, &["--model", &model, "--max-steps", "1"]);
+    let renamed = |rename: &dyn Fn(&str) -> String| -> Result<()> {
+        let renamed = weights.iter().map(|(name, weight)| (rename(name), weight.clone())).collect();
+        Ok(candle_core::safetensors::save(&renamed, &path)?)
+    };
+    train("expected")?;
+    for wrapper in ["module.", "_orig_mod.module.", "model."] {
+        renamed(&|name| format!("{wrapper}{name}"))?;
+        train("wrapped")?;
+        ensure!(folder.read("wrapped/model.safetensors")? == folder.read("expected/model.safetensors")?, "{wrapper}");
+    }
+    renamed(&|name| format!("another.{name}"))?;
+    let error = format!("{:#}", train("refused").expect_err("other names"));
+    let expected = "got none; others are `another.bert.embeddings.LayerNorm.bias`, ";
+    ensure!(error.contains(expected) && error.ends_with("`, .."), "{error}");
+    Ok(())
+}

@@ -36,7 +36,7 @@ fn read(mut fields: Fields) -> Result<Config> {
         initializer_range: fields.any("initializer_range", 0.02)?,
         layer_norm_eps: fields.any("layer_norm_eps", 1e-12)?,
         // The one field whose null is not its default: a model without a token that fills up.
-        pad_token_id: if fields.0.contains_key("pad_token_id") { fields.any("pad_token_id", None)? } else { Some(0) },
+        pad_token_id: fields.padding()?,
         position_embedding_type: fields.any("position_embedding_type", "absolute".into())?,
         classifier_pooling: fields.any("classifier_pooling", None)?,
         id2label: fields.map("id2label", |label| Some(label.as_str().map_or_else(|| label.to_string(), str::to_owned))),
@@ -64,6 +64,20 @@ impl Fields {
         match value.as_u64().or_else(|| float().map(|size| size as u64)) {
             Some(size) => Ok(size as usize),
             None => bail!("{name}: expected a whole number, got {value}"),
+        }
+    }
+
+    /// The token that fills up, which may be written `0.0`.
+    fn padding(&mut self) -> Result<Option<i64>> {
+        let value = match self.0.remove("pad_token_id") {
+            None => return Ok(Some(0)),
+            Some(Value::Null) => return Ok(None),
+            Some(value) => value,
+        };
+        let float = || value.as_f64().filter(|token| token.fract() == 0.0 && token.abs() < 2f64.powi(53));
+        match value.as_i64().or_else(|| float().map(|token| token as i64)) {
+            Some(token) => Ok(Some(token)),
+            None => bail!("pad_token_id: expected a whole number or null, got {value}"),
         }
     }
 

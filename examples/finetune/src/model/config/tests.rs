@@ -102,6 +102,7 @@ fn fields_of_other_types_are_read_where_they_say_the_same_or_are_not_needed() ->
     assert_eq!(read("hidden_dropout_prob", json!(0))?.hidden_dropout_prob, 0.0);
     assert_eq!(read("classifier_dropout", json!(0.25))?.classifier_dropout, Some(0.25));
     assert_eq!(read("pad_token_id", json!(-1))?.padding(), 8);
+    assert_eq!(read("pad_token_id", json!(3.0))?.padding(), 3);
     assert_eq!(read("hidden_act", json!("gelu_fast"))?.hidden_act, Activation::GeluTanh);
     assert_eq!(read("id2label", json!({"0": 7, "1": "b"}))?.id2label["0"], "7");
     assert!(read("id2label", json!(["a", "b"]))?.id2label.is_empty());
@@ -113,6 +114,7 @@ fn fields_of_other_types_are_read_where_they_say_the_same_or_are_not_needed() ->
     let refused = |field: &str, value: Value| read(field, value).expect_err(field).to_string();
     assert_eq!(refused("hidden_size", json!("8")), "hidden_size: expected a whole number, got \"8\"");
     assert_eq!(refused("vocab_size", json!(-9)), "vocab_size: expected a whole number, got -9");
+    assert_eq!(refused("pad_token_id", json!("0")), "pad_token_id: expected a whole number or null, got \"0\"");
     assert_eq!(refused("pad_token_id", json!(9)), "pad_token_id: expected a token below vocab_size, 9, got 9");
     for (field, value) in
         [("layer_norm_eps", json!("1e-12")), ("hidden_act", json!(1)), ("classifier_pooling", json!("max"))]
