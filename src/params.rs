@@ -84,9 +84,9 @@ pub enum SparseUpdate {
     ///   old ones, in a row that was not updated or looked up since all rows were up to date, in one case of 8,191 by
     ///   chance, and on a GPU.
     /// - A [padding row](crate::Embedding::padding_idx) stays as it is until another layer trains it.
-    /// - A row of f32 ends within 1e-6 of the way that it has gone of where a dense run in f64 does, beside the rounding of
-    ///   the weight itself: one unit in its last place for each time that it was updated or caught up. With encoded
-    ///   moments it is 1e-3 of the way for F16, 1e-2 for BF16 and 0.25 for Q8. Dense runs with the same [`StateDType`] are
+    /// - With betas that are as far apart as the default ones, a row of f32 ends within 1e-6 of the way that it has gone of
+    ///   where a dense run in f64 does, beside the rounding of the weight itself: one unit in its last place for each time
+    ///   that it was updated or caught up. With encoded moments it is 1e-3 of the way for F16, 1e-2 for BF16 and 0.25 for Q8. Dense runs with the same [`StateDType`] are
     ///   further away: in the runs that these numbers come from, up to 8e-4, 2e-3, 0.016 and 0.53.
     /// - With f16 or bf16 weights and [`Rounding::Nearest`] the sum of the steps that a row missed survives where a
     ///   dense run loses each of them, so the two differ, and the dense one is further from exact arithmetic;

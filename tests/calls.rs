@@ -553,6 +553,28 @@ fn a_refused_first_step_of_rows_encodes_nothing_anew() -> Result<()> {
 }
 
 #[test]
+fn an_optimizer_without_exact_is_refused_beside_one_that_has_it() -> Result<()> {
+    let w = Var::ones((4, 2), DType::F32, &Device::Cpu)?;
+    let exact = ParamsAdamax { sparse_update: SparseUpdate::Exact, ..Default::default() };
+    let mut first = Adamax::from_named([("w", w.clone())], exact)?;
+    first.apply_gradients([(&w, &rows_of(&[0], 1.0))])?;
+    let mut second = Adamax::from_named([("w", w.clone())], ParamsAdamax::default())?;
+    let before = w.to_vec2::<f32>()?;
+    for _ in 0..2 {
+        let of_rows = second.apply_gradients([(&w, &rows_of(&[1], 1.0))]).unwrap_err().to_string();
+        let dense = second.apply_gradients([(&w, &w.ones_like()?)]).unwrap_err().to_string();
+        for error in [of_rows, dense] {
+            assert!(error.contains("one optimizer with `Exact` for a table"), "{error}");
+        }
+    }
+    assert_eq!((w.to_vec2::<f32>()?, second.updates()), (before, 0));
+    drop(first);
+    second.apply_gradients([(&w, &rows_of(&[1], 1.0))])?;
+    assert_eq!(second.updates(), 1);
+    Ok(())
+}
+
+#[test]
 fn a_second_optimizer_of_an_exact_table_is_refused_before_it_writes() -> Result<()> {
     for steps in [1, 2] {
         let w = Var::ones((4, 2), DType::F32, &Device::Cpu)?;

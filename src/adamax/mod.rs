@@ -487,18 +487,21 @@ impl Adamax {
     /// Refuses an update that tables with [`SparseUpdate::Exact`] cannot have. It writes nothing, and after it the
     /// settings have no more say. `is_of_rows` tells for each variable with a gradient whether that is of some rows.
     fn check_tables(&self, rates: &Rates, is_of_rows: impl Fn(usize, &Param) -> Option<bool>) -> Result<()> {
+        let is_any_exact = debts::is_any();
         for (index, param) in self.vars.iter().enumerate() {
             let GroupRates { plan, lr, .. } = &rates.groups[param.group];
             let is_shared = matches!(param.state, Held::Shared(_));
-            if !is_shared && plan.keeping.sparse_update != SparseUpdate::Exact {
+            let is_exact = plan.keeping.sparse_update == SparseUpdate::Exact;
+            if !is_shared && !is_exact && !is_any_exact {
                 continue;
             }
             let Some(is_of_rows) = is_of_rows(index, param) else { continue };
             if !is_shared {
-                if !is_of_rows {
+                // Whoever else writes the table writes rows that have missed updates.
+                debts::check_alone(param.var.id())?;
+                if !is_exact || !is_of_rows {
                     continue;
                 }
-                debts::check_alone(param.var.id())?;
             }
             if Coefficients::of_update(&plan.hyper(param.decays), *lr, 1).decay >= 1.0 {
                 let expected = "less than 1 of the weight to decay in a step, for `sparse_update: Exact`";

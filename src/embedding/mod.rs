@@ -92,7 +92,7 @@ impl Embedding {
 
     /// The row `id` gets no gradient: it stays as it is (PyTorch's `padding_idx`), unless it is above
     /// [`max_norm`](Self::max_norm). With [`SparseUpdate::Exact`](crate::SparseUpdate::Exact) decay spares it, too, unless it
-    /// has had a gradient in another way.
+    /// has had a gradient in another way. A lookup of padding alone is a gradient of zero, as in PyTorch: it counts as a step.
     ///
     /// # Errors
     ///

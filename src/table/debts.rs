@@ -322,6 +322,11 @@ pub(super) fn pay_before_writing(var: TensorId, rows: &[u32]) -> Result<()> {
     with(var, |debts, account| debts.pay(account, Some(&Touched::Rows(rows)), Written::Stands))
 }
 
+/// Whether there is any table with a ledger.
+pub(crate) fn is_any() -> bool {
+    !lock(&DEBTS).is_empty()
+}
+
 /// Refuses a variable that another optimizer has with `Exact`.
 pub(crate) fn check_alone(var: TensorId) -> Result<()> {
     check_free(&lock(&DEBTS), var)
