@@ -5,7 +5,7 @@
 // src/kernel/cuda/exact.rs.
 #include "unit.cuh"
 
-// Of a mark: the moments of the row are zero; it is a padding row; the update after which it was up to date. src/mark.rs.
+// A mark (src/mark.rs): the moments of the row are zero; it is a padding row; the update after which it was up to date.
 constexpr u32 EMPTY = 1u << 31;
 constexpr u32 PADDING = 1u << 30;
 constexpr u32 SINCE = (1u << 17) - 1;

@@ -53,7 +53,7 @@ fn decoded(line: &[u8]) -> Result<&str> {
     }
 }
 
-/// What the quotes of RFC 4180 enclose, with two quotes inside for one; `None` if `field` is not a quoted field.
+/// The text between the quotes of RFC 4180, with two quotes inside for one; `None` if `field` is not a quoted field.
 pub(crate) fn unquoted(field: &str) -> Option<Cow<'_, str>> {
     let inside = field.strip_prefix('"')?.strip_suffix('"')?;
     if !inside.contains('"') {

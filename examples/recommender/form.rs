@@ -132,7 +132,7 @@ fn parse_time(text: &str) -> Result<(i64, f64)> {
     Ok((time.floor() as i64, time - time.floor()))
 }
 
-/// What an error message quotes of a line, which may be of any length where the file is of another kind.
+/// The part of a line that an error message quotes. A line may be of any length where the file is of another kind.
 fn shortened(text: &str) -> String {
     text.chars().take(60).collect()
 }

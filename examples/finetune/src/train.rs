@@ -50,7 +50,7 @@ pub(crate) struct Length {
 }
 
 impl Length {
-    /// Of `all` texts.
+    /// The division of `all` texts.
     pub(crate) fn new(settings: &Settings, all: usize) -> Self {
         let texts = settings.batch.saturating_mul(settings.accumulate).min(all);
         let steps_per_epoch = all.div_ceil(texts);

@@ -21,7 +21,7 @@ use super::layers::{Linear, Norm};
 pub(crate) const WEIGHTS: &str = "model.safetensors";
 /// What stands before the names of the encoder and the pooler.
 const ENCODER: &str = "bert.";
-/// What wrappers around a model put before all of its names: PyTorch's `DataParallel` and `compile`, Lightning,
+/// Prefixes that wrappers put before all names of a model: PyTorch's `DataParallel` and `compile`, Lightning,
 /// sentence-transformers.
 const WRAPPERS: [&str; 5] = ["module.", "_orig_mod.", "model.", "0.", "auto_model."];
 
@@ -45,7 +45,7 @@ pub(crate) struct Weights {
 /// A file of tensors. Only those that are asked for are made, since files have others of types that candle lacks.
 struct Source {
     tensors: BufferedSafetensors,
-    /// Those that nobody has taken: the names in the file by those without wrappers.
+    /// Tensors that nobody has taken: the names in the file by those without wrappers.
     names: HashMap<String, String>,
 }
 
