@@ -53,6 +53,14 @@ impl Held {
         }
     }
 
+    /// m and u in the shape of `var`, of rows that have all caught up. Looking at them changes nothing, but on a GPU.
+    pub(super) fn moments(&self, var: &Tensor) -> Result<(Tensor, Tensor)> {
+        match self {
+            Self::Own(state) => state.moments.to_tensors(var.shape()),
+            Self::Shared(debts) => debts.moments(&mut debts.lock()),
+        }
+    }
+
     /// Lets all rows pay what they owe.
     pub(super) fn pay_all(&self) -> Result<()> {
         match self {

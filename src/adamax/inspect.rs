@@ -145,15 +145,15 @@ impl Adamax {
     }
 
     /// Statistics of the moments of the variable `name`: copies of them are decoded and read, so this costs more than a
-    /// step of that variable. With [`SparseUpdate::Exact`](crate::SparseUpdate::Exact) its rows pay what they owe.
+    /// step of that variable. With [`SparseUpdate::Exact`](crate::SparseUpdate::Exact) copies of its rows catch up, and on a
+    /// GPU the rows themselves.
     ///
     /// # Errors
     ///
     /// No variable has this name; a device whose memory cannot be read.
     pub fn moment_statistics(&self, name: &str) -> Result<MomentStatistics> {
         let param = &self.vars[self.index_of(name)?];
-        param.state.pay_all().map_err(|error| self.own(error))?;
-        let moments = param.state.get().moments.to_tensors(param.var.shape()).map_err(|error| self.own(error))?;
+        let moments = param.state.moments(&param.var).map_err(|error| self.own(error))?;
         let values = |tensor: &Tensor| tensor.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>();
         let (m, u) = (values(&moments.0)?, values(&moments.1)?);
         let ratios = m.iter().zip(&u).filter(|&(m, u)| m.is_finite() && u.is_finite() && *u != 0.0);

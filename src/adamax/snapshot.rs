@@ -38,18 +38,38 @@ pub struct State {
     pub bytes: usize,
 }
 
+impl Param {
+    fn average(&self) -> Result<Option<Tensor>> {
+        self.ema.as_ref().map(|ema| ema.to_tensor(self.var.shape())).transpose()
+    }
+
+    /// The sum of the gradients that wait, with the number of their calls.
+    fn waiting(&self) -> Result<Option<(AccumulatedGrad, u64)>> {
+        Ok(match &self.accumulated {
+            Some(Accumulated { sum: Sum::Dense(sum), calls }) if *calls > 0 => {
+                Some((AccumulatedGrad::Dense(sum.to_tensor(self.var.shape())?), *calls))
+            }
+            Some(Accumulated { sum: Sum::Rows(sum), calls }) if *calls > 0 => {
+                Some((AccumulatedGrad::Rows(sparse::to_sparse(sum, &self.var)?), *calls))
+            }
+            _ => None,
+        })
+    }
+}
+
 impl Adamax {
-    /// The state of the variable `name`. With [`SparseUpdate::Exact`](crate::SparseUpdate::Exact) its rows pay what
-    /// they owe.
+    /// The state of the variable `name`. With [`SparseUpdate::Exact`](crate::SparseUpdate::Exact) copies of its rows catch
+    /// up, and on a GPU the rows themselves: in host memory looking changes no bit of the run.
     ///
     /// # Errors
     ///
     /// No variable has this name.
     pub fn state(&self, name: &str) -> Result<State> {
         let param = &self.vars[self.index_of(name)?];
-        let VarSnapshot { step, ema, accumulated, .. } = self.var_snapshot(param, self.late())?;
+        let (exp_avg, exp_inf) = param.state.moments(&param.var)?;
+        let (ema, accumulated) = (param.average()?, param.waiting()?);
         let state = param.state.get();
-        let (exp_avg, exp_inf) = state.moments.to_tensors(param.var.shape())?;
+        let step = self.settled_step(&param.name, state.step, self.late());
         Ok(State { exp_avg, exp_inf, step, ema, accumulated: accumulated.map(|(sum, _)| sum), bytes: state.bytes() })
     }
 
@@ -150,14 +170,6 @@ impl Adamax {
     }
 
     fn var_snapshot(&self, param: &Param, late: u64) -> Result<VarSnapshot> {
-        let tensor = |buffer: &Buffer| buffer.to_tensor(param.var.shape());
-        let accumulated = param.accumulated.as_ref().filter(|accumulated| accumulated.calls > 0);
-        let sum = |sum: &Sum| -> Result<AccumulatedGrad> {
-            Ok(match sum {
-                Sum::Dense(sum) => AccumulatedGrad::Dense(tensor(sum)?),
-                Sum::Rows(sum) => AccumulatedGrad::Rows(sparse::to_sparse(sum, &param.var)?),
-            })
-        };
         param.state.pay_all()?;
         let state = param.state.get();
         let MomentTensors { exp_avg, exp_inf, units } = state.moments.to_stored(param.var.shape())?;
@@ -169,8 +181,8 @@ impl Adamax {
             units,
             by_rows: state.moments.layout.by_rows,
             master: state.master.as_ref().map(|master| master.to_tensor(param.var.shape())).transpose()?,
-            ema: param.ema.as_ref().map(tensor).transpose()?,
-            accumulated: accumulated.map(|a| Ok::<_, Error>((sum(&a.sum)?, a.calls))).transpose()?,
+            ema: param.average()?,
+            accumulated: param.waiting()?,
         })
     }
 

@@ -242,6 +242,26 @@ impl Debts {
         Ok(())
     }
 
+    /// m and u as they are once all rows have caught up. In host memory copies catch up, so that nothing else notices.
+    pub(crate) fn moments(&self, account: &mut Account) -> Result<(Tensor, Tensor)> {
+        let Account { state, ledger, rounding, key, marks, .. } = &*account;
+        let Marks::Host(marks) = marks else {
+            self.pay_all(account)?;
+            return account.state.moments.to_tensors(self.var.shape());
+        };
+        let mut owing: Vec<(u32, Mark)> = (0..marks.len() as u32).filter_map(|row| owing(ledger, marks, row)).collect();
+        if owing.is_empty() {
+            return state.moments.to_tensors(self.var.shape());
+        }
+        let weights = self.var.copy()?;
+        let master = state.master.as_ref().map(|master| master.grown(&self.var)).transpose()?;
+        let mut copy = ParamState { moments: state.moments.grown(&self.var)?, master, step: state.step };
+        let (rounding, key) = (*rounding, derive(!*key, state.step));
+        let task = PayTask { var: &weights, row_len: self.row_len, ledger, rounding, key, state: &mut copy };
+        kernel::pay(task, &mut owing, Written::Stands)?;
+        copy.moments.to_tensors(self.var.shape())
+    }
+
     /// Books an update of the rows of a gradient, which have paid last, or of all.
     pub(crate) fn book(&self, account: &mut Account, orders: &Orders, grad: Option<&RowGrad<'_>>) -> Result<()> {
         account.rounding = orders.rounding;
