@@ -108,20 +108,24 @@ fn always_leaves_a_whole_file() -> Result<()> {
     let mut random = rand::rng();
     let (vars, mut reference) = optimizer()?;
     let (mut calls, mut kills, mut left_behind) = (0, 0, 0);
+    // In microseconds; more where a save takes longer.
+    let mut latest = 15_000;
     let start = Instant::now();
     while kills < KILLS && start.elapsed() < TIME {
         let kill = kills;
         kills += 1;
-        kill_one(folder.path(), Duration::from_micros(random.random_range(0..15_000)))?;
+        kill_one(folder.path(), Duration::from_micros(random.random_range(0..latest)))?;
         let is_left = |name: &OsString| name.to_string_lossy().ends_with(".saving");
         left_behind += usize::from(listing(folder.path())?.iter().any(is_left));
         if !file.exists() {
             ensure!(calls == 0, "kill {kill}: the file is gone");
+            latest += latest / 8;
             continue;
         }
         let (_, mut loaded) = optimizer()?;
         loaded.load(&file).with_context(|| format!("kill {kill}"))?;
         ensure!(loaded.calls() >= calls, "kill {kill}: call {} after call {calls}", loaded.calls());
+        latest += if loaded.calls() == calls { latest / 8 } else { 0 };
         calls = loaded.calls();
         // What a run without interruptions has after so many calls.
         while reference.calls() < calls {
