@@ -173,7 +173,7 @@ fn default_threads() -> usize {
     std::env::var("RAYON_NUM_THREADS").ok().and_then(|number| at_least_one(&number).ok()).unwrap_or(1)
 }
 
-/// What a loss can count for.
+/// The weight of a loss: a finite number that is not negative.
 fn weight(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(number) if number.is_finite() && number >= 0.0 => Ok(number),

@@ -55,7 +55,7 @@ impl Averages {
 pub(super) struct Rounded {
     /// The rounding of each group.
     roundings: Vec<Rounding>,
-    /// Of the optimizer's random numbers.
+    /// The seed of the optimizer's random numbers.
     seed: u64,
     /// Which of the optimizer's writes of averages it is: no other write of weights, by an update or by a row that catches
     /// up, has its random numbers.

@@ -129,7 +129,7 @@ impl Adamax {
             return Err(self.own(Error::invalid("gradient_accumulation_steps", expected, got)));
         }
         let plans = self.plans(&params, &self.groups, self.kernel).map_err(|error| self.own(error))?;
-        // What was accepted before stays so, even if the variables that it spared have been removed.
+        // Parts that were accepted before stay so, even if the variables that it spared have been removed.
         let known = if decays_any(&self.params, &self.groups) { &self.params.no_decay[..] } else { &[] };
         self.check_parts(&params, &self.groups, known)?;
         let states = self.replanned(&plans).map_err(|error| self.own(error))?;
@@ -333,7 +333,7 @@ impl Adamax {
         self.check_parts(&self.params, &self.groups, &[])
     }
 
-    /// The same for settings to come, but for parts that are `known`.
+    /// Checks settings to come in this way, but for parts that are `known`.
     fn check_parts(&self, params: &ParamsAdamax, groups: &[GroupSettings], known: &[String]) -> Result<()> {
         if self.vars.is_empty() || !decays_any(params, groups) {
             return Ok(());

@@ -85,8 +85,8 @@ use crate::trace;
 /// of two variables it may see one before and one after. A step has as many threads as the rayon pool that it is called
 /// in. They are the crate's own, and wait for no other tasks.
 ///
-/// What waits for ever beside `Var::set` does so beside a step, too. candle locks the operands of an operation, and two
-/// locks by one thread, with a writer between them, never end: the operation has one variable twice (`&x * &x`), or it
+/// An operation that waits for ever beside `Var::set` does so beside a step, too. candle locks the operands of an
+/// operation, and two locks by one thread, with a writer between them, never end: the operation has one variable twice (`&x * &x`), or it
 /// is shared among the workers of a rayon pool (a large `matmul`, a convolution), and a worker that waits takes a task
 /// that reads or writes an operand, or no worker is free since all wait for an operand. Keep such operations out of tasks,
 /// and tasks that use their operands out of the global pool, while another thread writes the operands.

@@ -34,7 +34,7 @@ impl Outcome {
     }
 }
 
-/// What a variable has had in the calls so far.
+/// Gradients of a variable in the calls so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) enum History {
     /// It has not taken part in any.
