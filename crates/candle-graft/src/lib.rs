@@ -1,0 +1,1 @@
+//! Functions of neural networks that have a backward pass.
