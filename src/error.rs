@@ -288,6 +288,22 @@ pub enum ErrorKind {
         owner: String,
     },
 
+    /// Fewer variables had a gradient than [`missing_gradients`](crate::ParamsAdamax::missing_gradients) asks for.
+    #[error(
+        "{with_gradient} of {vars} vars had a gradient, expected {expected}\nwithout one: {}\n{CUTS}\n{MEND}\n{MEANT}",
+        listed(.missing.iter().map(String::as_str))
+    )]
+    MissingGradients {
+        /// How many variables had a gradient, as the setting counts them.
+        with_gradient: usize,
+        /// How many variables count: all but those of frozen groups.
+        vars: usize,
+        /// How many have to have one.
+        expected: &'static str,
+        /// The others, in alphabetical order: names, or numbers and shapes of variables without names.
+        missing: Vec<String>,
+    },
+
     /// Not one of the variables had a gradient.
     #[error("{}", no_gradients(.vars))]
     NoGradients {
@@ -339,19 +355,61 @@ fn of_name(name: &str) -> String {
 
 fn no_gradients(vars: &usize) -> String {
     match vars {
-        0 => "the optimizer has no vars: was it made before they were, or from another `VarMap`? (set \
-              `allow_no_gradients` where this is meant)"
-            .to_owned(),
+        0 => format!("the optimizer has no vars: was it made before they were, or from another `VarMap`?\n{MEANT}"),
         vars => format!(
             "none of the {vars} vars had a gradient: is the loss computed from them, through operations that have a \
-             backward pass? (set `allow_no_gradients` where this is meant)"
+             backward pass?\n{CUTS}\n{MEND}\n{MEANT}"
         ),
     }
 }
+
+/// The operations of candle 0.11 whose result has no graph.
+const CUTS: &str = "no gradient passes these operations of candle, nor reaches what is before them: `LayerNorm`, `RmsNorm`, \
+                    `softmax_last_dim`, `rope`, `rope_i`, `rope_thd`, `sdpa`, `flash_attn` on the CPU, `QMatMul`";
+/// Where the user finds such operations with a backward pass.
+const MEND: &str = "`cargo run -p trainable-candle` writes a candle-nn that trains: see the guide's page \"Fine-tuning \
+                    candle-transformers\", `candle_adamax::guide::fine_tuning`";
+/// How the user says that it is no mistake.
+const MEANT: &str = "where this is meant, set `missing_gradients: MissingGradients::Allow`";
 
 fn rows_allowed(rows: &usize) -> String {
     match rows {
         0 => "the table has no rows".to_owned(),
         rows => format!("the table has {rows} rows, so ids are 0 to {}", rows - 1),
+    }
+}
+
+/// The first few of these names.
+pub(crate) fn listed<'n>(names: impl IntoIterator<Item = &'n str>) -> String {
+    /// The number of names that are shown, and of characters of each.
+    const SHOWN: usize = 5;
+    const LENGTH: usize = 80;
+
+    let mut names = names.into_iter();
+    let mut text = String::new();
+    for name in names.by_ref().take(SHOWN) {
+        let separator = if text.is_empty() { "" } else { ", " };
+        let end = name.char_indices().nth(LENGTH).map_or(name.len(), |(end, _)| end);
+        let dots = if end < name.len() { ".." } else { "" };
+        text += &format!("{separator}`{}{dots}`", &name[..end]);
+    }
+    match (text.is_empty(), names.count()) {
+        (true, _) => "none".to_owned(),
+        (false, 0) => text,
+        (false, more) => format!("{text} and {more} more"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_are_short() {
+        assert_eq!(listed([]), "none");
+        assert_eq!(listed(["a", "b"]), "`a`, `b`");
+        assert_eq!(listed(["a"; 9]), "`a`, `a`, `a`, `a`, `a` and 4 more");
+        let long = "ö".repeat(1000);
+        assert!(listed([long.as_str()]).len() < 200);
     }
 }

@@ -80,6 +80,11 @@ impl GroupSettings {
         !matches!(lr, GroupLr::Inherit) || numbers || keeping
     }
 
+    /// Whether its learning rate is 0 in every call.
+    pub(crate) fn is_frozen(&self) -> bool {
+        matches!(self.lr, GroupLr::Factor(0.0) | GroupLr::Own(LearningRate::Constant(0.0)))
+    }
+
     /// Checks every setting.
     ///
     /// # Errors

@@ -34,6 +34,7 @@
 //! | fewer bytes for moments, rounding of f16 and bf16 weights | [`StateDType`], [`Rounding`] |
 //! | embedding tables, of which a step touches some rows | [`Embedding`], [`EmbeddingBag`], [`Table`], [`SparseGrad`], [`SparseUpdate`] |
 //! | what a step did | [`StepReport`] |
+//! | a model that does not train | [`MissingGradients`], [`Adamax::audit`], [`Audit`] |
 //! | what is kept, and how many bytes of it | [`StateBytes`], [`MomentStatistics`] |
 //! | state in memory | [`Snapshot`], [`State`] |
 //! | a part of a checkpoint | [`Adamax::load_matching`], [`Restored`] |
@@ -127,7 +128,7 @@ mod state;
 mod table;
 mod trace;
 
-pub use adamax::{Adamax, MomentStatistics, Restored, State, StateBytes, Statistics, StepReport};
+pub use adamax::{Adamax, Audit, MomentStatistics, Restored, State, StateBytes, Statistics, StepReport};
 pub use checkpoint::{AccumulatedGrad, Counters, Snapshot, TorchOptions, VarSnapshot};
 pub use codec::StateDType;
 pub use embedding::{Bags, Embedding, EmbeddingBag, Pooling, embedding, embedding_bag};
@@ -135,7 +136,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use gradient::{Gradient, SparseGrad, TouchedRows};
 pub use group::{GroupLr, GroupSettings, ParamGroup};
 pub use kernel::Kernel;
-pub use params::{ClipGradNorm, Ema, ParamsAdamax, SparseUpdate, StepCount};
+pub use params::{ClipGradNorm, Ema, MissingGradients, ParamsAdamax, SparseUpdate, StepCount};
 pub use reduce::NormType;
 pub use rounding::Rounding;
 pub use rule::{Epsilon, WeightDecay};

@@ -1,5 +1,7 @@
 //! The settings of an optimizer, the presets of the frameworks, and what is allowed.
 
+use std::fmt;
+
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +23,89 @@ pub enum StepCount {
     Shared,
     /// The variable's own updates. PyTorch.
     PerVar,
+}
+
+/// The variables that an update needs a gradient of; it tells a model that trains from one whose graph is cut.
+///
+/// candle's fast operations cut a graph silently, and a model behind them goes on without an error, as a rule with its
+/// head alone. The check is about variables and not about their elements: an embedding table has more elements than all
+/// layers together and would outvote them.
+///
+/// It is made for each update, before anything changes. With accumulation the update has the gradients of all its calls.
+/// Variables of groups whose learning rate is the constant 0 ([`GroupLr::Own`](crate::GroupLr::Own) or
+/// [`GroupLr::Factor`](crate::GroupLr::Factor)) are frozen and do not count. A table that no lookup has used has no
+/// gradient; a [`SparseGrad`](crate::SparseGrad) without rows is one. A call that is skipped because something is not
+/// finite is no update.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum MissingGradients {
+    /// Every variable needs a gradient in every update.
+    ///
+    /// ```
+    /// use candle_adamax::{Adamax, ErrorKind, MissingGradients, ParamsAdamax};
+    /// use candle_core::{Device, Var};
+    ///
+    /// let (a, b) = (Var::new(&[1f32], &Device::Cpu)?, Var::new(&[1f32], &Device::Cpu)?);
+    /// let params = ParamsAdamax { missing_gradients: MissingGradients::Error, ..Default::default() };
+    /// let mut optimizer = Adamax::from_named([("a", a.clone()), ("b", b)], params)?;
+    /// let error = optimizer.apply_gradients([(&a, &a.ones_like()?)]).unwrap_err();
+    /// assert!(matches!(error.kind(), ErrorKind::MissingGradients { with_gradient: 1, vars: 2, .. }));
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    Error,
+    /// At least half of the variables need to have had a gradient, in this update or in an earlier one, and an update
+    /// without any gradient is an error.
+    ///
+    /// Tasks that alternate, experts and tables that are rarely used pass once half of all variables have been updated;
+    /// the first update is the one that needs most. The numbers of updates are part of snapshots and checkpoints, so
+    /// that a resumed run is checked as the unbroken one. [`StepReport::missing`](crate::StepReport::missing) names the
+    /// variables that had a gradient before and have none now. A batch norm passes: of its four variables two train.
+    ///
+    /// ```
+    /// use candle_adamax::{Adamax, ParamsAdamax};
+    /// use candle_core::{Device, Var};
+    ///
+    /// let [a, b, c] = [1f32, 2.0, 3.0].map(|x| Var::new(&[x], &Device::Cpu));
+    /// let (a, b, c) = (a?, b?, c?);
+    /// let vars = [("a", a.clone()), ("b", b.clone()), ("c", c)];
+    /// let mut optimizer = Adamax::from_named(vars, ParamsAdamax::default())?;
+    /// let grad = a.ones_like()?;
+    /// assert!(optimizer.apply_gradients([(&a, &grad)]).is_err()); // 1 of 3
+    /// optimizer.apply_gradients([(&a, &grad), (&b, &grad)])?; // 2 of 3
+    /// optimizer.apply_gradients([(&a, &grad)])?; // a now, b before
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    #[default]
+    Half,
+    /// No variable needs a gradient.
+    ///
+    /// A call in which none has one does nothing, as in PyTorch: it is no call, neither for schedules nor for averages nor
+    /// among those that are accumulated, and [`updated`](crate::StepReport::updated) is false.
+    ///
+    /// ```
+    /// use candle_adamax::{Adamax, MissingGradients, ParamsAdamax};
+    /// use candle_core::backprop::GradStore;
+    /// use candle_core::{Device, Var};
+    /// use candle_nn::Optimizer;
+    ///
+    /// let params = ParamsAdamax { missing_gradients: MissingGradients::Allow, ..Default::default() };
+    /// let mut optimizer = Adamax::from_named([("a", Var::new(&[1f32], &Device::Cpu)?)], params)?;
+    /// optimizer.step(&GradStore::default())?;
+    /// assert_eq!(optimizer.calls(), 0);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    Allow,
+}
+
+impl fmt::Display for MissingGradients {
+    /// The name that settings files have for it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Error => "Error",
+            Self::Half => "Half",
+            Self::Allow => "Allow",
+        })
+    }
 }
 
 /// PyTorch's `clip_grad_norm_`: all gradients are multiplied by `min(max_norm / (total_norm + 1e-6), 1)`.
@@ -271,11 +356,9 @@ pub struct ParamsAdamax {
     /// Of the random numbers of stochastic rounding, which are those of a counter: the same seed, names and gradients
     /// give the same bits, on any number of threads. Default: 0.
     pub seed: u64,
-    /// Whether a step in which no variable had a gradient is fine. It does nothing then, as in PyTorch: it is no call,
-    /// neither for schedules nor for averages nor among those that are accumulated, and
-    /// [`updated`](crate::StepReport::updated) is false. Default: false, an error: a graph that is cut without a word is
-    /// a common mistake.
-    pub allow_no_gradients: bool,
+    /// The variables that an update needs a gradient of. Default: [`MissingGradients::Half`], an error where less than half
+    /// of them have had one: a graph that is cut silently is a common mistake.
+    pub missing_gradients: MissingGradients,
 }
 
 impl Default for ParamsAdamax {
@@ -308,7 +391,7 @@ impl Default for ParamsAdamax {
             rounding: Rounding::Nearest,
             sparse_update: SparseUpdate::Lazy,
             seed: 0,
-            allow_no_gradients: false,
+            missing_gradients: MissingGradients::Half,
         }
     }
 }

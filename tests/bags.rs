@@ -7,7 +7,9 @@ mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use candle_adamax::{AccumulatedGrad, Adamax, Bags, Embedding, EmbeddingBag, ParamsAdamax, Pooling, SparseGrad, Table};
+use candle_adamax::{
+    AccumulatedGrad, Adamax, Bags, Embedding, EmbeddingBag, MissingGradients, ParamsAdamax, Pooling, SparseGrad, Table,
+};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Module as _, Optimizer as _};
@@ -26,7 +28,11 @@ type OfRows = BTreeMap<usize, Vec<f64>>;
 #[track_caller]
 fn reaching(weight: &Var, grads: &GradStore) -> OfRows {
     // The sum of the first of two calls is the gradient as it is.
-    let params = ParamsAdamax { gradient_accumulation_steps: 2, allow_no_gradients: true, ..ParamsAdamax::default() };
+    let params = ParamsAdamax {
+        gradient_accumulation_steps: 2,
+        missing_gradients: MissingGradients::Allow,
+        ..ParamsAdamax::default()
+    };
     let mut optimizer = Adamax::from_named([("w", weight.clone())], params).unwrap();
     optimizer.step(grads).unwrap();
     if optimizer.report().missing().count() == 1 {

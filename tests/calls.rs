@@ -8,8 +8,8 @@ mod common;
 use std::path::PathBuf;
 
 use candle_adamax::{
-    Adamax, Ema, Embedding, ErrorKind, ExponentialDecay, GradScaler, Kernel, ParamsAdamax, Rounding, SparseGrad,
-    SparseUpdate, StateDType, StepCount, Table, TouchedRows, WeightDecay,
+    Adamax, Ema, Embedding, ErrorKind, ExponentialDecay, GradScaler, Kernel, MissingGradients, ParamsAdamax, Rounding,
+    SparseGrad, SparseUpdate, StateDType, StepCount, Table, TouchedRows, WeightDecay,
 };
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -221,7 +221,7 @@ fn calls_without_any_gradient_do_nothing() -> Result<()> {
         let w = scalar(1.0);
         let params = ParamsAdamax {
             lr: ExponentialDecay::new(0.1, 1, 0.5).into(),
-            allow_no_gradients: true,
+            missing_gradients: MissingGradients::Allow,
             ema: ema(0.5, Some(1)),
             grad_scaler: Some(GradScaler { init_scale: 1.0, growth_interval: 1, ..GradScaler::default() }),
             ..Default::default()
@@ -256,7 +256,7 @@ fn a_call_without_any_gradient_is_none_of_the_n() -> Result<()> {
         lr: 1.0.into(),
         beta1: 0.0,
         gradient_accumulation_steps: 2,
-        allow_no_gradients: true,
+        missing_gradients: MissingGradients::Allow,
         ..Default::default()
     };
     let mut optimizer = Adamax::from_named([("w", w.clone())], params)?;

@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use candle_adamax::{
     Adamax, ClipGradNorm, CosineDecay, CosineDecayRestarts, Ema, Epsilon, ErrorKind, ExponentialDecay, GradScaler,
-    GroupLr, GroupSettings, InverseTimeDecay, Join, Kernel, LearningRate, LearningRateSchedule, LinearWarmup, NormType,
-    OneCycle, ParamGroup, ParamsAdamax, PiecewiseConstantDecay, PolynomialDecay, ReduceLrOnPlateau, WeightDecay,
+    GroupLr, GroupSettings, InverseTimeDecay, Join, Kernel, LearningRate, LearningRateSchedule, LinearWarmup,
+    MissingGradients, NormType, OneCycle, ParamGroup, ParamsAdamax, PiecewiseConstantDecay, PolynomialDecay,
+    ReduceLrOnPlateau, WeightDecay,
 };
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
@@ -496,7 +497,12 @@ fn pairs_that_do_not_fit() {
 #[test]
 fn no_gradient_at_all() {
     let text = "none of the 2 vars had a gradient: is the loss computed from them, through operations that have a \
-                backward pass? (set `allow_no_gradients` where this is meant)";
+                backward pass?\n\
+                no gradient passes these operations of candle, nor reaches what is before them: `LayerNorm`, `RmsNorm`, \
+                `softmax_last_dim`, `rope`, `rope_i`, `rope_thd`, `sdpa`, `flash_attn` on the CPU, `QMatMul`\n\
+                `cargo run -p trainable-candle` writes a candle-nn that trains: see the guide's page \"Fine-tuning \
+                candle-transformers\", `candle_adamax::guide::fine_tuning`\n\
+                where this is meant, set `missing_gradients: MissingGradients::Allow`";
     for (mut optimizer, vars) in trained(3) {
         let step = |optimizer: &mut Adamax| optimizer.step(&GradStore::default());
         assert_step_fails(&mut optimizer, &vars, step, text);
@@ -506,7 +512,7 @@ fn no_gradient_at_all() {
         let loss = var(&[1.0], &[1], DType::F32).sqr().unwrap().sum_all().unwrap();
         let step = |optimizer: &mut Adamax| optimizer.backward_step(&loss);
         assert_step_fails(&mut optimizer, &vars, step, text);
-        let params = ParamsAdamax { allow_no_gradients: true, ..optimizer.params().clone() };
+        let params = ParamsAdamax { missing_gradients: MissingGradients::Allow, ..optimizer.params().clone() };
         optimizer.set_params(params).unwrap();
         // As in PyTorch and candle_nn, such a call does nothing.
         let before = Fingerprint::of(&optimizer, &vars);
@@ -521,8 +527,8 @@ fn no_gradient_at_all() {
 fn an_optimizer_without_variables_says_so() {
     let mut optimizer = Adamax::from_named::<&str>([], ParamsAdamax::default()).unwrap();
     let error = optimizer.step(&GradStore::default()).unwrap_err().to_string();
-    let text = "Adamax: the optimizer has no vars: was it made before they were, or from another `VarMap`? (set \
-                `allow_no_gradients` where this is meant)";
+    let text = "Adamax: the optimizer has no vars: was it made before they were, or from another `VarMap`?\n\
+                where this is meant, set `missing_gradients: MissingGradients::Allow`";
     assert_eq!(error, text);
 }
 

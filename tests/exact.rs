@@ -7,8 +7,8 @@ mod common;
 mod exact_support;
 
 use candle_adamax::{
-    Adamax, CosineDecay, Embedding, Epsilon, ExponentialDecay, Kernel, ParamGroup, ParamsAdamax, Rounding, Snapshot,
-    SparseGrad, SparseUpdate, StateDType, StepCount, Table, WeightDecay,
+    Adamax, CosineDecay, Embedding, Epsilon, ExponentialDecay, Kernel, MissingGradients, ParamGroup, ParamsAdamax,
+    Rounding, Snapshot, SparseGrad, SparseUpdate, StateDType, StepCount, Table, WeightDecay,
 };
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Module, Optimizer};
@@ -235,8 +235,12 @@ fn every_setting_that_changes_a_step() -> Result<()> {
 #[test]
 fn rows_that_are_hardly_or_never_touched() -> Result<()> {
     for decay in [WeightDecay::None, WeightDecay::Decoupled(0.1)] {
-        let params =
-            ParamsAdamax { lr: 0.01.into(), weight_decay: decay, allow_no_gradients: true, ..Default::default() };
+        let params = ParamsAdamax {
+            lr: 0.01.into(),
+            weight_decay: decay,
+            missing_gradients: MissingGradients::Allow,
+            ..Default::default()
+        };
         let mut pair = Pair::new(6, 3, DType::F64, &params)?;
         let before = bits(&pair.by_rows.0);
         pair.step(&[1, 4], &noise(2, 6))?;

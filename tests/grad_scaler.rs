@@ -7,8 +7,8 @@ mod common;
 use std::path::Path;
 
 use candle_adamax::{
-    Adamax, ClipGradNorm, Embedding, ErrorKind, GradScaler, GradScalerState, Kernel, NormType, ParamGroup,
-    ParamsAdamax, Rounding, SparseGrad, SparseUpdate, StateDType, TouchedRows,
+    Adamax, ClipGradNorm, Embedding, ErrorKind, GradScaler, GradScalerState, Kernel, MissingGradients, NormType,
+    ParamGroup, ParamsAdamax, Rounding, SparseGrad, SparseUpdate, StateDType, TouchedRows,
 };
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Module, Optimizer};
@@ -413,7 +413,7 @@ fn a_call_that_fails_leaves_the_scale() {
 #[test]
 fn a_call_without_gradients_says_nothing_about_the_scale() {
     let (w, other) = (var(&[0.0], &[1], DType::F32), var(&[0.0], &[1], DType::F32));
-    let params = ParamsAdamax { allow_no_gradients: true, ..with(scaler(4.0, 1)) };
+    let params = ParamsAdamax { missing_gradients: MissingGradients::Allow, ..with(scaler(4.0, 1)) };
     let mut optimizer = Adamax::from_named([("w", w)], params).unwrap();
     optimizer.backward_step(&loss(&other, &tensor(&[1.0], &[1], DType::F32))).unwrap();
     assert_eq!((optimizer.loss_scale(), optimizer.calls()), (4.0, 0));

@@ -3,8 +3,8 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use candle_adamax::{
-    Adamax, Ema, Epsilon, ErrorKind, ExponentialDecay, GradScaler, GroupLr, GroupSettings, ParamGroup, ParamsAdamax,
-    Rounding, SparseUpdate, StateDType, StepCount, WeightDecay,
+    Adamax, Ema, Epsilon, ErrorKind, ExponentialDecay, GradScaler, GroupLr, GroupSettings, MissingGradients,
+    ParamGroup, ParamsAdamax, Rounding, SparseUpdate, StateDType, StepCount, WeightDecay,
 };
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -445,7 +445,8 @@ fn each_group_tells_its_learning_rate() -> Result<()> {
         ParamGroup::new("own").lr(ExponentialDecay::new(8.0, 1, 0.5)),
         ParamGroup::new("default").var("w", &w),
     ];
-    let mut adamax = Adamax::from_groups(groups, ParamsAdamax { allow_no_gradients: true, ..plain(2.0) })?;
+    let mut adamax =
+        Adamax::from_groups(groups, ParamsAdamax { missing_gradients: MissingGradients::Allow, ..plain(2.0) })?;
     let rates = |adamax: &Adamax| ["default", "factor", "own"].map(|name| adamax.group_learning_rate(name).unwrap());
     assert_eq!(rates(&adamax), [2.0, 1.0, 8.0]);
     // A call without a gradient is none, for schedules, too.

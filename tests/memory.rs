@@ -3,7 +3,7 @@
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-use candle_adamax::{Adamax, Embedding, ParamsAdamax};
+use candle_adamax::{Adamax, Embedding, MissingGradients, ParamsAdamax};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Module, Optimizer};
@@ -28,7 +28,7 @@ fn growth(times: u32, f: impl Fn()) -> usize {
 fn lookups_and_dropped_gradients_leave_nothing() {
     let var = Var::ones((1000, 4), DType::F32, &Device::Cpu).unwrap();
     let layer = Embedding::new(var.as_tensor().clone()).unwrap();
-    let params = ParamsAdamax { allow_no_gradients: true, ..Default::default() };
+    let params = ParamsAdamax { missing_gradients: MissingGradients::Allow, ..Default::default() };
     let mut optimizer = Adamax::from_named([("table", var.clone())], params).unwrap();
     let ids = Tensor::arange(0u32, IDS, &Device::Cpu).unwrap();
 

@@ -8,7 +8,8 @@ mod common;
 use std::collections::BTreeMap;
 
 use candle_adamax::{
-    Adamax, ClipGradNorm, Ema, Epsilon, Kernel, NormType, ParamGroup, ParamsAdamax, StepCount, WeightDecay,
+    Adamax, ClipGradNorm, Ema, Epsilon, Kernel, MissingGradients, NormType, ParamGroup, ParamsAdamax, StepCount,
+    WeightDecay,
 };
 use candle_core::{DType, Tensor, Var};
 use common::{DTYPES, Fingerprint, formulas, noise, tensor, values, var};
@@ -159,7 +160,7 @@ fn params() -> impl Strategy<Value = ParamsAdamax> {
                 loss_scale_factor: scale,
                 ema: ema.map(|(momentum, overwrite_frequency)| Ema { momentum, overwrite_frequency }),
                 gradient_accumulation_steps: steps,
-                allow_no_gradients: true,
+                missing_gradients: MissingGradients::Allow,
                 ..clip
             }
         },

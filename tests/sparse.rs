@@ -7,8 +7,8 @@ mod common;
 use std::collections::{BTreeMap, BTreeSet};
 
 use candle_adamax::{
-    AccumulatedGrad, Adamax, ClipGradNorm, Ema, Epsilon, ErrorKind, Gradient, Kernel, NormType, ParamGroup,
-    ParamsAdamax, SparseGrad, StepCount, WeightDecay,
+    AccumulatedGrad, Adamax, ClipGradNorm, Ema, Epsilon, ErrorKind, Gradient, Kernel, MissingGradients, NormType,
+    ParamGroup, ParamsAdamax, SparseGrad, StepCount, WeightDecay,
 };
 use candle_core::{DType, Device, Tensor, Var};
 use common::gradients::Grad;
@@ -20,7 +20,7 @@ const ROWS: usize = 12;
 const DIM: usize = 5;
 
 fn params() -> ParamsAdamax {
-    ParamsAdamax { lr: 0.05.into(), allow_no_gradients: true, ..Default::default() }
+    ParamsAdamax { lr: 0.05.into(), missing_gradients: MissingGradients::Allow, ..Default::default() }
 }
 
 /// A gradient of the rows `indices`, with values that look random.
@@ -106,7 +106,7 @@ fn every_setting_follows_the_formulas() {
     let clip = ClipGradNorm { max_norm: 0.5, norm_type: NormType::L1 };
     let all = [
         base.clone(),
-        ParamsAdamax { lr: 0.05.into(), allow_no_gradients: true, ..ParamsAdamax::pytorch() },
+        ParamsAdamax { lr: 0.05.into(), missing_gradients: MissingGradients::Allow, ..ParamsAdamax::pytorch() },
         ParamsAdamax { clip_value: Some(0.3), ..base.clone() },
         ParamsAdamax { clip_norm: Some(0.5), ..base.clone() },
         ParamsAdamax { clip_global_norm: Some(0.5), ..base.clone() },

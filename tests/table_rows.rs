@@ -6,8 +6,8 @@
 mod common;
 
 use candle_adamax::{
-    AccumulatedGrad, Adamax, Bags, Ema, Embedding, EmbeddingBag, Gradient, Kernel, ParamsAdamax, Pooling, SparseGrad,
-    Table, TouchedRows,
+    AccumulatedGrad, Adamax, Bags, Ema, Embedding, EmbeddingBag, Gradient, Kernel, MissingGradients, ParamsAdamax,
+    Pooling, SparseGrad, Table, TouchedRows,
 };
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Module as _, Optimizer as _};
@@ -76,7 +76,7 @@ fn ids_of_every_dtype_and_shape() {
         for (ids, dims) in [(none.clone(), vec![0, 3]), (none.reshape((2, 0, 3)).unwrap(), vec![2, 0, 3, 3])] {
             let rows = Table::new(&weight).unwrap().lookup(&ids).unwrap();
             assert_eq!(rows.dims(), dims);
-            let params = ParamsAdamax { allow_no_gradients: true, ..ParamsAdamax::default() };
+            let params = ParamsAdamax { missing_gradients: MissingGradients::Allow, ..ParamsAdamax::default() };
             let (mut optimizer, _) = optimizer(&weight, params, Kernel::Auto);
             optimizer.step(&rows.sum_all().unwrap().backward().unwrap()).unwrap();
             assert_eq!(optimizer.report().missing().collect::<Vec<_>>(), ["w"]);

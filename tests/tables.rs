@@ -7,7 +7,7 @@
 
 mod common;
 
-use candle_adamax::{Adamax, Embedding, EmbeddingBag, ParamsAdamax, Pooling, Table, TouchedRows};
+use candle_adamax::{Adamax, Embedding, EmbeddingBag, MissingGradients, ParamsAdamax, Pooling, Table, TouchedRows};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Module, Optimizer, VarBuilder, VarMap};
@@ -26,7 +26,7 @@ struct Pair {
 }
 
 fn params() -> ParamsAdamax {
-    ParamsAdamax { lr: 0.1.into(), allow_no_gradients: true, ..Default::default() }
+    ParamsAdamax { lr: 0.1.into(), missing_gradients: MissingGradients::Allow, ..Default::default() }
 }
 
 fn optimizer(var: &Var) -> Adamax {

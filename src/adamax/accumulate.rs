@@ -85,6 +85,7 @@ impl Adamax {
         let is_last = self.counters.pending + 1 >= steps;
         if is_last {
             // A call that is refused adds nothing to the sums.
+            self.check_missing(|index, param| collected.get(index).is_some() || param.sum().is_some())?;
             self.check_tables(rates, |index, param| {
                 let of_call = collected.get(index).map(|grad| matches!(grad, Grad::Rows(_)));
                 match (of_call, param.sum().map(GradRef::is_of_rows)) {
@@ -123,7 +124,8 @@ impl Adamax {
         }
         if !is_last {
             self.counters.pending += 1;
-            return Ok(Outcome::Accumulated);
+            let (vars, call) = (collected.count(), self.counters.pending);
+            return Ok(Outcome::Accumulated { vars, call, of: steps });
         }
         // A sum that has overflowed cannot be mended: where that is skipped, the calls before go with it.
         let outcome = self.update(Gradients::Accumulated { calls: steps }, rates)?;
@@ -182,7 +184,7 @@ impl Adamax {
     ///
     /// # Errors
     ///
-    /// As [`step`](candle_nn::Optimizer::step), but for what it says of gradients. Nothing has changed then.
+    /// As [`step`](candle_nn::Optimizer::step), but for what it says of single gradients. Nothing has changed then.
     pub fn flush_gradients(&mut self) -> Result<bool> {
         self.settle(true).map_err(|error| self.own(error))?;
         if self.vars.iter().all(|param| param.sum().is_none()) {

@@ -45,9 +45,9 @@ impl<'g> Collected<'g> {
         self.0.get(index)?.as_ref()
     }
 
-    /// Whether no variable has one.
-    pub(super) fn is_empty(&self) -> bool {
-        self.0.iter().all(Option::is_none)
+    /// How many variables have one.
+    pub(super) fn count(&self) -> usize {
+        self.0.iter().flatten().count()
     }
 
     /// The indices of the variables without one, but for those that have taken part before and never had one.

@@ -74,9 +74,9 @@ impl Adamax {
     /// Lets the loss scale follow a call, unless only the GPU knows yet what has become of it.
     pub(super) fn follow(&mut self, outcome: Outcome) {
         match outcome {
-            Outcome::None | Outcome::UpdatedOnGpu { skips: true } => {}
+            Outcome::None | Outcome::NoGradients | Outcome::UpdatedOnGpu { skips: true, .. } => {}
             Outcome::Skipped => self.follow_call(true),
-            Outcome::Accumulated | Outcome::Updated { .. } | Outcome::UpdatedOnGpu { skips: false } => {
+            Outcome::Accumulated { .. } | Outcome::Updated { .. } | Outcome::UpdatedOnGpu { skips: false, .. } => {
                 self.follow_call(false);
             }
         }

@@ -17,7 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::group::{DEFAULT_GROUP, GroupSettings, ParamGroup};
 use crate::kernel::lend::storage_address;
 use crate::kernel::{Context, Kernel, is_supported};
-use crate::params::{ParamsAdamax, SparseUpdate};
+use crate::params::{MissingGradients, ParamsAdamax, SparseUpdate};
 use crate::rounding::{Rounding, key_of};
 use crate::rule::WeightDecay;
 use crate::schedule::Plateau;
@@ -391,7 +391,7 @@ fn some_of<'a>(names: impl Iterator<Item = &'a str>) -> String {
 impl fmt::Display for Adamax {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ParamsAdamax { name, lr, beta1, beta2, eps, epsilon, weight_decay, .. } = &self.params;
-        let ParamsAdamax { state_dtype, rowwise_norm, rounding, sparse_update, .. } = &self.params;
+        let ParamsAdamax { state_dtype, rowwise_norm, rounding, sparse_update, missing_gradients, .. } = &self.params;
         write!(f, "{name}(lr: {lr}, beta1: {beta1}, beta2: {beta2}, eps: {eps:e} {epsilon:?}")?;
         if *weight_decay != WeightDecay::None {
             write!(f, ", weight decay: {weight_decay:?}")?;
@@ -410,6 +410,9 @@ impl fmt::Display for Adamax {
         }
         if *sparse_update != SparseUpdate::default() {
             write!(f, ", rows: {sparse_update:?}")?;
+        }
+        if *missing_gradients != MissingGradients::default() {
+            write!(f, ", missing gradients: {missing_gradients}")?;
         }
         let groups = self.groups();
         if groups.len() > 1 {

@@ -9,9 +9,9 @@ use candle_core::DType;
 use super::held::GroupPlan;
 use super::snapshot::check_moments;
 use super::{Adamax, Param};
-use crate::checkpoint::names::{hint, listed};
+use crate::checkpoint::names::hint;
 use crate::checkpoint::{Snapshot, VarSnapshot};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, listed};
 use crate::state::{Master, MomentTensors, Moments, Place, arithmetic};
 
 /// The outcome of [`Adamax::restore_matching`] and [`Adamax::load_matching`]: names of variables, in alphabetical order.

@@ -5,6 +5,7 @@
 //! `VarMap` happens to give them; and whatever can fail comes before the first write.
 
 mod accumulate;
+mod audit;
 mod collect;
 mod ema;
 mod exchange;
@@ -15,6 +16,7 @@ mod late;
 mod loss_scale;
 mod manage;
 mod matching;
+mod missing;
 mod norms;
 mod rates;
 mod report;
@@ -30,6 +32,7 @@ use candle_core::{Tensor, Var};
 use candle_nn::{Optimizer, VarMap};
 
 use self::accumulate::{Accumulated, Sum};
+pub use self::audit::Audit;
 use self::collect::{Collected, Found, collect};
 use self::ema::{Averages, Rounded};
 use self::gradients::{GradRef, Gradients};
@@ -48,7 +51,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::{Gradient, SparseGrad, Summary};
 use crate::group::{DEFAULT_GROUP, GroupSettings, ParamGroup};
 use crate::kernel::{Context, Kernel, Orders, RowTask, Task, Update, all_on_one_gpu};
-use crate::params::{ParamsAdamax, SparseUpdate, StepCount};
+use crate::params::{MissingGradients, ParamsAdamax, SparseUpdate, StepCount};
 use crate::rounding::derive;
 use crate::rule::Coefficients;
 use crate::scaler::GradScalerState;
@@ -170,7 +173,8 @@ impl Optimizer for Adamax {
     ///
     /// # Errors
     ///
-    /// A gradient of the wrong shape, dtype or device, or one that shares a variable's memory; no gradient at all;
+    /// A gradient of the wrong shape, dtype or device, or one that shares a variable's memory; fewer gradients than
+    /// [`missing_gradients`](ParamsAdamax::missing_gradients) asks for;
     /// a gradient of a variable that [`append_rows`](Adamax::append_rows) has replaced; a learning rate that is not a
     /// finite number of at least 0. Nothing has changed then.
     fn step(&mut self, grads: &GradStore) -> candle_core::Result<()> {
@@ -338,7 +342,7 @@ impl Adamax {
 
     fn run<'g>(&mut self, lookup: impl FnMut(&Param) -> Found<'g>) -> Result<()> {
         let mut collected = collect(&self.vars, &self.storages, lookup)?;
-        if collected.is_empty() {
+        if collected.count() == 0 {
             return self.without_gradients(&collected);
         }
         let on_gpu = self.measures_on_gpu(Gradients::OfThisCall(&collected));
@@ -361,7 +365,7 @@ impl Adamax {
             1 => self.update(Gradients::OfThisCall(&collected), &rates)?,
             steps => self.accumulate(&collected, steps, &rates)?,
         };
-        self.report = Report { lr: rates.base, outcome, missing: collected.missing(&self.vars) };
+        self.report = Report { missing: collected.missing(&self.vars), ..Report::of(&rates, outcome, self.vars.len()) };
         for (index, param) in self.vars.iter_mut().enumerate() {
             param.history = param.history.after(collected.get(index).is_some());
         }
@@ -378,12 +382,13 @@ impl Adamax {
 
     /// A call without any gradient, which does nothing.
     fn without_gradients(&mut self, collected: &Collected<'_>) -> Result<()> {
-        if !self.params.allow_no_gradients {
+        if self.params.missing_gradients != MissingGradients::Allow {
             return Err(ErrorKind::NoGradients { vars: self.vars.len() }.into());
         }
         self.settle(false)?;
         let lr = self.rate(self.counters.calls)?;
-        self.report = Report { lr, outcome: Outcome::None, missing: collected.missing(&self.vars) };
+        let (missing, vars) = (collected.missing(&self.vars), self.vars.len());
+        self.report = Report { lr, group_lrs: Vec::new(), outcome: Outcome::NoGradients, vars, missing };
         Ok(())
     }
 
@@ -394,7 +399,7 @@ impl Adamax {
         let averages = Averages::prepare(&self.vars, self.params.ema, |_, param| param.sum().is_some())?;
         let outcome = self.update(Gradients::Accumulated { calls: pending }, &rates)?;
         self.clear_sums()?;
-        self.report = Report { lr: rates.base, outcome, missing: Vec::new() };
+        self.report = Report::of(&rates, outcome, self.vars.len());
         if outcome == Outcome::Skipped {
             self.follow(outcome);
             self.counters.skipped += 1;
@@ -421,6 +426,7 @@ impl Adamax {
         }
         // Whatever settings can refuse comes before the first write.
         let late = if measured.is_some() { self.late_rates()? } else { Vec::new() };
+        self.check_missing(|index, param| gradients.of(index, param.accumulated.as_ref()).is_some())?;
         self.check_tables(rates, |index, param| {
             gradients.of(index, param.accumulated.as_ref()).map(GradRef::is_of_rows)
         })?;
@@ -451,8 +457,8 @@ impl Adamax {
             nth += 1;
         }
         let outcome = match &measured {
-            Some(measured) => Outcome::UpdatedOnGpu { skips: measured.skips },
-            None => Outcome::Updated { total_norm: summary.total_norm() },
+            Some(measured) => Outcome::UpdatedOnGpu { vars: nth, skips: measured.skips },
+            None => Outcome::Updated { vars: nth, total_norm: summary.total_norm() },
         };
         self.context.update(tasks, row_tasks, measured)?;
         for (index, (orders, (_, accumulated, state))) in orders.iter().zip(&mut locked).enumerate() {
@@ -462,7 +468,7 @@ impl Adamax {
         }
         drop(locked);
         self.counters.updates = update;
-        if outcome == (Outcome::UpdatedOnGpu { skips: true }) {
+        if let Outcome::UpdatedOnGpu { skips: true, .. } = outcome {
             self.unsettled.push(gradients.indices(&self.vars).collect());
         }
         Ok(outcome)

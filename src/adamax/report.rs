@@ -1,20 +1,26 @@
 //! What the last call did.
 
+use std::fmt;
+
+use super::rates::Rates;
 use super::{Adamax, Param};
+use crate::group::GroupSettings;
 use crate::kernel::Context;
 
 /// What became of a call.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) enum Outcome {
-    /// There was none yet, or it had no gradient at all.
+    /// There was none yet.
     #[default]
     None,
-    /// The gradients wait for the calls to come.
-    Accumulated,
-    /// The variables were updated.
-    Updated { total_norm: Option<f64> },
+    /// It had no gradient at all.
+    NoGradients,
+    /// The gradients of so many variables wait for the calls to come; it is call number `call` of `of`.
+    Accumulated { vars: usize, call: u64, of: u64 },
+    /// So many variables were updated.
+    Updated { vars: usize, total_norm: Option<f64> },
     /// The same by a GPU, which knows the total norm, and whether it `skips` the call.
-    UpdatedOnGpu { skips: bool },
+    UpdatedOnGpu { vars: usize, skips: bool },
     /// Something was not finite; nothing has changed.
     Skipped,
 }
@@ -28,7 +34,7 @@ impl Outcome {
     /// Whether the call was skipped, if only the host decides that.
     pub(super) fn known_skipped(self) -> Option<bool> {
         match self {
-            Self::UpdatedOnGpu { skips: true } => None,
+            Self::UpdatedOnGpu { skips: true, .. } => None,
             outcome => Some(outcome == Self::Skipped),
         }
     }
@@ -60,8 +66,20 @@ impl History {
 #[derive(Debug, Default)]
 pub(super) struct Report {
     pub(super) lr: f64,
+    /// That of each group, if they are known.
+    pub(super) group_lrs: Vec<f64>,
     pub(super) outcome: Outcome,
+    /// How many variables the optimizer had.
+    pub(super) vars: usize,
     pub(super) missing: Vec<usize>,
+}
+
+impl Report {
+    /// Of a call with these learning rates, in which nothing is missing.
+    pub(super) fn of(rates: &Rates, outcome: Outcome, vars: usize) -> Self {
+        let group_lrs = rates.groups.iter().map(|group| group.lr).collect();
+        Self { lr: rates.base, group_lrs, outcome, vars, missing: Vec::new() }
+    }
 }
 
 /// What the last call of `step` did; see [`Adamax::report`].
@@ -69,6 +87,7 @@ pub(super) struct Report {
 pub struct StepReport<'a> {
     report: &'a Report,
     vars: &'a [Param],
+    groups: &'a [GroupSettings],
     context: &'a Context,
 }
 
@@ -88,13 +107,23 @@ impl<'a> StepReport<'a> {
         }
     }
 
+    /// How many variables the call updated: those that had a gradient in it or, with accumulation, in one of the calls that
+    /// it is the last of. 0 if there was no update. Where a GPU decides about that, this waits for it.
+    pub fn trained(&self) -> usize {
+        match self.report.outcome {
+            Outcome::Updated { vars, .. } => vars,
+            Outcome::UpdatedOnGpu { vars, .. } if !self.skipped() => vars,
+            _ => 0,
+        }
+    }
+
     /// Whether the call was skipped because something was not finite.
     ///
     /// Where a GPU decides that, this waits for it.
     pub fn skipped(&self) -> bool {
         match self.report.outcome {
             Outcome::Skipped => true,
-            Outcome::UpdatedOnGpu { skips: true } => self.context.was_skipped().unwrap_or(false),
+            Outcome::UpdatedOnGpu { skips: true, .. } => self.context.was_skipped().unwrap_or(false),
             _ => false,
         }
     }
@@ -104,7 +133,7 @@ impl<'a> StepReport<'a> {
     /// was no update. Where a GPU has measured it, this waits for the GPU; `None` if its memory cannot be read.
     pub fn total_norm(&self) -> Option<f64> {
         match self.report.outcome {
-            Outcome::Updated { total_norm } => total_norm,
+            Outcome::Updated { total_norm, .. } => total_norm,
             Outcome::UpdatedOnGpu { .. } if self.skipped() => None,
             Outcome::UpdatedOnGpu { .. } => self.context.total_norm().ok().flatten(),
             _ => None,
@@ -117,6 +146,11 @@ impl<'a> StepReport<'a> {
     pub fn missing(&self) -> impl Iterator<Item = &'a str> + use<'a> {
         let vars = self.vars;
         self.report.missing.iter().filter_map(move |&index| vars.get(index)).map(|param| param.name.as_str())
+    }
+
+    /// How many variables [`missing`](Self::missing) names.
+    pub fn missing_count(&self) -> usize {
+        self.missing().count()
     }
 
     /// The names of the variables that have never had a gradient so far, in alphabetical order: such as the running
@@ -147,12 +181,83 @@ impl<'a> StepReport<'a> {
     }
 }
 
-impl std::fmt::Debug for StepReport<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+/// One line for a log, such as `updated 2 of 103 vars, lr 4e-4, norm 1.2`; see [`Adamax::report`].
+///
+/// | call | line |
+/// | --- | --- |
+/// | an update | `updated 103 of 103 vars, lr 4e-4` |
+/// | with a norm that clipping or [`measure_norm`](crate::ParamsAdamax::measure_norm) asks for | `updated 103 of 103 vars, lr 4e-4, norm 1.2` |
+/// | with groups of other learning rates | `updated 103 of 103 vars, lr body 4e-5, head 4e-4`; of more than three, `lr 1e-6 to 4e-4` |
+/// | gradients are accumulated | `accumulated 103 of 103 vars in call 1 of 4, lr 4e-4` |
+/// | something was not finite | `skipped: not finite, lr 4e-4` |
+/// | [`MissingGradients::Allow`](crate::MissingGradients::Allow), and nothing had a gradient | `no gradient for 103 vars, lr 4e-4` |
+/// | before the first one | `no call yet` |
+///
+/// Numbers have four digits. Where a GPU decides whether the call is skipped, or has measured the norm, this waits for it.
+impl fmt::Display for StepReport<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let all = self.report.vars;
+        match self.report.outcome {
+            Outcome::None => return f.write_str("no call yet"),
+            Outcome::NoGradients => write!(f, "no gradient for {all} vars")?,
+            Outcome::Accumulated { vars, call, of } => {
+                write!(f, "accumulated {vars} of {all} vars in call {call} of {of}")?;
+            }
+            _ if self.skipped() => f.write_str("skipped: not finite")?,
+            Outcome::Skipped | Outcome::Updated { .. } | Outcome::UpdatedOnGpu { .. } => {
+                write!(f, "updated {} of {all} vars", self.trained())?;
+            }
+        }
+        self.write_lrs(f)?;
+        match self.total_norm() {
+            Some(norm) => write!(f, ", norm {}", Short(norm)),
+            None => Ok(()),
+        }
+    }
+}
+
+impl StepReport<'_> {
+    /// The learning rates of the groups that have variables: one if they are equal, else by name, or the range of many.
+    fn write_lrs(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const SHOWN: usize = 3;
+        let is_used = |&(index, _): &(usize, &f64)| self.vars.iter().any(|param| param.group == index);
+        let lrs: Vec<_> = self.report.group_lrs.iter().enumerate().filter(is_used).collect();
+        let all = || lrs.iter().map(|(_, lr)| **lr);
+        let (min, max) = (all().fold(f64::INFINITY, f64::min), all().fold(0.0, f64::max));
+        f.write_str(", lr ")?;
+        match lrs.len() {
+            0 => write!(f, "{}", Short(self.report.lr)),
+            _ if min == max => write!(f, "{}", Short(max)),
+            n if n > SHOWN => write!(f, "{} to {}", Short(min), Short(max)),
+            _ => lrs.iter().enumerate().try_for_each(|(nth, (index, lr))| {
+                let separator = if nth == 0 { "" } else { ", " };
+                write!(f, "{separator}{} {}", self.groups[*index].name, Short(**lr))
+            }),
+        }
+    }
+}
+
+/// A number with at most four digits: `1.2`, `4e-4`.
+struct Short(f64);
+
+impl fmt::Display for Short {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Rounded by way of a text, which is exact.
+        let rounded: f64 = format!("{:.3e}", self.0).parse().unwrap_or(self.0);
+        match rounded.abs() {
+            x if x == 0.0 || (0.01..1e5).contains(&x) || !x.is_finite() => write!(f, "{rounded}"),
+            _ => write!(f, "{rounded:e}"),
+        }
+    }
+}
+
+impl fmt::Debug for StepReport<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("StepReport")
             .field("lr", &self.lr())
             .field("updated", &self.updated())
             .field("skipped", &self.skipped())
+            .field("trained", &self.trained())
             .field("total_norm", &self.total_norm())
             .field("missing", &self.missing().collect::<Vec<_>>())
             .field("untrained", &self.untrained().collect::<Vec<_>>())
@@ -179,6 +284,6 @@ impl Adamax {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     pub fn report(&self) -> StepReport<'_> {
-        StepReport { report: &self.report, vars: &self.vars, context: &self.context }
+        StepReport { report: &self.report, vars: &self.vars, groups: &self.groups, context: &self.context }
     }
 }

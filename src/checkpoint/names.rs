@@ -1,29 +1,9 @@
 //! Names that a checkpoint and an optimizer do not share, and the reason that they may have.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, listed};
 
-/// The number of names that are shown, and of characters of each.
-const SHOWN: usize = 5;
-const LENGTH: usize = 80;
 /// The number of parts of a name that are tried as a prefix that the other side does not have.
 const PARTS: usize = 8;
-
-/// The first few of these names.
-pub(crate) fn listed<'n>(names: impl IntoIterator<Item = &'n str>) -> String {
-    let mut names = names.into_iter();
-    let mut text = String::new();
-    for name in names.by_ref().take(SHOWN) {
-        let separator = if text.is_empty() { "" } else { ", " };
-        let end = name.char_indices().nth(LENGTH).map_or(name.len(), |(end, _)| end);
-        let dots = if end < name.len() { ".." } else { "" };
-        text += &format!("{separator}`{}{dots}`", &name[..end]);
-    }
-    match (text.is_empty(), names.count()) {
-        (true, _) => "none".to_owned(),
-        (false, 0) => text,
-        (false, more) => format!("{text} and {more} more"),
-    }
-}
 
 /// The origin of names, for errors.
 #[derive(Clone, Copy)]
@@ -108,14 +88,5 @@ mod tests {
         // Another model, of which all layers are in one.
         assert_eq!(prefix(&["head.a", "head.b"], &plain), None);
         assert_eq!(prefix(&[], &plain), None);
-    }
-
-    #[test]
-    fn lists_are_short() {
-        assert_eq!(listed([]), "none");
-        assert_eq!(listed(["a", "b"]), "`a`, `b`");
-        assert_eq!(listed(["a"; 9]), "`a`, `a`, `a`, `a`, `a` and 4 more");
-        let long = "ö".repeat(1000);
-        assert!(listed([long.as_str()]).len() < 200);
     }
 }

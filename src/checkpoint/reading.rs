@@ -19,9 +19,8 @@ use safetensors::{Dtype, SafeTensorError};
 
 use super::atomic::failed;
 use super::header::{Header, Wanted};
-use super::names::listed;
 use super::{LARGEST_HEADER, unreadable};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, listed};
 
 /// How much a JSON text in a header may hold: far more than settings of variables with certain names need.
 #[derive(Clone, Copy)]

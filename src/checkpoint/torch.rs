@@ -10,11 +10,11 @@ use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
 use super::header::Wanted;
-use super::names::{differences, hint, listed};
+use super::names::{differences, hint};
 use super::plain::{PlainVar, count, of_scalar};
 use super::reading::{Room, TensorFile};
 use super::{AtomicFile, write_tensors};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, listed};
 
 /// The key of the JSON text in the metadata.
 pub(crate) const PARAM_GROUPS: &str = "param_groups";

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use candle_adamax::{Epsilon, Kernel, ParamsAdamax, SparseGrad, StepCount, WeightDecay};
+use candle_adamax::{Epsilon, Kernel, MissingGradients, ParamsAdamax, SparseGrad, StepCount, WeightDecay};
 use candle_core::DType;
 use serde_json::{Map, Value};
 
@@ -230,7 +230,7 @@ impl<'c> Recording<'c> {
             loss_scale_factor: loss_scale,
             ema,
             gradient_accumulation_steps: accumulation,
-            allow_no_gradients: true,
+            missing_gradients: MissingGradients::Allow,
             ..family
         };
         let Some(effective) = self.effective.filter(|_| rounded) else { return Ok(params) };

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use candle_adamax::{AccumulatedGrad, Adamax, ClipGradNorm, Kernel, NormType, ParamsAdamax, WeightDecay};
+use candle_adamax::{
+    AccumulatedGrad, Adamax, ClipGradNorm, Kernel, MissingGradients, NormType, ParamsAdamax, WeightDecay,
+};
 use candle_core::{DType, Tensor, Var};
 
 use crate::common::gradients::Grad;
@@ -10,7 +12,12 @@ use crate::common::{DTYPES, Fingerprint, noise, tensor, values, var};
 use crate::table_support::{Checked, KERNELS, coarse, grads, ids, noisy, scatter, sparse};
 
 fn accumulating(steps: u64) -> ParamsAdamax {
-    ParamsAdamax { lr: 0.05.into(), gradient_accumulation_steps: steps, allow_no_gradients: true, ..Default::default() }
+    ParamsAdamax {
+        lr: 0.05.into(),
+        gradient_accumulation_steps: steps,
+        missing_gradients: MissingGradients::Allow,
+        ..Default::default()
+    }
 }
 
 const SHAPE: [usize; 2] = [9, 2];
@@ -91,7 +98,8 @@ fn the_update_is_that_of_the_mean() {
         for kernel in KERNELS {
             for (params, n) in settings.iter().flat_map(|params| [(params, 2), (params, 4), (params, 8)]) {
                 let params = |steps| {
-                    ParamsAdamax { lr: 0.05.into(), allow_no_gradients: true, ..params.clone() }.accumulate(steps)
+                    ParamsAdamax { lr: 0.05.into(), missing_gradients: MissingGradients::Allow, ..params.clone() }
+                        .accumulate(steps)
                 };
                 let mut in_parts = table_and_bias(dtype, kernel, params(n as u64));
                 let mut at_once = table_and_bias(dtype, kernel, params(1));

@@ -1,6 +1,8 @@
 //! Rows that begin anew, rows that are added, and steps of some rows of candle's dense gradients.
 
-use candle_adamax::{AccumulatedGrad, Adamax, Ema, Embedding, Kernel, ParamsAdamax, StepCount, TouchedRows};
+use candle_adamax::{
+    AccumulatedGrad, Adamax, Ema, Embedding, Kernel, MissingGradients, ParamsAdamax, StepCount, TouchedRows,
+};
 use candle_core::{DType, Var};
 use candle_nn::{Module as _, Optimizer as _, VarMap};
 
@@ -8,7 +10,7 @@ use crate::common::{DTYPES, Fingerprint, bits, noise, tensor, values, var};
 use crate::table_support::{ID_DTYPES, KERNELS, coarse, ids, ids_of, noisy, sparse};
 
 fn params() -> ParamsAdamax {
-    ParamsAdamax { lr: 0.05.into(), allow_no_gradients: true, ..Default::default() }
+    ParamsAdamax { lr: 0.05.into(), missing_gradients: MissingGradients::Allow, ..Default::default() }
 }
 
 /// An optimizer of one table of noise that has made two steps of all its rows.

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use candle_adamax::{Adamax, Epsilon, Gradient, Kernel, ParamGroup, ParamsAdamax, SparseGrad};
+use candle_adamax::{Adamax, Epsilon, Gradient, Kernel, MissingGradients, ParamGroup, ParamsAdamax, SparseGrad};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Optimizer as _;
@@ -86,7 +86,7 @@ pub(crate) fn received(var: &Var, grads: &GradStore) -> Option<Received> {
         beta1: 0.0,
         eps: 1.0,
         epsilon: Epsilon::Inside,
-        allow_no_gradients: true,
+        missing_gradients: MissingGradients::Allow,
         ..Default::default()
     };
     let mut optimizer = Adamax::from_named([("var", var.clone())], params).unwrap();

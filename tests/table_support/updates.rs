@@ -1,7 +1,8 @@
 //! Steps of gradients of rows: each follows the formulas, restricted to the rows that it names.
 
 use candle_adamax::{
-    Adamax, ClipGradNorm, Gradient, Kernel, NormType, ParamGroup, ParamsAdamax, SparseGrad, StepCount, WeightDecay,
+    Adamax, ClipGradNorm, Gradient, Kernel, MissingGradients, NormType, ParamGroup, ParamsAdamax, SparseGrad,
+    StepCount, WeightDecay,
 };
 use candle_core::{DType, Tensor, Var};
 use candle_nn::{Module as _, Optimizer as _};
@@ -11,7 +12,7 @@ use crate::common::{DTYPES, Fingerprint, bits, noise, tensor, values, var};
 use crate::table_support::{Checked, KERNELS, coarse, grads, ids, noisy, scatter, sparse};
 
 fn base() -> ParamsAdamax {
-    ParamsAdamax { lr: 0.05.into(), allow_no_gradients: true, ..Default::default() }
+    ParamsAdamax { lr: 0.05.into(), missing_gradients: MissingGradients::Allow, ..Default::default() }
 }
 
 /// Settings that each concern gradients, and what to call them.
@@ -19,7 +20,7 @@ fn settings() -> Vec<(&'static str, ParamsAdamax)> {
     let clip_grad_norm = |norm_type| Some(ClipGradNorm { max_norm: 0.3, norm_type });
     vec![
         ("Keras", base()),
-        ("PyTorch", ParamsAdamax { allow_no_gradients: true, ..ParamsAdamax::pytorch() }),
+        ("PyTorch", ParamsAdamax { missing_gradients: MissingGradients::Allow, ..ParamsAdamax::pytorch() }),
         ("clip_value", ParamsAdamax { clip_value: Some(0.1), ..base() }),
         ("clip_norm", ParamsAdamax { clip_norm: Some(0.3), ..base() }),
         ("clip_global_norm", ParamsAdamax { clip_global_norm: Some(0.3), ..base() }),
@@ -284,9 +285,11 @@ fn gradients_of_no_row_change_no_row() {
             for params in [base(), ParamsAdamax { clip_global_norm: Some(1.0), skip_nonfinite: true, ..base() }] {
                 let w = var(&noise(1, 6), &[3, 2], dtype);
                 let before = bits(&w);
-                let mut optimizer =
-                    Adamax::from_named([("w", w.clone())], ParamsAdamax { allow_no_gradients: false, ..params })
-                        .unwrap();
+                let mut optimizer = Adamax::from_named(
+                    [("w", w.clone())],
+                    ParamsAdamax { missing_gradients: MissingGradients::Half, ..params },
+                )
+                .unwrap();
                 optimizer.set_kernel(kernel).unwrap();
                 optimizer.apply_gradients([(&w, &sparse(&[], &[], &[2], dtype))]).unwrap();
                 assert_eq!(bits(&w), before);

@@ -1,0 +1,305 @@
+//! Variables, and slices of them, that a backward pass leaves without a gradient or with one of zero.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::ops::Range;
+
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Tensor, Var};
+
+use super::Adamax;
+use super::collect::{Found, Grad, collect};
+use crate::error::{Result, listed};
+use crate::gradient::sparse::nonzero;
+use crate::kernel::{RowGrad, SummedRows};
+use crate::state::Buffer;
+
+/// The parts of a model that one backward pass, or several, did not reach; [`Adamax::audit`] makes it.
+///
+/// A slice of a variable is all that is under one index of its first dimension: a row of a weight, an element of a bias.
+/// [`Display`](fmt::Display) prints a list for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Audit {
+    vars: usize,
+    /// By name, those of which a part was not reached.
+    found: BTreeMap<String, Unreached>,
+}
+
+/// The part of a variable that a backward pass did not reach.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Unreached {
+    /// All, which has no gradient.
+    Missing,
+    /// All: its gradient is zero.
+    Zero,
+    /// Ascending ranges of slices, of so many.
+    Slices { ranges: Vec<Range<usize>>, of: usize },
+}
+
+impl Unreached {
+    /// The part that neither of two backward passes reached.
+    fn and(&self, other: &Self) -> Option<Self> {
+        match (self, other) {
+            (Self::Missing, all) | (all, Self::Missing) | (Self::Zero, all) | (all, Self::Zero) => Some(all.clone()),
+            (Self::Slices { ranges, of }, Self::Slices { ranges: others, .. }) => {
+                let ranges = intersection(ranges, others);
+                (!ranges.is_empty()).then_some(Self::Slices { ranges, of: *of })
+            }
+        }
+    }
+}
+
+impl Audit {
+    /// How many variables the optimizer has.
+    pub fn vars(&self) -> usize {
+        self.vars
+    }
+
+    /// The names of the variables without a gradient, in alphabetical order.
+    pub fn missing(&self) -> impl Iterator<Item = &str> {
+        self.named(|unreached| *unreached == Unreached::Missing)
+    }
+
+    /// The names of the variables whose gradient is exactly zero everywhere, in alphabetical order.
+    pub fn zero(&self) -> impl Iterator<Item = &str> {
+        self.named(|unreached| *unreached == Unreached::Zero)
+    }
+
+    /// The names of the other variables that have slices whose gradient is exactly zero, in alphabetical order, with
+    /// the ranges of these slices, ascending and as long as possible.
+    pub fn zero_slices(&self) -> impl Iterator<Item = (&str, &[Range<usize>])> {
+        self.found.iter().filter_map(|(name, unreached)| match unreached {
+            Unreached::Slices { ranges, .. } => Some((name.as_str(), ranges.as_slice())),
+            Unreached::Missing | Unreached::Zero => None,
+        })
+    }
+
+    /// Whether every slice of every variable has a gradient that is not zero.
+    pub fn is_clean(&self) -> bool {
+        self.found.is_empty()
+    }
+
+    /// The parts that neither of two backward passes reached: for audits of several steps, whose batches use other ids,
+    /// tasks or experts.
+    ///
+    /// A variable that has no gradient in one of them and one of zero in the other is among those of
+    /// [`zero`](Self::zero). A row of a table that one of them has not looked up is not listed.
+    ///
+    /// ```
+    /// use candle_adamax::{Adamax, Audit, ParamsAdamax};
+    /// use candle_core::{DType, Device, Tensor, Var};
+    /// use candle_nn::{Embedding, Module};
+    ///
+    /// let weight = Var::ones((4, 2), DType::F32, &Device::Cpu)?;
+    /// let layer = Embedding::new(weight.as_tensor().clone(), 2); // whose gradient is dense
+    /// let optimizer = Adamax::from_named([("weight", weight)], ParamsAdamax::default())?;
+    /// let audit = |ids: &[u32]| -> candle_core::Result<Audit> {
+    ///     let grads = layer.forward(&Tensor::new(ids, &Device::Cpu)?)?.sum_all()?.backward()?;
+    ///     Ok(optimizer.audit(&grads)?)
+    /// };
+    /// let first = audit(&[0])?;
+    /// assert_eq!(first.zero_slices().next(), Some(("weight", &[1..4][..])));
+    /// let both = first.and(&audit(&[2, 3])?);
+    /// assert_eq!(both.zero_slices().next(), Some(("weight", &[1..2][..])));
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    #[must_use]
+    pub fn and(&self, other: &Self) -> Self {
+        let found = self.found.iter().filter_map(|(name, unreached)| {
+            let both = unreached.and(other.found.get(name)?)?;
+            Some((name.clone(), both))
+        });
+        Self { vars: self.vars, found: found.collect() }
+    }
+
+    fn named(&self, is: impl Fn(&Unreached) -> bool) -> impl Iterator<Item = &str> {
+        self.found.iter().filter(move |(_, unreached)| is(unreached)).map(|(name, _)| name.as_str())
+    }
+}
+
+/// A list for people: a line of counts, and below it names with ranges, of the first few.
+///
+/// ```text
+/// of 136 vars 2 have no gradient, 0 one of zero, 22 one with slices of zero
+///   no gradient: `head.dense.bias`, `head.dense.weight`
+///   `layers.0.attn.Wqkv.weight`: 512 of 768 slices are zero, 0..512
+/// ```
+impl fmt::Display for Audit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const VARS: usize = 10;
+        const RANGES: usize = 5;
+        if self.is_clean() {
+            return write!(f, "all {} vars have a gradient, without a slice of zero", self.vars);
+        }
+        let (missing, zero) = (self.missing().count(), self.zero().count());
+        let slices = self.found.len() - missing - zero;
+        let vars = self.vars;
+        write!(f, "of {vars} vars {missing} have no gradient, {zero} one of zero, {slices} one with slices of zero")?;
+        if missing > 0 {
+            write!(f, "\n  no gradient: {}", listed(self.missing()))?;
+        }
+        if zero > 0 {
+            write!(f, "\n  zero: {}", listed(self.zero()))?;
+        }
+        let with_slices = self.found.iter().filter_map(|(name, unreached)| match unreached {
+            Unreached::Slices { ranges, of } => Some((name, ranges, of)),
+            Unreached::Missing | Unreached::Zero => None,
+        });
+        for (name, ranges, of) in with_slices.take(VARS) {
+            let count: usize = ranges.iter().map(ExactSizeIterator::len).sum();
+            let shown: Vec<_> = ranges.iter().take(RANGES).map(|range| format!("{range:?}")).collect();
+            write!(f, "\n  `{name}`: {count} of {of} slices are zero, {}", shown.join(", "))?;
+            if ranges.len() > RANGES {
+                write!(f, " and {} more ranges", ranges.len() - RANGES)?;
+            }
+        }
+        if slices > VARS { write!(f, "\n  and {} more vars with slices of zero", slices - VARS) } else { Ok(()) }
+    }
+}
+
+impl Adamax {
+    /// The variables without a gradient in `grads`, those whose gradient is exactly zero, and the slices of the others
+    /// that are: for the first steps of a run, to find parts of a model that stand still.
+    ///
+    /// A cut graph need not leave a variable without a gradient. ModernBERT of candle-transformers computes q, k and v with
+    /// one weight, and candle's `rope` cuts off q and k: two thirds of that weight have a gradient of exactly 0.
+    ///
+    /// ```
+    /// use candle_adamax::{Adamax, ParamsAdamax};
+    /// use candle_core::{DType, Device, Tensor, Var};
+    ///
+    /// let wqkv = Var::ones((6, 4), DType::F32, &Device::Cpu)?;
+    /// let optimizer = Adamax::from_named([("wqkv", wqkv.clone())], ParamsAdamax::default())?;
+    /// let x = Tensor::ones((3, 4), DType::F32, &Device::Cpu)?;
+    /// let qkv = x.matmul(&wqkv.t()?)?;
+    /// let (q, v) = (qkv.narrow(1, 0, 2)?.detach(), qkv.narrow(1, 4, 2)?);
+    /// let grads = (q + v)?.sum_all()?.backward()?;
+    ///
+    /// let audit = optimizer.audit(&grads)?;
+    /// assert_eq!(audit.zero_slices().next(), Some(("wqkv", &[0..4][..])));
+    /// println!("{audit}");
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// Some zeros are no fault:
+    ///
+    /// - the rows of a `candle_nn::Embedding` whose ids are not in the batch, and experts that got no token. Audit several
+    ///   steps and join them with [`Audit::and`]. Of a [`Table`](crate::Table) only the rows that were looked up are
+    ///   compared with zero.
+    /// - whatever is before a factor of zero. LoRA begins with `b = 0`, so that `a` has a gradient of zero in the first
+    ///   step, and so has all that is before a head of zeros. Audit the second step, too.
+    /// - the weights of a ReLU that was negative for the whole batch.
+    /// - gradients that are too small for f16: scale the loss ([`grad_scaler`](crate::ParamsAdamax::grad_scaler)).
+    ///
+    /// This reads all gradients, waits for the devices that they are on and changes nothing. Gradients that are accumulated
+    /// have no part in it.
+    ///
+    /// # Errors
+    ///
+    /// A gradient that a step would refuse: of the wrong shape, dtype or device, or of a lookup that is not known any
+    /// more.
+    pub fn audit(&self, grads: &GradStore) -> Result<Audit> {
+        let audit = || {
+            let mut lookups = self.lookups(grads)?;
+            let found = |param: &super::Param| Found {
+                dense: grads.get(&param.var),
+                lookups: lookups.take(param.var.id()),
+                ..Found::default()
+            };
+            let collected = collect(&self.vars, &self.storages, found)?;
+            let mut found = BTreeMap::new();
+            for (index, param) in self.vars.iter().enumerate() {
+                let unreached = match collected.get(index) {
+                    None => Some(Unreached::Missing),
+                    Some(Grad::Dense(grad)) => unreached(&param.var, zero_slices(grad)?),
+                    Some(Grad::Rows(grad)) => unreached(&param.var, zero_rows(grad, param.var.dtype())?),
+                };
+                found.extend(unreached.map(|unreached| (param.name.clone(), unreached)));
+            }
+            Ok(Audit { vars: self.vars.len(), found })
+        };
+        audit().map_err(|error| self.own(error))
+    }
+}
+
+/// The slices of a gradient that are zero, and whether these are all there are.
+type Zeros = (Vec<usize>, bool);
+
+fn unreached(var: &Var, (zeros, is_all): Zeros) -> Option<Unreached> {
+    match zeros.is_empty() {
+        true => None,
+        false if is_all => Some(Unreached::Zero),
+        false => Some(Unreached::Slices { ranges: ranges(&zeros), of: var.dims().first().copied().unwrap_or(1) }),
+    }
+}
+
+/// The slices of a dense gradient.
+fn zero_slices(grad: &Tensor) -> Result<Zeros> {
+    let slices = grad.dims().first().copied().unwrap_or(1);
+    if grad.elem_count() == 0 {
+        return Ok((Vec::new(), false));
+    }
+    let mut nonzero = nonzero(&grad.reshape((slices, ()))?)?.into_iter().peekable();
+    let zeros: Vec<_> = (0..slices).filter(|slice| nonzero.next_if(|row| *row as usize == *slice).is_none()).collect();
+    let is_all = zeros.len() == slices;
+    Ok((zeros, is_all))
+}
+
+/// The rows of a gradient of some rows; one that it does not have is not zero.
+fn zero_rows(grad: &RowGrad<'_>, dtype: DType) -> Result<Zeros> {
+    fn zeros<T: Copy + PartialEq + Default>(rows: &[u32], values: &[T], row_len: usize) -> Vec<usize> {
+        let is_zero = |k: &usize| values[k * row_len..][..row_len].iter().all(|x| *x == T::default());
+        (0..rows.len()).filter(is_zero).map(|k| rows[k] as usize).collect()
+    }
+    let SummedRows { rows, values } = grad.summed(dtype)?;
+    let zeros = match values {
+        _ if grad.row_len == 0 => Vec::new(),
+        Buffer::F32(values) => zeros(&rows, &values, grad.row_len),
+        Buffer::F64(values) => zeros(&rows, &values, grad.row_len),
+        Buffer::Tensor(_) => unreachable!("sums are in host memory"),
+    };
+    let is_all = zeros.len() == rows.len();
+    Ok((zeros, is_all))
+}
+
+/// Ascending numbers as ranges.
+fn ranges(numbers: &[usize]) -> Vec<Range<usize>> {
+    numbers.chunk_by(|a, b| a + 1 == *b).map(|run| run[0]..run[run.len() - 1] + 1).collect()
+}
+
+/// The numbers that are in both of two ascending lists of ranges.
+fn intersection(a: &[Range<usize>], b: &[Range<usize>]) -> Vec<Range<usize>> {
+    let (mut a, mut b) = (a.iter().peekable(), b.iter().peekable());
+    let mut both = Vec::new();
+    while let (Some(first), Some(second)) = (a.peek(), b.peek()) {
+        let common = first.start.max(second.start)..first.end.min(second.end);
+        let first_ends = first.end <= second.end;
+        if !common.is_empty() {
+            both.push(common);
+        }
+        if first_ends {
+            a.next()
+        } else {
+            b.next()
+        };
+    }
+    both
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_become_ranges_and_meet() {
+        assert!(ranges(&[]).is_empty());
+        assert_eq!(ranges(&[3]), [3..4]);
+        assert_eq!(ranges(&[0, 1, 2, 5, 7, 8]), [0..3, 5..6, 7..9]);
+        let of = |bits: u32| ranges(&(0..8).filter(|bit| bits >> bit & 1 == 1).collect::<Vec<_>>());
+        for a in 0..256 {
+            for b in [0, 1, 0b1111_0000, 0b1010_1010, 0b0011_1001, 255] {
+                assert_eq!(intersection(&of(a), &of(b)), of(a & b), "{a:b} {b:b}");
+            }
+        }
+    }
+}
