@@ -46,6 +46,7 @@
 //! | question | page |
 //! | --- | --- |
 //! | which epsilon | [`guide::epsilon`] |
+//! | fine-tuning candle-transformers | [`guide::fine_tuning`] |
 //! | bytes for moments, rounding of weights | [`guide::precision`] |
 //! | learning rate, betas and decay of a run that had AdamW | [`guide::from_adamw`] |
 //! | tables: dense, lazy or exact | [`guide::tables`] |

@@ -497,12 +497,7 @@ fn pairs_that_do_not_fit() {
 #[test]
 fn no_gradient_at_all() {
     let text = "none of the 2 vars had a gradient: is the loss computed from them, through operations that have a \
-                backward pass?\n\
-                no gradient passes these operations of candle, nor reaches what is before them: `LayerNorm`, `RmsNorm`, \
-                `softmax_last_dim`, `rope`, `rope_i`, `rope_thd`, `sdpa`, `flash_attn` on the CPU, `QMatMul`\n\
-                `cargo run -p trainable-candle` writes a candle-nn that trains: see the guide's page \"Fine-tuning \
-                candle-transformers\", `candle_adamax::guide::fine_tuning`\n\
-                where this is meant, set `missing_gradients: MissingGradients::Allow`";
+                backward pass?";
     for (mut optimizer, vars) in trained(3) {
         let step = |optimizer: &mut Adamax| optimizer.step(&GradStore::default());
         assert_step_fails(&mut optimizer, &vars, step, text);

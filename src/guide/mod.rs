@@ -3,6 +3,7 @@
 //! | question | page |
 //! | --- | --- |
 //! | Which epsilon, and where does it stand? Does it matter? | [`epsilon`] |
+//! | Fine-tuning candle-transformers: why does a model not train, and what mends it? | [`fine_tuning`] |
 //! | How many bytes for moments, and how are bf16 and f16 weights rounded? | [`precision`] |
 //! | The run had AdamW: what becomes of its learning rate, betas, decay? | [`from_adamw`] |
 //! | Embedding tables: dense, lazy or exact? What of decay and learning rates? | [`tables`] |
@@ -16,6 +17,9 @@
 
 #[doc = include_str!("epsilon.md")]
 pub mod epsilon {}
+
+#[doc = include_str!("fine_tuning.md")]
+pub mod fine_tuning {}
 
 #[doc = include_str!("precision.md")]
 pub mod precision {}
