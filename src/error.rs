@@ -364,8 +364,9 @@ fn no_gradients(vars: &usize) -> String {
 }
 
 /// The operations of candle 0.11 whose result has no graph.
-const CUTS: &str = "no gradient passes these operations of candle, nor reaches what is before them: `LayerNorm`, `RmsNorm`, \
-                    `softmax_last_dim`, `rope`, `rope_i`, `rope_thd`, `sdpa`, `flash_attn` on the CPU, `QMatMul`";
+const CUTS: &str = "no gradient passes these operations of candle, nor reaches what is before them: `LayerNorm`, \
+                    `RmsNorm`, `softmax_last_dim`, `rope`, `rope_i`, `rope_thd`, `sdpa`, `flash_attn` on the CPU, \
+                    `QMatMul`";
 /// Where the user finds such operations with a backward pass.
 const MEND: &str = "`cargo run -p trainable-candle` writes a candle-nn that trains: see the guide's page \"Fine-tuning \
                     candle-transformers\", `candle_adamax::guide::fine_tuning`";

@@ -31,8 +31,8 @@ pub enum StepCount {
 /// head alone. The check is about variables and not about their elements: an embedding table has more elements than all
 /// layers together and would outvote them.
 ///
-/// It is made for each update, before anything changes. With accumulation the update has the gradients of all its calls.
-/// Variables of groups whose learning rate is the constant 0 ([`GroupLr::Own`](crate::GroupLr::Own) or
+/// It is made for each update, before anything changes. With accumulation the update has the gradients of all its
+/// calls. Variables of groups whose learning rate is the constant 0 ([`GroupLr::Own`](crate::GroupLr::Own) or
 /// [`GroupLr::Factor`](crate::GroupLr::Factor)) are frozen and do not count. A table that no lookup has used has no
 /// gradient; a [`SparseGrad`](crate::SparseGrad) without rows is one. A call that is skipped because something is not
 /// finite is no update.
@@ -79,8 +79,8 @@ pub enum MissingGradients {
     Half,
     /// No variable needs a gradient.
     ///
-    /// A call in which none has one does nothing, as in PyTorch: it is no call, neither for schedules nor for averages nor
-    /// among those that are accumulated, and [`updated`](crate::StepReport::updated) is false.
+    /// A call in which none has one does nothing, as in PyTorch: it is no call, neither for schedules nor for averages
+    /// nor among those that are accumulated, and [`updated`](crate::StepReport::updated) is false.
     ///
     /// ```
     /// use candle_adamax::{Adamax, MissingGradients, ParamsAdamax};
@@ -356,8 +356,8 @@ pub struct ParamsAdamax {
     /// Of the random numbers of stochastic rounding, which are those of a counter: the same seed, names and gradients
     /// give the same bits, on any number of threads. Default: 0.
     pub seed: u64,
-    /// The variables that an update needs a gradient of. Default: [`MissingGradients::Half`], an error where less than half
-    /// of them have had one: a graph that is cut silently is a common mistake.
+    /// The variables that an update needs a gradient of. Default: [`MissingGradients::Half`], an error where less than
+    /// half of them have had one: a graph that is cut silently is a common mistake.
     pub missing_gradients: MissingGradients,
 }
 

@@ -1,6 +1,7 @@
 //! Audits: the parts of a model that a backward pass does not reach.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
+#![allow(clippy::single_range_in_vec_init, reason = "it is what is meant: a list of one range")]
 
 mod common;
 

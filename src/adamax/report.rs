@@ -107,8 +107,8 @@ impl<'a> StepReport<'a> {
         }
     }
 
-    /// How many variables the call updated: those that had a gradient in it or, with accumulation, in one of the calls that
-    /// it is the last of. 0 if there was no update. Where a GPU decides about that, this waits for it.
+    /// How many variables the call updated: those that had a gradient in it or, with accumulation, in one of the calls
+    /// that it is the last of. 0 if there was no update. Where a GPU decides about that, this waits for it.
     pub fn trained(&self) -> usize {
         match self.report.outcome {
             Outcome::Updated { vars, .. } => vars,
@@ -193,7 +193,8 @@ impl<'a> StepReport<'a> {
 /// | [`MissingGradients::Allow`](crate::MissingGradients::Allow), and nothing had a gradient | `no gradient for 103 vars, lr 4e-4` |
 /// | before the first one | `no call yet` |
 ///
-/// Numbers have four digits. Where a GPU decides whether the call is skipped, or has measured the norm, this waits for it.
+/// Numbers have four digits. Where a GPU decides whether the call is skipped, or has measured the norm, this waits for
+/// it.
 impl fmt::Display for StepReport<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let all = self.report.vars;
