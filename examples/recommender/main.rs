@@ -122,12 +122,13 @@ fn run(args: &Args) -> Result<()> {
 
     let done = progress.history.len();
     let steps = trainer.steps_per_epoch as u64;
-    let bar = Bar::new(40, "steps", steps.saturating_mul(settings.epochs as u64), steps * done as u64)?;
+    let bar = Bar::new(40, ("steps", "ratings"), steps.saturating_mul(settings.epochs as u64), steps * done as u64)?;
     report::epoch_header();
     progress.history.iter().for_each(|epoch| report::epoch(epoch, None));
     for epoch in done + 1..=settings.epochs {
         let start = Instant::now();
         let train_rmse = trainer.epoch(epoch, &bar)?;
+        bar.speak();
         let lr = trainer.last_lr();
         progress.history.push(Epoch { epoch, lr, train_rmse, quality: trainer.evaluate()? });
         checkpoints.save(&progress, &trainer.varmap, &trainer.optimizer)?;

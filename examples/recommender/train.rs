@@ -74,7 +74,7 @@ impl<'a> Trainer<'a> {
             let mse = self.step(ratings, rng)?;
             ensure!(mse.is_finite(), "the loss is {mse} in epoch {epoch}: {DIVERGED}");
             squares += mse * ratings.len() as f64;
-            bar.advance(format!("epoch {epoch}, RMSE {:.3}", mse.sqrt()));
+            bar.advance(ratings.len(), format!("epoch {epoch}, RMSE {:.3}", mse.sqrt()));
         }
         Ok((squares / order.len() as f64).sqrt())
     }

@@ -82,7 +82,7 @@ fn run(args: &Args) -> Result<()> {
         println!("resumed after step {} from {}", progress.steps.len(), args.out.display());
     }
 
-    let bar = Bar::new(30, "steps", length.steps as u64, progress.steps.len() as u64)?;
+    let bar = Bar::new(30, ("steps", "texts"), length.steps as u64, progress.steps.len() as u64)?;
     report::evaluation_header();
     (0..progress.evaluations.len()).for_each(|index| report::evaluation(&progress, index, length, None));
     let every = settings.evaluate_every.unwrap_or(length.steps_per_epoch);
@@ -91,7 +91,10 @@ fn run(args: &Args) -> Result<()> {
     for done in progress.steps.len() + 1..=last {
         let step = trainer.step(done - 1)?;
         progress.steps.push(step);
-        bar.advance(message(&step));
+        bar.advance(step.texts, message(&step));
+        if done.is_multiple_of(length.steps_per_epoch) || done == last {
+            bar.speak();
+        }
         if done.is_multiple_of(every) || done == length.steps {
             progress.evaluations.push(trainer.evaluate(done)?);
             let index = progress.evaluations.len() - 1;

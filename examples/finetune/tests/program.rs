@@ -60,6 +60,25 @@ fn what_was_left_out_is_told_where_something_was() -> Result<()> {
 }
 
 #[test]
+fn without_a_terminal_there_is_a_line_after_each_epoch() -> Result<()> {
+    let folder = folder("lines")?;
+    let data = folder.join("texts.tsv");
+    fs::write(&data, (0..50).map(|i| format!("{}\ttext number {i}\n", ["good", "bad"][i % 2])).collect::<String>())?;
+    let mut program = Command::new(env!("CARGO_BIN_EXE_finetune"));
+    program.arg("--data").arg(data).arg("--out").arg(folder.join("out"));
+    let output = program.args(["--max-steps", "5", "--epochs", "3", "--batch", "20"]).output()?;
+    let (stdout, stderr) = (String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?);
+    ensure!(output.status.success() && stdout.contains("an epoch"), "{stdout}{stderr}");
+    // Two steps to an epoch, and the last step of all. More lines come where ten seconds have gone by.
+    for step in [2, 4, 5] {
+        let line = stderr.lines().find(|line| line.starts_with(&format!("{step}/5 steps, "))).unwrap_or_default();
+        ensure!(line.contains(" left, loss ") && line.ends_with(" texts a second"), "{step}: {stderr}");
+    }
+    fs::remove_dir_all(&folder)?;
+    Ok(())
+}
+
+#[test]
 fn a_reader_that_goes_away_ends_the_program_without_a_panic() -> Result<()> {
     let folder = folder("reader")?;
     let data = folder.join("texts.tsv");
