@@ -30,9 +30,9 @@ pub(crate) struct Args {
     #[arg(long)]
     pub(crate) resume: bool,
 
-    /// Threads to compute with. The default sizes gain nothing from a second one, and lose much where another program
-    /// has its core, since candle's threads wait for each other at every operation. The results are the same. By
-    /// default as many as `RAYON_NUM_THREADS` says, or one.
+    /// Threads for matrix products and updates. The default sizes gain nothing from a second one. The results are the
+    /// same. By default as many as `RAYON_NUM_THREADS` says, or one. Operations on elements have one, or as many as
+    /// `CANDLE_NUM_THREADS` says: their threads wait for each other in a loop.
     #[arg(long, default_value_t = default_threads(), hide_default_value = true, value_parser = at_least_one)]
     pub(crate) threads: usize,
 

@@ -36,9 +36,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "STEP", value_parser = at_least_one)]
     pub(crate) stop_after: Option<usize>,
 
-    /// Threads to compute with. By default as many as `RAYON_NUM_THREADS` says; else with --model as many as the machine
-    /// has, and with the small encoder one: it gains nothing from a second, and loses much where another program has
-    /// its core, since candle's threads wait for each other at every operation.
+    /// Threads for matrix products and updates. By default as many as `RAYON_NUM_THREADS` says; else with --model as many
+    /// as the machine has, and with the small encoder one, which gains nothing from a second. Operations on elements have
+    /// one, or as many as `CANDLE_NUM_THREADS` says: their threads wait for each other in a loop, and lose much where
+    /// another program has the core of one.
     #[arg(long, value_parser = at_least_one)]
     pub(crate) threads: Option<usize>,
 
