@@ -32,13 +32,14 @@ pub(crate) fn start(threads: Option<usize>, run: impl FnOnce() -> Result<()>) ->
 
 /// The sizes of candle's pools that are to be set, by the variables that say them.
 ///
-/// Matrix products have rayon's pool, whose threads sleep while they wait. Operations on elements have a pool of candle's
-/// own. Their caller waits for each of its threads in a loop without end, so that a thread whose core another program has
-/// holds every operation up. One thread waits for nobody, so that pool has one, unless its size `is_said` already.
+/// Matrix products have rayon's pool, whose threads sleep while they wait. Operations on elements have a pool of
+/// candle's own. Their caller waits for each of its threads in a loop without end, so that a thread whose core another
+/// program has holds every operation up. One thread waits for nobody, so that pool has one, unless its size `is_said`
+/// already.
 ///
-/// Two steps of `finetune --model` with MiniLM and 16 texts, beside two programs that kept both cores of a machine busy,
-/// took 23.7 s with two threads in both pools, 7.5 s with one in this one, and 15.1 s with one in both. Four steps of 32
-/// texts on nearly free cores took 8.2 s, 9.3 s and 11.2 s (medians of forward and backward passes).
+/// Two steps of `finetune --model` with `all-MiniLM-L6-v2` and 16 texts, beside two programs that kept both cores of a
+/// machine busy, took 23.7 s with two threads in both pools, 7.5 s with one in this one, and 15.1 s with one in both.
+/// Four steps of 32 texts on nearly free cores took 8.2 s, 9.3 s and 11.2 s (medians of forward and backward passes).
 fn pools(threads: Option<usize>, is_said: bool) -> impl Iterator<Item = (&'static str, usize)> {
     let of_elements = (!is_said).then_some(("CANDLE_NUM_THREADS", 1));
     threads.map(|threads| ("RAYON_NUM_THREADS", threads)).into_iter().chain(of_elements)

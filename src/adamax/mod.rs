@@ -71,7 +71,8 @@ use crate::trace;
 /// It updates f64, f32, f16 and bf16 variables of any shape. The arithmetic is f32 (f64 for f64), and so are the
 /// moments m and u, in buffers of the optimizer's own, unless [`state_dtype`](ParamsAdamax::state_dtype) asks for fewer
 /// bytes. Variables that are not floating point are left out; a variable without a gradient is skipped and
-/// [reported](Self::report). [`ParamsAdamax`] has the settings.
+/// [reported](Self::report), and too many of them are an error
+/// ([`missing_gradients`](ParamsAdamax::missing_gradients)). [`ParamsAdamax`] has the settings.
 ///
 /// The order of each call of `step`: divide by the loss scale; check that all is finite, if asked to; accumulate;
 /// and on the N-th call divide by N, measure norms, clip, negate if `maximize`, decay, update, count the update. On
