@@ -45,6 +45,11 @@ impl<'g> Collected<'g> {
         self.0.get(index)?.as_ref()
     }
 
+    /// Whether no variable has one.
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.iter().all(Option::is_none)
+    }
+
     /// How many variables have one.
     pub(super) fn count(&self) -> usize {
         self.0.iter().flatten().count()

@@ -2,6 +2,7 @@
 
 use super::{Adamax, Param};
 use crate::error::{ErrorKind, Result};
+use crate::group::GroupSettings;
 use crate::params::MissingGradients;
 
 impl Adamax {
@@ -11,14 +12,18 @@ impl Adamax {
         if rule == MissingGradients::Allow {
             return Ok(());
         }
-        let counted = || self.vars.iter().enumerate().filter(|(_, param)| !self.groups[param.group].is_frozen());
-        let vars = counted().count();
+        let is_any_frozen = self.groups.iter().any(GroupSettings::is_frozen);
+        let is_counted = |param: &Param| !is_any_frozen || !self.groups[param.group].is_frozen();
+        let counted = || self.vars.iter().enumerate().filter(|(_, param)| is_counted(param));
+        let (vars, with_gradient) = counted().fold((0, 0), |(vars, with_gradient), (index, param)| {
+            (vars + 1, with_gradient + usize::from(has_gradient(index, param)))
+        });
         let is_enough = |count: usize| match rule {
             MissingGradients::Half => 2 * count >= vars,
             _ => count == vars,
         };
         // Almost every update ends here.
-        if is_enough(counted().filter(|(index, param)| has_gradient(*index, param)).count()) {
+        if is_enough(with_gradient) {
             return Ok(());
         }
         // The count of updates is in snapshots, so that a resumed run knows it.

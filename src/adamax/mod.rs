@@ -343,7 +343,7 @@ impl Adamax {
 
     fn run<'g>(&mut self, lookup: impl FnMut(&Param) -> Found<'g>) -> Result<()> {
         let mut collected = collect(&self.vars, &self.storages, lookup)?;
-        if collected.count() == 0 {
+        if collected.is_empty() {
             return self.without_gradients(&collected);
         }
         let on_gpu = self.measures_on_gpu(Gradients::OfThisCall(&collected));
