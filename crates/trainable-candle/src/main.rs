@@ -1,3 +1,64 @@
 //! Writes a copy of the candle-nn that a project uses, whose layers have a backward pass.
+//!
+//! See the README of this package on what is changed, and why.
 
-fn main() {}
+mod graft;
+mod insertions;
+mod lock;
+mod output;
+mod source;
+mod workspace;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Parser;
+
+use crate::output::Outcome;
+
+/// Writes a copy of the candle-nn that a project uses, whose layers have a backward pass.
+///
+/// candle-nn computes normalizations, softmax, rotary embeddings and attention with kernels that have no backward pass:
+/// parameters in front of them get no gradient, and nothing says so. In the copy, tensors that need a gradient take
+/// another path. Everything else is as in the release.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    /// The folder to write: DIR/candle-nn and DIR/candle-graft. Either new, or one that this command has written.
+    dir: PathBuf,
+    /// The Cargo.toml of the project [default: that of the folder with DIR, or of the current folder]
+    #[arg(long, value_name = "PATH", conflicts_with = "lock")]
+    manifest_path: Option<PathBuf>,
+    /// The Cargo.lock of the project [default: that of its workspace]
+    #[arg(long, value_name = "PATH")]
+    lock: Option<PathBuf>,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let dir = std::path::absolute(&args.dir)?;
+    let lock = match args.lock {
+        Some(lock) => std::path::absolute(lock)?,
+        None => workspace::root(args.manifest_path.as_deref(), &dir)?.join("Cargo.lock"),
+    };
+    let root = lock.parent().unwrap_or(&lock);
+    let version = lock::candle_nn(&lock)?;
+    let source = source::find(insertions::VERSIONS[version], root)?;
+    println!("candle-nn {} as {} names it, from {}", insertions::VERSIONS[version], lock.display(), source.display());
+
+    let mut files = source::changed_copy(&source, version)?;
+    let changed = insertions::CHANGED.iter().filter(|file| file.is_in(version)).count();
+    let copied = files.len() - 1 - changed;
+    files.extend(graft::files()?);
+    let outcome = output::write(&dir, insertions::VERSIONS[version], files)?;
+    let dir = workspace::relative(root, &dir)?;
+    match outcome {
+        Outcome::Written => println!(
+            "Wrote {dir}/candle-nn ({changed} files changed, 1 added, {copied} as they were) and {dir}/candle-graft",
+        ),
+        Outcome::Unchanged => println!("{dir} holds this already: nothing was written"),
+    }
+    println!("\nLines for {}:\n", root.join("Cargo.toml").display());
+    println!("[patch.crates-io]\ncandle-nn = {{ path = \"{dir}/candle-nn\" }}");
+    Ok(())
+}
