@@ -53,7 +53,7 @@ impl Factors {
     }
 }
 
-/// The output function of SplitMix64 (Steele, Lea & Flood 2014).
+/// The output function of `SplitMix64` (Steele, Lea & Flood 2014).
 fn mixed(x: u64) -> u64 {
     let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -61,7 +61,7 @@ fn mixed(x: u64) -> u64 {
     x ^ x >> 31
 }
 
-/// 32 bits for an element of a block: the finalizer of MurmurHash3 over its place, between the halves of the key. It is
+/// 32 bits for an element of a block: the finalizer of `MurmurHash3` over its place, between the halves of the key. It is
 /// of 32 bits since these vectorize.
 #[inline(always)]
 fn draw(key: u64, place: u32) -> u32 {

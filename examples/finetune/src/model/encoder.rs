@@ -7,16 +7,15 @@
 //! x      = norm(x + down(gelu(up(x))))
 //! ```
 //!
-//! Its numbers are those of candle-transformers' `BertModel`, whose layer normalization has no backward pass. All texts
-//! are of type 0, since each stands alone.
+//! Its numbers are those of candle-transformers' `BertModel`, which has no dropout, and whose words cannot be a table of
+//! candle-adamax. All texts are of type 0, since each stands alone.
 
 use anyhow::Result;
 use candle_core::{D, Tensor};
 use candle_nn::Module;
 
 use super::config::{Activation, Config};
-use super::graft::{gelu, softmax};
-use super::layers::{Linear, Norm, Pass, attention_bias};
+use super::layers::{Linear, Norm, Pass, attention_bias, softmax};
 use super::weights::{Fresh, Weights};
 
 /// The encoder.
@@ -113,8 +112,8 @@ impl Layer {
         let x = self.attention_norm.forward(&(x + pass.dropout(&attended, self.dropout)?)?)?;
         let inner = self.up.forward(&x)?;
         let inner = match self.activation {
-            Activation::Gelu => gelu(&inner)?,
-            Activation::GeluTanh => inner.gelu()?,
+            Activation::Gelu => candle_graft::gelu(&inner)?,
+            Activation::GeluTanh => candle_graft::gelu_tanh(&inner)?,
             Activation::Relu => inner.relu()?,
         };
         let inner = self.down.forward(&inner)?;

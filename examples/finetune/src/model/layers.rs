@@ -1,9 +1,7 @@
-//! The layers of an encoder, each with a backward pass, and dropout with a seed.
+//! The layers of an encoder, by functions of candle-graft, which have a backward pass.
 
 use candle_core::{DType, Result, Tensor};
 use rand::{Rng, rngs::StdRng};
-
-use super::graft::{self, graft};
 
 /// A linear layer on matrices; its weight is `[outputs, inputs]`.
 pub(super) struct Linear {
@@ -13,7 +11,7 @@ pub(super) struct Linear {
 
 impl Linear {
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        graft::linear(x, &self.weight, &self.bias)
+        candle_graft::linear(x, &self.weight, Some(&self.bias))
     }
 }
 
@@ -26,7 +24,7 @@ pub(super) struct Norm {
 
 impl Norm {
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        graft::layer_norm(x, &self.weight, &self.bias, self.eps)
+        candle_graft::layer_norm(x, &self.weight, Some(&self.bias), self.eps)
     }
 }
 
@@ -41,17 +39,16 @@ impl Pass<'_> {
     ///
     /// candle's own dropout draws from numbers that cannot be seeded on the CPU.
     pub(super) fn dropout(&mut self, x: &Tensor, p: f64) -> Result<Tensor> {
-        let Self::Training(rng) = self else { return Ok(x.clone()) };
-        if p == 0.0 {
-            return Ok(x.clone());
+        match self {
+            Self::Training(rng) if p > 0.0 => candle_graft::dropout(x, p, rng.random()),
+            _ => Ok(x.clone()),
         }
-        let (bound, factor) = ((p * 2f64.powi(32)) as u32, (1.0 / (1.0 - p)) as f32);
-        let draw = |_| if rng.random::<u32>() < bound { 0.0 } else { factor };
-        let factors: Vec<f32> = (0..x.elem_count()).map(draw).collect();
-        let factors = Tensor::from_vec(factors, x.shape(), x.device())?.to_dtype(x.dtype())?;
-        let result = (x.detach() * &factors)?;
-        graft("dropout", x, result, move |_, _, grad| grad * &factors)
     }
+}
+
+/// The softmax over the last dimension of `scores + bias`, where `bias` is constant.
+pub(super) fn softmax(scores: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    candle_graft::softmax_last_dim(&scores.broadcast_add(&bias.to_dtype(scores.dtype())?)?)
 }
 
 /// What is added to the scores of attention: 0 for a token, and for padding a number that leaves nothing of `exp`.

@@ -8,7 +8,6 @@
 
 mod config;
 mod encoder;
-mod graft;
 mod layers;
 #[cfg(test)]
 mod tests;
