@@ -24,6 +24,9 @@ use candle_transformers::models::bert::{BertModel, Config};
 use clap::Parser;
 use tokenizers::Tokenizer;
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const CPU: &Device = &Device::Cpu;
 const BATCH: usize = 8;
 const CLASSES: usize = 2;
@@ -220,10 +223,14 @@ fn print_memory(
 fn main() -> Result<()> {
     let args = Args::parse();
     fs::create_dir_all(&args.out)?;
-    let tokenizer = match &args.model {
+    let mut tokenizer = match &args.model {
         Some(folder) => Some(Tokenizer::from_file(folder.join("tokenizer.json")).map_err(|error| anyhow!("{error}"))?),
         None => None,
     };
+    if let Some(tokenizer) = &mut tokenizer {
+        // Rows are as long as the longest of their batch, whatever the file says.
+        tokenizer.with_padding(None);
+    }
     let data = Data::new(tokenizer);
     let (config, weights) = match &args.model {
         Some(folder) => {
