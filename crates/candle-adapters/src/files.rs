@@ -12,8 +12,9 @@ use serde_json::json;
 
 use crate::config::{LoraConfig, Modules};
 use crate::error::{Error, Result};
-use crate::lora::{Lora, Stored, Waiting, names};
+use crate::lora::Lora;
 use crate::rules::Rules;
+use crate::state::{Stored, Waiting, names};
 
 const WEIGHTS: &str = "adapter_model.safetensors";
 const CONFIG: &str = "adapter_config.json";

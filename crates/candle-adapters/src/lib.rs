@@ -168,12 +168,14 @@
 //! # Ok::<(), candle_core::Error>(())
 //! ```
 
+mod backend;
 mod config;
 mod error;
 mod files;
 mod lora;
 mod random;
 mod rules;
+mod state;
 mod weight;
 
 pub use config::{InitLora, LoraConfig, Modules};
