@@ -42,7 +42,7 @@ impl Classifier {
     }
 
     fn values(&self) -> Result<BTreeMap<String, Vec<f32>>> {
-        let vars = self.varmap.data().lock().unwrap();
+        let vars = self.varmap.data().lock().expect("no thread panics with the lock");
         vars.iter().map(|(name, var)| Ok((name.clone(), var.flatten_all()?.to_vec1()?))).collect()
     }
 }
