@@ -1,5 +1,7 @@
 //! Encoders of text, with a linear head on the mean of the hidden states.
 
+#![expect(clippy::single_range_in_vec_init, reason = "rows are lists of ranges, some of one")]
+
 use std::ops::Range;
 
 use anyhow::Result;
