@@ -194,3 +194,23 @@ fn gradients_that_a_step_would_refuse() {
     let audit = optimizer.audit(&GradStore::default()).unwrap();
     assert_eq!(found(&audit), (vec!["w"], vec![], vec![]));
 }
+
+#[test]
+fn audits_of_two_optimizers_keep_what_each_found() -> Result<()> {
+    let (a, b) = (var(&[1.0, 2.0], &[2], DType::F32), var(&[1.0, 2.0], &[2], DType::F32));
+    let audit = |name: &str, var: &Var, grad: Option<&[f64]>| -> Result<Audit> {
+        let mut grads = GradStore::default();
+        if let Some(grad) = grad {
+            grads.insert(var, tensor(grad, &[2], DType::F32));
+        }
+        Ok(Adamax::from_named([(name, var.clone())], ParamsAdamax::default())?.audit(&grads)?)
+    };
+    let both = audit("a", &a, None)?.and(&audit("b", &b, Some(&[0.0, 1.0]))?);
+    assert_eq!(both.vars(), 2);
+    assert_eq!(found(&both), (vec!["a"], vec![], vec![("b", vec![0..1])]));
+    assert!(!both.is_clean());
+    // The second step of both reaches everything.
+    let later = audit("a", &a, Some(&[1.0, 1.0]))?.and(&audit("b", &b, Some(&[1.0, 0.0]))?);
+    assert!(both.and(&later).is_clean());
+    Ok(())
+}

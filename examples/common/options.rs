@@ -48,6 +48,15 @@ pub(crate) fn at_least_one(text: &str) -> Result<usize, String> {
     at_least(text, 1)
 }
 
+/// The size of a pool of threads.
+pub(crate) fn threads(text: &str) -> Result<usize, String> {
+    const MOST: usize = 1024;
+    match at_least_one(text)? {
+        threads if threads > MOST => Err(format!("expected at most {MOST}")),
+        threads => Ok(threads),
+    }
+}
+
 pub(crate) fn at_least(text: &str, least: usize) -> Result<usize, String> {
     match text.parse::<usize>() {
         Ok(number) if number >= least => Ok(number),

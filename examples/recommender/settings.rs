@@ -7,7 +7,7 @@ use clap::{Parser, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 use crate::device::Place;
-use crate::options::{Sparse, State, at_least_one};
+use crate::options::{self, Sparse, State, at_least_one};
 use crate::synthetic;
 
 /// Trains a neural recommender with Adamax: embeddings of users and items, an MLP, and two heads, one for ratings and
@@ -33,7 +33,7 @@ pub(crate) struct Args {
     /// Threads for matrix products and updates. The default sizes gain nothing from a second one. The results are the
     /// same. By default as many as `RAYON_NUM_THREADS` says, or one. Operations on elements have one, or as many as
     /// `CANDLE_NUM_THREADS` says: their threads wait for each other in a loop.
-    #[arg(long, default_value_t = default_threads(), hide_default_value = true, value_parser = at_least_one)]
+    #[arg(long, default_value_t = default_threads(), hide_default_value = true, value_parser = options::threads)]
     pub(crate) threads: usize,
 
     #[command(flatten)]

@@ -20,31 +20,35 @@ use crate::state::Buffer;
 /// bias. [`Display`](fmt::Display) prints a list for people.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Audit {
-    vars: usize,
-    /// By name, those of which a part was not reached.
-    found: BTreeMap<String, Unreached>,
+    /// By name, the part of each variable that was not reached.
+    vars: BTreeMap<String, Unreached>,
 }
 
 /// The part of a variable that a backward pass did not reach.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Unreached {
+    Nothing,
     /// All, which has no gradient.
     Missing,
     /// All: its gradient is zero.
     Zero,
     /// Ascending ranges of slices, of so many.
-    Slices { ranges: Vec<Range<usize>>, of: usize },
+    Slices {
+        ranges: Vec<Range<usize>>,
+        of: usize,
+    },
 }
 
 impl Unreached {
     /// The part that neither of two backward passes reached.
-    fn and(&self, other: &Self) -> Option<Self> {
+    fn and(&self, other: &Self) -> Self {
         match (self, other) {
-            (Self::Missing, all) | (all, Self::Missing) | (Self::Zero, all) | (all, Self::Zero) => Some(all.clone()),
-            (Self::Slices { ranges, of }, Self::Slices { ranges: others, .. }) => {
-                let ranges = intersection(ranges, others);
-                (!ranges.is_empty()).then_some(Self::Slices { ranges, of: *of })
-            }
+            (Self::Nothing, _) | (_, Self::Nothing) => Self::Nothing,
+            (Self::Missing, all) | (all, Self::Missing) | (Self::Zero, all) | (all, Self::Zero) => all.clone(),
+            (Self::Slices { ranges, of }, Self::Slices { ranges: others, .. }) => match intersection(ranges, others) {
+                ranges if ranges.is_empty() => Self::Nothing,
+                ranges => Self::Slices { ranges, of: *of },
+            },
         }
     }
 }
@@ -52,7 +56,7 @@ impl Unreached {
 impl Audit {
     /// How many variables the optimizer has.
     pub fn vars(&self) -> usize {
-        self.vars
+        self.vars.len()
     }
 
     /// The names of the variables without a gradient, in alphabetical order.
@@ -68,22 +72,23 @@ impl Audit {
     /// The names of the other variables that have slices whose gradient is exactly zero, in alphabetical order, with
     /// the ranges of these slices, ascending and as long as possible.
     pub fn zero_slices(&self) -> impl Iterator<Item = (&str, &[Range<usize>])> {
-        self.found.iter().filter_map(|(name, unreached)| match unreached {
+        self.vars.iter().filter_map(|(name, unreached)| match unreached {
             Unreached::Slices { ranges, .. } => Some((name.as_str(), ranges.as_slice())),
-            Unreached::Missing | Unreached::Zero => None,
+            _ => None,
         })
     }
 
     /// Whether every slice of every variable has a gradient that is not zero.
     pub fn is_clean(&self) -> bool {
-        self.found.is_empty()
+        self.vars.values().all(|unreached| *unreached == Unreached::Nothing)
     }
 
     /// The parts that neither of two backward passes reached: for audits of several steps, whose batches use other ids,
     /// tasks or experts.
     ///
     /// A variable that has no gradient in one of them and one of zero in the other is among those of
-    /// [`zero`](Self::zero). A row of a table that one of them has not looked up is not listed.
+    /// [`zero`](Self::zero). A row of a table that one of them has not looked up is not listed. A variable that only one
+    /// of them has, since they are of two optimizers, is as that one has it.
     ///
     /// ```
     /// use candle_adamax::{Adamax, Audit, ParamsAdamax};
@@ -105,15 +110,15 @@ impl Audit {
     /// ```
     #[must_use]
     pub fn and(&self, other: &Self) -> Self {
-        let found = self.found.iter().filter_map(|(name, unreached)| {
-            let both = unreached.and(other.found.get(name)?)?;
-            Some((name.clone(), both))
-        });
-        Self { vars: self.vars, found: found.collect() }
+        let mut vars = self.vars.clone();
+        for (name, unreached) in &other.vars {
+            vars.entry(name.clone()).and_modify(|own| *own = own.and(unreached)).or_insert_with(|| unreached.clone());
+        }
+        Self { vars }
     }
 
     fn named(&self, is: impl Fn(&Unreached) -> bool) -> impl Iterator<Item = &str> {
-        self.found.iter().filter(move |(_, unreached)| is(unreached)).map(|(name, _)| name.as_str())
+        self.vars.iter().filter(move |(_, unreached)| is(unreached)).map(|(name, _)| name.as_str())
     }
 }
 
@@ -129,11 +134,10 @@ impl fmt::Display for Audit {
         const VARS: usize = 10;
         const RANGES: usize = 5;
         if self.is_clean() {
-            return write!(f, "all {} vars have a gradient, without a slice of zero", self.vars);
+            return write!(f, "all {} vars have a gradient, without a slice of zero", self.vars.len());
         }
-        let (missing, zero) = (self.missing().count(), self.zero().count());
-        let slices = self.found.len() - missing - zero;
-        let vars = self.vars;
+        let (missing, zero, slices) = (self.missing().count(), self.zero().count(), self.zero_slices().count());
+        let vars = self.vars.len();
         write!(f, "of {vars} vars {missing} have no gradient, {zero} one of zero, {slices} one with slices of zero")?;
         if missing > 0 {
             write!(f, "\n  no gradient: {}", listed(self.missing()))?;
@@ -141,9 +145,9 @@ impl fmt::Display for Audit {
         if zero > 0 {
             write!(f, "\n  zero: {}", listed(self.zero()))?;
         }
-        let with_slices = self.found.iter().filter_map(|(name, unreached)| match unreached {
+        let with_slices = self.vars.iter().filter_map(|(name, unreached)| match unreached {
             Unreached::Slices { ranges, of } => Some((name, ranges, of)),
-            Unreached::Missing | Unreached::Zero => None,
+            _ => None,
         });
         for (name, ranges, of) in with_slices.take(VARS) {
             let count: usize = ranges.iter().map(ExactSizeIterator::len).sum();
@@ -191,7 +195,8 @@ impl Adamax {
     /// - the weights before a `relu` that was negative for the whole batch.
     /// - gradients that are too small for f16: scale the loss ([`grad_scaler`](crate::ParamsAdamax::grad_scaler)).
     ///
-    /// This reads all gradients, waits for the devices that they are on and changes nothing. Gradients that are
+    /// A gradient of NaN or infinity is one that is not zero: [`skip_nonfinite`](crate::ParamsAdamax::skip_nonfinite) finds
+    /// those. This reads all gradients, waits for the devices that they are on and changes nothing. Gradients that are
     /// accumulated have no part in it.
     ///
     /// # Errors
@@ -207,16 +212,15 @@ impl Adamax {
                 ..Found::default()
             };
             let collected = collect(&self.vars, &self.storages, found)?;
-            let mut found = BTreeMap::new();
-            for (index, param) in self.vars.iter().enumerate() {
+            let vars = self.vars.iter().enumerate().map(|(index, param)| {
                 let unreached = match collected.get(index) {
-                    None => Some(Unreached::Missing),
+                    None => Unreached::Missing,
                     Some(Grad::Dense(grad)) => unreached(&param.var, zero_slices(grad)?),
                     Some(Grad::Rows(grad)) => unreached(&param.var, zero_rows(grad, param.var.dtype())?),
                 };
-                found.extend(unreached.map(|unreached| (param.name.clone(), unreached)));
-            }
-            Ok(Audit { vars: self.vars.len(), found })
+                Ok((param.name.clone(), unreached))
+            });
+            Ok(Audit { vars: vars.collect::<Result<_>>()? })
         };
         audit().map_err(|error| self.own(error))
     }
@@ -225,11 +229,11 @@ impl Adamax {
 /// The slices of a gradient that are zero, and whether these are all there are.
 type Zeros = (Vec<usize>, bool);
 
-fn unreached(var: &Var, (zeros, is_all): Zeros) -> Option<Unreached> {
+fn unreached(var: &Var, (zeros, is_all): Zeros) -> Unreached {
     match zeros.is_empty() {
-        true => None,
-        false if is_all => Some(Unreached::Zero),
-        false => Some(Unreached::Slices { ranges: ranges(&zeros), of: var.dims().first().copied().unwrap_or(1) }),
+        true => Unreached::Nothing,
+        false if is_all => Unreached::Zero,
+        false => Unreached::Slices { ranges: ranges(&zeros), of: var.dims().first().copied().unwrap_or(1) },
     }
 }
 

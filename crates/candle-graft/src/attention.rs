@@ -124,10 +124,10 @@ fn bias(mask: &Mask, alibi_slopes: Option<&Tensor>, shape: [usize; 4], q: &Tenso
     let slopes = slopes.to_dtype(q.dtype())?;
     check::like(NAME, ("q", q), ("alibi_slopes", &slopes))?;
     let offset = match *mask {
-        Mask::Causal { kv_offset } => kv_offset as i64,
-        _ => s_kv as i64 - s as i64,
+        Mask::Causal { kv_offset } => kv_offset as f64,
+        _ => s_kv as f64 - s as f64,
     };
-    let distances = (0..s * s_kv).map(|at| -((at / s_kv) as i64 + offset - (at % s_kv) as i64).abs() as f64);
+    let distances = (0..s * s_kv).map(|at| -((at / s_kv) as f64 + offset - (at % s_kv) as f64).abs());
     let distances = Tensor::from_iter(distances, &Device::Cpu)?.reshape((1, 1, s, s_kv))?;
     let distances = distances.to_dtype(q.dtype())?.to_device(q.device())?;
     let alibi = slopes.reshape((1, h, 1, 1))?.broadcast_mul(&distances)?;

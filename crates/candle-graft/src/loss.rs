@@ -11,7 +11,7 @@ use crate::{check, composed};
 ///
 /// `logits` has the shape `(n, classes)`, `targets` the shape `(n)` and the type u8, u32 or i64. The result is a scalar
 /// of the type of the logits. Probabilities are not kept between the passes, so that the only tensor as large as the
-/// logits is their gradient.
+/// logits is their gradient. The mean over no rows is NaN, as in PyTorch.
 ///
 /// With `g` the gradient of the result, the gradient of the logits is `(softmax(logits) - 1 at the targets) * g / n`.
 ///

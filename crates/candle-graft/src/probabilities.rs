@@ -30,7 +30,7 @@ pub(crate) fn composed(q: &Tensor, k: &Tensor, bias: Option<&Tensor>, scores: Sc
     }
     if let Some(offset) = scores.causal {
         let (s, s_kv) = (scores.queries, scores.keys);
-        let number = |at: usize| if at % s_kv > at / s_kv + offset { f32::NEG_INFINITY } else { 0.0 };
+        let number = |at: usize| if at % s_kv > offset.saturating_add(at / s_kv) { f32::NEG_INFINITY } else { 0.0 };
         let hidden = Tensor::from_iter((0..s * s_kv).map(number), &Device::Cpu)?.reshape((1, 1, s, s_kv))?;
         y = y.broadcast_add(&hidden.to_dtype(y.dtype())?.to_device(y.device())?)?;
     }

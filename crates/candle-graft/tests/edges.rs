@@ -97,6 +97,31 @@ fn a_query_that_sees_no_key_has_zeros() -> Result<()> {
 }
 
 #[test]
+fn attention_passes_nan_on() -> Result<()> {
+    let kv = numbers(&[1, 1, 3, 2], 2)?;
+    let q = Tensor::new(&[[[[f64::NAN, 1.0], [1.0, 2.0]]]], &CPU)?;
+    let is_nan = |y: Tensor| -> Result<Vec<bool>> { Ok(flat(&y)?.iter().map(|x| x.is_nan()).collect()) };
+    let y = attention(&q, &kv, &kv, 1.0, &Mask::None, None, None)?;
+    assert_eq!(is_nan(y)?, [true, true, false, false]);
+    let q = numbers(&[1, 1, 2, 2], 1)?;
+    assert_eq!(is_nan(attention(&q, &kv, &kv, f64::NAN, &Mask::None, None, None)?)?, [true; 4]);
+    let mask = Mask::Tensor(Tensor::new(&[[0.0, 0.0, 0.0], [f64::NAN, f64::NEG_INFINITY, f64::NEG_INFINITY]], &CPU)?);
+    assert_eq!(is_nan(attention(&q, &kv, &kv, 1.0, &mask, None, None)?)?, [false, false, true, true]);
+    Ok(())
+}
+
+#[test]
+fn an_offset_as_large_as_it_may_be_shows_every_key() -> Result<()> {
+    let (q, kv) = (numbers(&[1, 2, 3, 4], 1)?, numbers(&[1, 2, 5, 4], 2)?);
+    let all = flat(&attention(&q, &kv, &kv, 1.0, &Mask::None, None, None)?)?;
+    for kv_offset in [5, usize::MAX - 1, usize::MAX] {
+        let y = attention(&q, &kv, &kv, 1.0, &Mask::Causal { kv_offset }, None, None)?;
+        assert_eq!(flat(&y)?, all, "{kv_offset}");
+    }
+    Ok(())
+}
+
+#[test]
 fn activations_of_numbers_far_away() -> Result<()> {
     let x = Tensor::new(&[-1e30f32, -200.0, 0.0, 200.0, 1e30], &CPU)?;
     for f in [gelu, gelu_tanh, silu] {

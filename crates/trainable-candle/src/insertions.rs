@@ -245,7 +245,10 @@ pub(crate) const CHANGED: &[Changed] = &[
         insertions: &[Insertion {
             anchors: &["impl Module for LayerNorm {", "fn forward(", BODY],
             lines: "        let (weight, bias) = (&self.weight, self.bias.as_ref());
-        if weight.rank() == 1 && crate::trainable::tracked([x, weight, bias.unwrap_or(x)]) {
+        // Parameters of other shapes are broadcast below.
+        let fits = |of: &Tensor| of.rank() == 1 && of.dims().last() == x.dims().last();
+        let fits = fits(weight) && bias.map_or(true, fits);
+        if fits && crate::trainable::tracked([x, weight, bias.unwrap_or(x)]) {
             return match bias {
                 bias if self.remove_mean => candle_graft::layer_norm(x, weight, bias, self.eps),
                 None => candle_graft::rms_norm(x, weight, self.eps),
@@ -272,7 +275,9 @@ pub(crate) const CHANGED: &[Changed] = &[
         insertions: &[Insertion {
             anchors: &["impl super::Module for Linear {", "fn forward(", BODY],
             lines: "        let bias = self.bias.as_ref();
-        if crate::trainable::tracked([x, &self.weight, bias.unwrap_or(x)]) {
+        // A bias of another shape is broadcast below.
+        let fits = bias.map_or(true, |bias| self.weight.dims().get(..1) == Some(bias.dims()));
+        if fits && crate::trainable::tracked([x, &self.weight, bias.unwrap_or(x)]) {
             return candle_graft::linear(x, &self.weight, bias);
         }
 ",

@@ -6,14 +6,25 @@ use anyhow::{Context, Result, bail};
 
 use crate::insertions::VERSIONS;
 
-/// The index in [`VERSIONS`] of the candle-nn that the lock file at `path` names.
-pub(crate) fn candle_nn(path: &Path) -> Result<usize> {
-    let text = std::fs::read_to_string(path)
-        .with_context(|| format!("cannot read {}; `cargo generate-lockfile` writes it", path.display()))?;
+/// A candle-nn in a lock file.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Locked {
+    /// The index of its version in [`VERSIONS`].
+    pub(crate) version: usize,
+    /// Whether it lies at a path.
+    pub(crate) is_path: bool,
+}
+
+/// The candle-nn that the lock file at `path` names.
+pub(crate) fn candle_nn(path: &Path) -> Result<Locked> {
+    let text = std::fs::read_to_string(path).with_context(|| match path.exists() {
+        true => format!("cannot read {}", path.display()),
+        false => format!("there is no {}; `cargo generate-lockfile` writes it", path.display()),
+    })?;
     known_version(&text).with_context(|| path.display().to_string())
 }
 
-fn known_version(lock: &str) -> Result<usize> {
+fn known_version(lock: &str) -> Result<Locked> {
     let packages = packages(lock);
     if let Some((version, source)) =
         packages.iter().find(|(_, source)| source.is_some_and(|source| !is_registry(source)))
@@ -21,12 +32,15 @@ fn known_version(lock: &str) -> Result<usize> {
         let source = source.unwrap_or_default();
         bail!("names candle-nn {version} from {source}, but only releases from crates.io are known");
     }
+    let versions: Vec<_> = packages.iter().map(|(version, _)| *version).collect();
     // Without a source the package lies at a path, such as the copy that an earlier call has written.
-    let versions: Vec<_> = packages.into_iter().map(|(version, _)| version).collect();
-    let known: Vec<_> =
-        versions.iter().filter_map(|version| VERSIONS.iter().position(|known| known == version)).collect();
-    match (versions.as_slice(), known.as_slice()) {
-        (_, [version]) => Ok(*version),
+    let known = packages.iter().filter_map(|(version, source)| {
+        let version = VERSIONS.iter().position(|known| known == version)?;
+        Some(Locked { version, is_path: source.is_none() })
+    });
+    let mut known: Vec<_> = known.collect();
+    match (versions.as_slice(), known.len()) {
+        (_, 1) => Ok(known.remove(0)),
         ([], _) => bail!("names no candle-nn: `cargo add candle-nn` makes the project depend on it"),
         _ => bail!(
             "names candle-nn {}, but the known releases are {}. Within one series, `cargo update -p candle-nn --precise {}` \
@@ -76,14 +90,15 @@ mod tests {
 
     #[test]
     fn a_release_and_a_copy_at_a_path_are_found() -> Result<()> {
-        assert_eq!(known_version(&lock(&[("0.11.1", REGISTRY)]))?, 1);
-        assert_eq!(known_version(&lock(&[("0.11.0", "")]))?, 0);
+        assert_eq!(known_version(&lock(&[("0.11.1", REGISTRY)]))?, Locked { version: 1, is_path: false });
+        assert_eq!(known_version(&lock(&[("0.11.0", "")]))?, Locked { version: 0, is_path: true });
         Ok(())
     }
 
     #[test]
     fn of_two_versions_the_known_one_counts() -> Result<()> {
-        assert_eq!(known_version(&lock(&[("0.9.1", REGISTRY), ("0.11.1", REGISTRY)]))?, 1);
+        let two = known_version(&lock(&[("0.9.1", REGISTRY), ("0.11.1", REGISTRY)]))?;
+        assert_eq!(two, Locked { version: 1, is_path: false });
         let error = known_version(&lock(&[("0.11.0", REGISTRY), ("0.11.1", REGISTRY)])).unwrap_err().to_string();
         assert!(error.starts_with("names candle-nn 0.11.0 and 0.11.1, but"), "{error}");
         Ok(())

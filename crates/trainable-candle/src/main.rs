@@ -11,9 +11,10 @@ mod workspace;
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::Parser;
 
+use crate::lock::Locked;
 use crate::output::Outcome;
 
 /// Writes a copy of the candle-nn that a project uses, whose layers have a backward pass.
@@ -36,13 +37,23 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let dir = std::path::absolute(&args.dir)?;
+    // A link is followed: the folder that it leads to is written.
+    let dir = args.dir.canonicalize().or_else(|_| std::path::absolute(&args.dir))?;
     let lock = match args.lock {
         Some(lock) => std::path::absolute(lock)?,
         None => workspace::root(args.manifest_path.as_deref(), &dir)?.join("Cargo.lock"),
     };
     let root = lock.parent().unwrap_or(&lock);
-    let version = lock::candle_nn(&lock)?;
+    let Locked { version, is_path } = lock::candle_nn(&lock)?;
+    if is_path && let Some(folder) = workspace::folder_of_candle_nn(root, insertions::VERSIONS[version]) {
+        ensure!(
+            folder.parent().is_some_and(output::is_written),
+            "{} takes candle-nn from {}, which this command has not written. Only releases from crates.io are known, and \
+             [patch] does not replace a path",
+            lock.display(),
+            folder.display()
+        );
+    }
     let source = source::find(insertions::VERSIONS[version], root)?;
     println!("candle-nn {} as {} names it, from {}", insertions::VERSIONS[version], lock.display(), source.display());
 
@@ -51,6 +62,7 @@ fn main() -> Result<()> {
     let copied = files.len() - 1 - changed;
     files.extend(graft::files()?);
     let outcome = output::write(&dir, insertions::VERSIONS[version], files)?;
+    let is_member = workspace::has_member(root, &dir);
     let dir = workspace::relative(root, &dir)?;
     match outcome {
         Outcome::Written => println!(
@@ -59,6 +71,20 @@ fn main() -> Result<()> {
         Outcome::Unchanged => println!("{dir} holds this already: nothing was written"),
     }
     println!("\nLines for {}:\n", root.join("Cargo.toml").display());
-    println!("[patch.crates-io]\ncandle-nn = {{ path = \"{dir}/candle-nn\" }}");
+    println!("[patch.crates-io]\ncandle-nn = {{ path = {} }}", quoted(&format!("{dir}/candle-nn")));
+    if is_member {
+        println!("\nand, since a pattern of its members matches {dir}, in its section [workspace]:\n");
+        println!("exclude = [{}]", quoted(&dir));
+    }
     Ok(())
+}
+
+/// A string of TOML.
+fn quoted(text: &str) -> String {
+    let escaped = text.chars().map(|c| match c {
+        '"' | '\\' => format!("\\{c}"),
+        c if c.is_control() => format!("\\u{:04X}", u32::from(c)),
+        c => c.to_string(),
+    });
+    format!("\"{}\"", escaped.collect::<String>())
 }

@@ -69,13 +69,18 @@ fn may_be_replaced(dir: &Path) -> Result<bool> {
     if names.is_empty() {
         return Ok(false);
     }
-    if !fs::read_to_string(dir.join(MARK)).is_ok_and(|mark| mark.starts_with(MARKED)) {
+    if !is_written(dir) {
         return refuse(&format!("holds files that trainable-candle has not written (there is no {MARK})"));
     }
     match names.iter().find(|name| ![MARK, "candle-nn", "candle-graft"].contains(&name.as_str())) {
         Some(name) => refuse(&format!("holds {name}, which trainable-candle has not written")),
         None => Ok(true),
     }
+}
+
+/// Whether this command has written a folder.
+pub(crate) fn is_written(dir: &Path) -> bool {
+    fs::read_to_string(dir.join(MARK)).is_ok_and(|mark| mark.starts_with(MARKED))
 }
 
 /// A path in the same folder, and so on the same disk.

@@ -20,8 +20,16 @@ pub(crate) fn root(manifest: Option<&Path>, dir: &Path) -> Result<PathBuf> {
     if let Some(manifest) = manifest {
         return locate(&current, Some(manifest));
     }
-    let around = dir.ancestors().skip(1).find(|folder| folder.is_dir()).unwrap_or(&current);
-    locate(around, None).or_else(|_| locate(&current, None))
+    let is_in_project = |folder: &Path| folder.ancestors().any(|folder| folder.join("Cargo.toml").is_file());
+    let parent = dir.parent().unwrap_or(dir);
+    let around = parent.ancestors().find(|folder| folder.is_dir()).unwrap_or(parent);
+    if is_in_project(around) {
+        return locate(around, None);
+    }
+    // Outside of all projects a folder that does not exist may be a misspelled one.
+    ensure!(parent.is_dir(), "the folder {} does not exist, and there is no Cargo.toml around it", parent.display());
+    ensure!(is_in_project(&current), "there is no Cargo.toml around {} or {}", parent.display(), current.display());
+    locate(&current, None)
 }
 
 fn locate(folder: &Path, manifest: Option<&Path>) -> Result<PathBuf> {
@@ -30,10 +38,35 @@ fn locate(folder: &Path, manifest: Option<&Path>) -> Result<PathBuf> {
     if let Some(manifest) = manifest {
         command.arg("--manifest-path").arg(manifest);
     }
-    let output = command.output().context("cannot run cargo")?;
-    ensure!(output.status.success(), "no project was found: {}", String::from_utf8_lossy(&output.stderr).trim());
-    let manifest = PathBuf::from(String::from_utf8(output.stdout)?.trim());
+    let manifest = PathBuf::from(answer(&mut command).context("no project was found")?);
     Ok(manifest.parent().map(Path::to_owned).unwrap_or(manifest))
+}
+
+/// The folder of the candle-nn that the workspace at `root` takes from a path; none where cargo cannot tell, as before
+/// that folder is written.
+pub(crate) fn folder_of_candle_nn(root: &Path, version: &str) -> Option<PathBuf> {
+    let mut command = cargo(root);
+    command.args(["pkgid", "--offline", &format!("candle-nn@{version}")]);
+    // path+file:///folder#candle-nn@0.11.1, or without the name where the folder has it.
+    let id = answer(&mut command).ok()?;
+    Some(PathBuf::from(id.strip_prefix("path+file://")?.split('#').next()?))
+}
+
+/// Whether the workspace at `root` takes `folder`, which lies in it, for one of its members.
+pub(crate) fn has_member(root: &Path, folder: &Path) -> bool {
+    let mut command = cargo(root);
+    command.args(["metadata", "--no-deps", "--offline", "--format-version", "1"]);
+    match answer(&mut command) {
+        Ok(_) => false,
+        Err(error) => error.to_string().contains(&folder.join("Cargo.toml").display().to_string()),
+    }
+}
+
+/// What cargo prints, or its errors.
+fn answer(command: &mut Command) -> Result<String> {
+    let output = command.output().context("cannot run cargo")?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr).trim());
+    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
 }
 
 /// `path` as seen from the folder `from`, as Cargo.toml writes it. Both exist.

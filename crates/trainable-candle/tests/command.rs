@@ -209,6 +209,75 @@ fn the_project_is_the_one_around_the_folder_unless_it_is_named() -> Result<()> {
 }
 
 #[test]
+fn a_folder_of_no_project_is_an_error() -> Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let outside = env::temp_dir().join(format!("trainable-candle-{}", std::process::id()));
+    let misspelled = outside.join("my-projcet/trainable");
+    let stderr = fail(trainable_candle(root, &[misspelled.to_str().context("not UTF-8")?]))?;
+    assert!(stderr.contains("my-projcet does not exist, and there is no Cargo.toml around it"), "{stderr}");
+    assert!(!outside.exists());
+    // A project that cargo cannot read is not passed over.
+    let project = project("unreadable", "0.11.1")?;
+    fs::write(project.join("Cargo.toml"), "[package\n")?;
+    let stderr = fail(trainable_candle(root, &[project.join("trainable").to_str().context("not UTF-8")?]))?;
+    assert!(stderr.contains("no project was found") && stderr.contains("unreadable"), "{stderr}");
+    Ok(())
+}
+
+#[test]
+fn a_candle_nn_of_somebody_else_at_a_path_is_an_error() -> Result<()> {
+    let project = project("own_candle_nn", "0.11.1")?;
+    let own = project.join("own");
+    let source = source(&succeed(trainable_candle(&project, &["trainable"]))?)?;
+    for (path, content) in files(&source)? {
+        let path = own.join(path);
+        fs::create_dir_all(path.parent().context("no folder")?)?;
+        fs::write(path, content)?;
+    }
+    let manifest = fs::read_to_string(project.join("Cargo.toml"))?;
+    fs::write(project.join("Cargo.toml"), manifest.replace("\"=0.11.1\"", "{ path = \"own\" }"))?;
+    cargo(&project, &["generate-lockfile", "--offline"])?;
+    let stderr = fail(trainable_candle(&project, &["trainable"]))?;
+    assert!(stderr.contains("own, which this command has not written"), "{stderr}");
+    Ok(())
+}
+
+#[test]
+fn printed_lines_are_toml_that_the_workspace_takes() -> Result<()> {
+    let project = project("pattern", "0.11.1")?;
+    let manifest = fs::read_to_string(project.join("Cargo.toml"))?;
+    let workspace =
+        |lines: &str| manifest.replace("[workspace]", &format!("[workspace]\nmembers = [\"more/*\"]\n{lines}"));
+    fs::write(project.join("Cargo.toml"), workspace(""))?;
+    let dir = "more/with \"quotes\"";
+    let stdout = succeed(trainable_candle(&project, &[dir]))?;
+    let exclude = r#"exclude = ["more/with \"quotes\""]"#;
+    assert!(stdout.contains(r#"candle-nn = { path = "more/with \"quotes\"/candle-nn" }"#), "{stdout}");
+    assert!(stdout.trim_end().ends_with(exclude), "{stdout}");
+    let is_taken = |text: String| -> Result<bool> {
+        fs::write(project.join("Cargo.toml"), text)?;
+        Ok(cargo(&project, &["metadata", "--no-deps", "--offline", "--format-version", "1"]).is_ok())
+    };
+    assert!(!is_taken(workspace(""))?);
+    assert!(is_taken(workspace(exclude))?);
+    Ok(())
+}
+
+#[cfg(unix)]
+#[test]
+fn a_link_leads_to_the_folder_that_is_written() -> Result<()> {
+    let project = project("link", "0.11.1")?;
+    fs::create_dir(project.join("there"))?;
+    std::os::unix::fs::symlink("there", project.join("here"))?;
+    for _ in 0..2 {
+        succeed(trainable_candle(&project, &["here"]))?;
+        assert!(project.join("here").is_symlink() && project.join("there/candle-nn/Cargo.toml").is_file());
+        fs::write(project.join("there/candle-nn/src/lib.rs"), "changed")?;
+    }
+    Ok(())
+}
+
+#[test]
 fn an_unknown_release_is_an_error() -> Result<()> {
     let folder = empty_folder("unknown_release")?;
     fs::write(folder.join("Cargo.lock"), lock("0.12.0"))?;

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::Place;
 use crate::model::Pooling;
-use crate::options::{Sparse, State, at_least, at_least_one};
+use crate::options::{self, Sparse, State, at_least, at_least_one};
 
 /// Fine-tunes a BERT encoder for text classification with Adamax.
 #[derive(Parser)]
@@ -40,7 +40,7 @@ pub(crate) struct Args {
     /// as the machine has, and with the small encoder one, which gains nothing from a second. Operations on elements have
     /// one, or as many as `CANDLE_NUM_THREADS` says: their threads wait for each other in a loop, and lose much where
     /// another program has the core of one.
-    #[arg(long, value_parser = at_least_one)]
+    #[arg(long, value_parser = options::threads)]
     pub(crate) threads: Option<usize>,
 
     #[command(flatten)]

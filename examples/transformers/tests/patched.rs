@@ -113,6 +113,13 @@ fn linear_and_cross_entropy() -> Result<()> {
     let x = numbers(&[3, 2, 8], 0.0)?;
     let of_a_view = |x: &[Tensor]| Linear::new(x[1].clone(), Some(x[2].clone())).forward(&x[0].transpose(0, 1)?);
     same1(&[&x, &weight, &bias], of_a_view)?;
+    // Parameters that are broadcast.
+    let x = numbers(&[3, 5, 8], 0.0)?;
+    for shape in [&[1][..], &[1, 5], &[5, 5]] {
+        let bias = numbers(shape, 0.6)?;
+        same1(&[&x, &weight, &bias], |x| Linear::new(x[1].clone(), Some(x[2].clone())).forward(&x[0]))?;
+    }
+    same1(&[&x, &numbers(&[1], 0.6)?], |x| LayerNorm::new_no_bias(x[1].clone(), 1e-5).forward(&x[0]))?;
     let targets = Tensor::new(&[4u32, 0, 7], &Device::Cpu)?;
     same1(&[&numbers(&[3, 8], 0.0)?], |x| loss::cross_entropy(&x[0], &targets))
 }

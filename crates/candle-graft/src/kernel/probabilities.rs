@@ -44,7 +44,7 @@ impl Scores {
     /// How many keys a row sees.
     fn visible(&self, row: usize) -> usize {
         match self.causal {
-            Some(offset) => self.keys.min(row % self.queries + offset + 1),
+            Some(offset) => self.keys.min(offset.saturating_add(row % self.queries + 1)),
             None => self.keys,
         }
     }
@@ -76,7 +76,10 @@ impl Scores {
                         let bias = bias.row(self, at, visible);
                         lanes::update!(score in scores, bias in bias => score + bias);
                     }
-                    if lanes::max(scores) == T::NEG_INFINITY {
+                    // The maximum passes over NaN, which is no key that is hidden.
+                    let sees_none =
+                        lanes::max(scores) == T::NEG_INFINITY && scores.iter().all(|x| *x == T::NEG_INFINITY);
+                    if sees_none {
                         row.fill(T::ZERO);
                     } else {
                         softmax::row(scores, row);

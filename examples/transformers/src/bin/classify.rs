@@ -8,7 +8,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use candle_adamax::{Adamax, ParamsAdamax};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Module, Optimizer, VarBuilder, VarMap, linear, loss};
@@ -27,8 +27,8 @@ struct Args {
     #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/data/reviews.tsv"))]
     data: PathBuf,
     /// How many steps
-    #[arg(long, default_value_t = 20)]
-    steps: usize,
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..))]
+    steps: u64,
     /// The learning rate
     #[arg(long, default_value_t = 1e-3)]
     lr: f64,
@@ -38,7 +38,8 @@ fn main() -> Result<()> {
     let args = Args::parse();
     let device = Device::Cpu;
     let (texts, labels) = read(&args.data)?;
-    let classes = labels.iter().max().context("no lines")? + 1;
+    let classes = labels.iter().max().with_context(|| format!("{} has no lines", args.data.display()))? + 1;
+    ensure!(classes as usize <= labels.len(), "labels are numbers from 0 up to {}: there are {} lines", classes - 1, labels.len());
     let labels = Tensor::new(labels, &device)?;
     let (config, ids, mask) = match &args.model {
         Some(folder) => tokenize(folder, texts, &device)?,
@@ -84,8 +85,12 @@ fn read(path: &Path) -> Result<(Vec<String>, Vec<u32>)> {
 
 /// The configuration of a model, and for the texts ids and a mask that is 0 where there is padding.
 fn tokenize(folder: &Path, texts: Vec<String>, device: &Device) -> Result<(Config, Tensor, Tensor)> {
-    let config: Config = serde_json::from_str(&fs::read_to_string(folder.join("config.json"))?)?;
-    let mut tokenizer = Tokenizer::from_file(folder.join("tokenizer.json")).map_err(anyhow::Error::msg)?;
+    let path = folder.join("config.json");
+    let config = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let config: Config = serde_json::from_str(&config).with_context(|| path.display().to_string())?;
+    let path = folder.join("tokenizer.json");
+    let mut tokenizer =
+        Tokenizer::from_file(&path).map_err(|error| anyhow!("cannot read {}: {error}", path.display()))?;
     tokenizer.with_padding(Some(PaddingParams::default()));
     let truncation = TruncationParams { max_length: config.max_position_embeddings, ..Default::default() };
     tokenizer.with_truncation(Some(truncation)).map_err(anyhow::Error::msg)?;

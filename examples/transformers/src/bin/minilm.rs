@@ -232,7 +232,9 @@ fn main() -> Result<()> {
     // SAFETY: the number is an option of the mimalloc that is linked, and its options may be set at any time.
     unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, -1) };
     let args = Args::parse();
-    ensure!(args.steps > 0, "--steps is 0; it must be at least 1");
+    for (name, number) in [("steps", Some(args.steps)), ("texts", args.texts), ("tokens", args.tokens)] {
+        ensure!(number != Some(0), "--{name} is 0; it must be at least 1");
+    }
     let model = Model::new(args.model.as_deref())?;
     if args.time { time(&args, &model) } else { train(&args, &model) }
 }
