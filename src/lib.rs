@@ -117,6 +117,7 @@ mod group;
 pub mod guide;
 mod kernel;
 mod ledger;
+mod maps;
 mod mark;
 mod pages;
 mod params;

@@ -53,14 +53,30 @@ pub(crate) fn key_of(name: &str) -> u64 {
     name.bytes().fold(name.len() as u64, |key, byte| derive(key, u64::from(byte)))
 }
 
-/// 32 random bits for element `i` of the block that has this key; the upper ones are the better ones.
+/// 32 random bits for each element of a block, in their order; the upper ones are the better ones.
 ///
 /// Weyl's sequence and one round of multiplication, as little as leaves no pattern that a mean over neighbors or over
-/// updates would show (see the tests): these numbers are a good part of what an update in few bits costs.
-#[inline(always)]
-pub(crate) fn random(key: u32, i: u32) -> u32 {
-    let x = key.wrapping_add(i.wrapping_mul(0x9e37_79b1));
-    (x ^ (x >> 15)).wrapping_mul(0x846c_a68b)
+/// updates would show (see the tests): these numbers are a good part of what an update in few bits costs. The sequence is
+/// added up, which in a vectorized loop is an addition where element numbers would be multiplied.
+pub(crate) struct Randoms(u32);
+
+impl Randoms {
+    /// Those of the block that has this key.
+    #[inline(always)]
+    pub(crate) fn new(key: u32) -> Self {
+        Self(key)
+    }
+}
+
+impl Iterator for Randoms {
+    type Item = u32;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<u32> {
+        let x = self.0;
+        self.0 = x.wrapping_add(0x9e37_79b1);
+        Some((x ^ (x >> 15)).wrapping_mul(0x846c_a68b))
+    }
 }
 
 /// 2^32.
@@ -363,28 +379,29 @@ mod tests {
     fn the_mean_of_stochastic_rounding_is_exact() {
         let n = 100_000;
         for x in [1.001f32, -0.3, 3e-5, 1.2e-7, 1000.3] {
-            let mean =
-                |round: &dyn Fn(u32) -> f32| (0..n).map(|i| f64::from(round(random(7, i)))).sum::<f64>() / f64::from(n);
+            let mean = |round: &dyn Fn(u32) -> f32| {
+                Randoms::new(7).take(n).map(|r| f64::from(round(r))).sum::<f64>() / n as f64
+            };
             let b = mean(&|random| bf16::of_bits(<bf16 as Half>::stochastic(x, random)).to_f32());
             let h = mean(&|random| f16::of_bits(<f16 as Half>::stochastic(x, random)).to_f32());
             let x = f64::from(x);
             // Three standard deviations of a mean of n draws of one spacing or none.
-            assert!((b - x).abs() < x.abs() / 128.0 * 1.5 / f64::from(n).sqrt(), "bf16 {x} {b}");
+            assert!((b - x).abs() < x.abs() / 128.0 * 1.5 / (n as f64).sqrt(), "bf16 {x} {b}");
             let spacing = (x.abs() / 1024.0).max(2f64.powi(-24));
-            assert!((h - x).abs() < spacing * 1.5 / f64::from(n).sqrt(), "f16 {x} {h}");
+            assert!((h - x).abs() < spacing * 1.5 / (n as f64).sqrt(), "f16 {x} {h}");
         }
     }
 
     #[test]
     fn keys_and_random_numbers_differ() {
         let mut seen = std::collections::HashSet::new();
-        for i in 0..10_000 {
-            assert!(seen.insert(random(1, i)), "element {i}");
+        for (i, random) in Randoms::new(1).take(10_000).enumerate() {
+            assert!(seen.insert(random), "element {i}");
         }
         assert_ne!(key_of("a.weight"), key_of("b.weight"));
         assert_ne!(key_of("ab"), key_of("ba"));
         assert_ne!(derive(1, 2), derive(2, 1));
-        let ones: u32 = (0..10_000).map(|i| random(3, i).count_ones()).sum();
+        let ones: u32 = Randoms::new(3).take(10_000).map(u32::count_ones).sum();
         assert!((159_000..161_000).contains(&ones), "{ones}");
     }
 }

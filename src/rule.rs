@@ -113,6 +113,22 @@ impl Coefficients<f64> {
     }
 }
 
+impl<A: Arithmetic> Coefficients<A> {
+    /// Calls `run` with these coefficients. Where the terms of L2 and of the limit are switched off, as mostly, these are
+    /// constants in a copy of `run` that the compiler makes: it leaves them out, and tests nothing for each element.
+    #[inline(always)]
+    pub(crate) fn specialized(&self, mut run: impl FnMut(&Self)) {
+        let infinity = A::from_f64(f64::INFINITY);
+        if self.l2 != A::ZERO || self.clamp != infinity {
+            run(self);
+        } else if self.decay != A::ZERO {
+            run(&Self { l2: A::ZERO, clamp: infinity, ..*self });
+        } else {
+            run(&Self { l2: A::ZERO, clamp: infinity, decay: A::ZERO, ..*self });
+        }
+    }
+}
+
 /// One update of one element: the new `(w, m, u)`.
 ///
 /// A zero coefficient switches its term off altogether, so that an infinite weight without decay stays infinite

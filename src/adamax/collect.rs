@@ -1,7 +1,6 @@
 //! Gradients found and checked. After this nothing about them can fail any more, and nothing has been written yet.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
@@ -13,6 +12,7 @@ use crate::gradient::sparse::{IdsOf, densify, nonzero, read_ids, row_len, rows_o
 use crate::gradient::{SparseGrad, TouchedRows};
 use crate::kernel::lend::storage_address;
 use crate::kernel::{Listed, Occurrences, Part, RowGrad, RowValues, total};
+use crate::maps::IdMap;
 use crate::state::{Place, arithmetic};
 
 /// What a call has for one variable.
@@ -56,7 +56,7 @@ impl<'g> Collected<'g> {
     }
 
     /// The indices of the variables without one, but for those that have taken part before and never had one.
-    pub(super) fn missing(&self, params: &[Param]) -> Vec<usize> {
+    pub(super) fn missing(&self, params: &[Box<Param>]) -> Vec<usize> {
         let is_missing = |&index: &usize| self.get(index).is_none() && params[index].history != History::Untrained;
         (0..self.0.len()).filter(is_missing).collect()
     }
@@ -67,7 +67,7 @@ impl<'g> Collected<'g> {
     }
 
     /// Sums up the rows' contributions, which norms are measured from; otherwise the update does it on its way.
-    pub(super) fn sum_rows(&mut self, params: &[Param]) -> Result<()> {
+    pub(super) fn sum_rows(&mut self, params: &[Box<Param>]) -> Result<()> {
         for (grad, param) in self.0.iter_mut().zip(params) {
             if let Some(Grad::Rows(rows)) = grad {
                 rows.sum(param.var.dtype())?;
@@ -79,8 +79,8 @@ impl<'g> Collected<'g> {
 
 /// Looks up the gradient of every variable.
 pub(super) fn collect<'g>(
-    params: &[Param],
-    storages: &HashMap<usize, String>,
+    params: &[Box<Param>],
+    storages: &IdMap<usize, String>,
     mut lookup: impl FnMut(&Param) -> Found<'g>,
 ) -> Result<Collected<'g>> {
     let grads = params.iter().map(|param| Checker { param, storages }.check(lookup(param)));
@@ -90,7 +90,7 @@ pub(super) fn collect<'g>(
 /// A gradient of some rows, checked and summed up by rows.
 pub(super) fn check_sparse<'g>(
     param: &Param,
-    storages: &HashMap<usize, String>,
+    storages: &IdMap<usize, String>,
     grad: &'g SparseGrad,
 ) -> Result<RowGrad<'g>> {
     RowGrad::coalesced(&[Checker { param, storages }.sparse(grad)?], row_len(&param.var))
@@ -99,7 +99,7 @@ pub(super) fn check_sparse<'g>(
 /// Checks the gradients of one variable.
 struct Checker<'p> {
     param: &'p Param,
-    storages: &'p HashMap<usize, String>,
+    storages: &'p IdMap<usize, String>,
 }
 
 impl Checker<'_> {

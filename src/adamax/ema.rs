@@ -19,9 +19,16 @@ pub(super) struct Averages {
 
 impl Averages {
     /// `trains` tells which variables have a gradient in an update of this call: an average begins with the first one.
-    pub(super) fn prepare(params: &[Param], ema: Option<Ema>, trains: impl Fn(usize, &Param) -> bool) -> Result<Self> {
-        let fresh = |(index, param): (usize, &Param)| match (ema, &param.ema) {
-            (Some(_), None) if trains(index, param) => Buffer::zeros(&param.var, param.place()).map(Some),
+    pub(super) fn prepare(
+        params: &[Box<Param>],
+        ema: Option<Ema>,
+        trains: impl Fn(usize, &Param) -> bool,
+    ) -> Result<Self> {
+        if ema.is_none() {
+            return Ok(Self { fresh: Vec::new() });
+        }
+        let fresh = |(index, param): (usize, &Box<Param>)| match &param.ema {
+            None if trains(index, param) => Buffer::zeros(&param.var, param.place()).map(Some),
             _ => Ok(None),
         };
         Ok(Self { fresh: params.iter().enumerate().map(fresh).collect::<Result<_>>()? })
@@ -33,7 +40,7 @@ impl Averages {
     /// that has never had one has no average, and is left alone.
     pub(super) fn advance(
         self,
-        params: &mut [Param],
+        params: &mut [Box<Param>],
         ema: Option<Ema>,
         update: u64,
         rounded: &Rounded,

@@ -48,7 +48,7 @@ impl<'c> Gradients<'c> {
     }
 
     /// The indices of the variables with a gradient.
-    pub(super) fn indices<'s>(self, vars: &'s [Param]) -> impl Iterator<Item = usize>
+    pub(super) fn indices<'s>(self, vars: &'s [Box<Param>]) -> impl Iterator<Item = usize>
     where
         'c: 's,
     {
@@ -57,17 +57,17 @@ impl<'c> Gradients<'c> {
     }
 
     /// The variables with a gradient, and where their state lives.
-    pub(super) fn places<'s>(self, vars: &'s [Param]) -> impl Iterator<Item = (&'s Tensor, Place)>
+    pub(super) fn places<'s>(self, vars: &'s [Box<Param>]) -> impl Iterator<Item = (&'s Tensor, Place)>
     where
         'c: 's,
     {
         let with_gradient =
-            move |(index, param): &(usize, &Param)| self.of(*index, param.accumulated.as_ref()).is_some();
+            move |(index, param): &(usize, &Box<Param>)| self.of(*index, param.accumulated.as_ref()).is_some();
         vars.iter().enumerate().filter(with_gradient).map(|(_, param)| (param.var.as_tensor(), param.place()))
     }
 
     /// All there are, with the place of what they are measured from; rows have been summed up.
-    pub(super) fn sources<'s>(self, vars: &'s [Param]) -> Result<Vec<(Source<'s>, Place)>>
+    pub(super) fn sources<'s>(self, vars: &'s [Box<Param>]) -> Result<Vec<(Source<'s>, Place)>>
     where
         'c: 's,
     {

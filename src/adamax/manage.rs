@@ -1,6 +1,6 @@
 //! Variables, groups and settings of an optimizer: in, out and about.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 
 use candle_core::Var;
@@ -17,6 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::group::{DEFAULT_GROUP, GroupSettings, ParamGroup};
 use crate::kernel::lend::storage_address;
 use crate::kernel::{Context, Kernel, is_supported};
+use crate::maps::IdMap;
 use crate::params::{MissingGradients, ParamsAdamax, SparseUpdate};
 use crate::rounding::{Rounding, key_of};
 use crate::rule::WeightDecay;
@@ -31,8 +32,9 @@ impl Adamax {
             plateau: params.plateau.map(|_| Plateau::default()),
             params,
             groups: vec![GroupSettings::new(DEFAULT_GROUP)],
+            group_indices: HashMap::from([(DEFAULT_GROUP.to_owned(), 0)]),
             vars: Vec::new(),
-            storages: HashMap::new(),
+            storages: IdMap::default(),
             counters: Counters::default(),
             kernel: Kernel::Auto,
             context: Context::default(),
@@ -66,11 +68,12 @@ impl Adamax {
     fn try_add_group(&mut self, group: ParamGroup) -> Result<()> {
         let ParamGroup { settings, vars } = group;
         settings.validate()?;
-        if self.groups.iter().any(|known| known.name == settings.name) {
+        if self.group_indices.contains_key(&settings.name) {
             return Err(ErrorKind::DuplicateName(settings.name).into());
         }
         let vars = vars.into_iter().map(|(name, var)| (name, None, var)).collect();
         self.insert(self.groups.len(), &settings, vars)?;
+        self.group_indices.insert(settings.name.clone(), self.groups.len());
         self.groups.push(settings);
         Ok(())
     }
@@ -189,11 +192,9 @@ impl Adamax {
     pub fn set_group(&mut self, settings: GroupSettings) -> Result<()> {
         settings.validate().map_err(|error| self.own(error))?;
         self.settle(true).map_err(|error| self.own(error))?;
+        let index = self.group_index(&settings.name)?;
         let mut groups = self.groups.clone();
-        let Some(group) = groups.iter_mut().find(|group| group.name == settings.name) else {
-            return Err(self.unknown_group(&settings.name));
-        };
-        *group = settings;
+        groups[index] = settings;
         let plans = self.plans(&self.params, &groups, self.kernel).map_err(|error| self.own(error))?;
         if !decays_any(&self.params, &self.groups) {
             self.check_parts(&self.params, &groups, &[])?;
@@ -289,8 +290,8 @@ impl Adamax {
     ) -> Result<()> {
         self.settle(true).map_err(|error| self.own(error))?;
         let plan = GroupPlan::of(&self.params, settings).map_err(|error| self.own(error))?;
-        let mut storages: HashMap<usize, String> = HashMap::new();
-        let mut names: HashMap<String, ()> = HashMap::new();
+        let mut storages: IdMap<usize, String> = IdMap::default();
+        let mut names = HashSet::new();
         let (mut new, mut ids) = (Vec::with_capacity(vars.len()), Vec::with_capacity(vars.len()));
         for (name, unnamed, var) in vars {
             if !var.dtype().is_float() {
@@ -307,7 +308,7 @@ impl Adamax {
                 let (first, second) = (first.clone(), name);
                 return Err(self.own(ErrorKind::DuplicateVar { first, second }.into()));
             }
-            if self.index_of(&name).is_ok() || names.insert(name.clone(), ()).is_some() {
+            if self.position(&name).is_ok() || !names.insert(name.clone()) {
                 return Err(self.own(ErrorKind::DuplicateName(name).into()));
             }
             storages.insert(address, name.clone());
@@ -318,12 +319,21 @@ impl Adamax {
             let state = Held::Own(ParamState::zeros(&var, place, &layout, plan.keeping.rounding)?);
             let (decays, key) = (self.params.decays(&name), key_of(&name));
             let (accumulated, ema, history) = (None, None, History::New);
-            new.push(Param { name, unnamed, group, decays, key, var, state, accumulated, ema, history });
+            new.push(Box::new(Param { name, unnamed, group, decays, key, var, state, accumulated, ema, history }));
         }
         ids.into_iter().for_each(|id| self.replaced.forget_id(id));
         self.storages.extend(storages);
-        self.vars.extend(new);
-        self.vars.sort_by(|a, b| a.name.cmp(&b.name));
+        // To sort costs a look at all of them, so a few are put where they belong.
+        const FEW: usize = 16;
+        if new.len() > FEW {
+            self.vars.extend(new);
+            self.vars.sort_by(|a, b| a.name.cmp(&b.name));
+        } else {
+            for param in new {
+                let index = self.position(&param.name).unwrap_or_else(|index| index);
+                self.vars.insert(index, param);
+            }
+        }
         self.report.missing.clear();
         Ok(())
     }
@@ -350,8 +360,17 @@ impl Adamax {
 
     /// The variable of this name.
     pub(super) fn index_of(&self, name: &str) -> Result<usize> {
-        let index = self.vars.binary_search_by(|param| param.name.as_str().cmp(name));
-        index.map_err(|_| self.unknown_var(name))
+        self.position(name).map_err(|_| self.unknown_var(name))
+    }
+
+    /// The index of the variable of this name, or that which it would have.
+    fn position(&self, name: &str) -> std::result::Result<usize, usize> {
+        self.vars.binary_search_by(|param| param.name.as_str().cmp(name))
+    }
+
+    /// The index of the group of this name.
+    pub(super) fn group_index(&self, name: &str) -> Result<usize> {
+        self.group_indices.get(name).copied().ok_or_else(|| self.unknown_group(name))
     }
 
     pub(super) fn unknown_var(&self, name: &str) -> Error {

@@ -51,6 +51,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::{Gradient, SparseGrad, Summary};
 use crate::group::{DEFAULT_GROUP, GroupSettings, ParamGroup};
 use crate::kernel::{Context, Kernel, Orders, RowTask, Task, Update, all_on_one_gpu};
+use crate::maps::IdMap;
 use crate::params::{MissingGradients, ParamsAdamax, SparseUpdate, StepCount};
 use crate::rounding::derive;
 use crate::rule::Coefficients;
@@ -111,9 +112,12 @@ use crate::trace;
 pub struct Adamax {
     params: ParamsAdamax,
     groups: Vec<GroupSettings>,
-    vars: Vec<Param>,
+    /// The index of each group, by its name.
+    group_indices: HashMap<String, usize>,
+    /// By their names. Boxes are moved faster than variables where one comes or goes.
+    vars: Vec<Box<Param>>,
     /// The memory of every variable, and whose it is.
-    storages: HashMap<usize, String>,
+    storages: IdMap<usize, String>,
     counters: Counters,
     /// What the loss scale has come to, where it follows the gradients.
     scaler: Option<GradScalerState>,
@@ -306,8 +310,8 @@ impl Adamax {
         &mut self,
         pairs: impl IntoIterator<Item = (&'a Var, G)>,
     ) -> Result<()> {
-        let names: HashMap<_, &str> = self.vars.iter().map(|param| (param.var.id(), param.name.as_str())).collect();
-        let mut found: HashMap<_, (Option<&Tensor>, Option<&SparseGrad>)> = HashMap::new();
+        let names = self.names_by_id();
+        let mut found: IdMap<_, (Option<&Tensor>, Option<&SparseGrad>)> = IdMap::default();
         for (position, (var, grad)) in pairs.into_iter().enumerate() {
             let Some(&name) = names.get(&var.id()) else {
                 return Err(self.not_owned(position, var));
@@ -439,7 +443,7 @@ impl Adamax {
             let orders = |(late, rates)| self.orders(gradients, rates, &summary, late).into_iter().flatten().collect();
             measured.late = (1..).zip(&late).map(orders).collect();
         }
-        let mut locked: Vec<_> = self.vars.iter_mut().map(Param::unlock).collect();
+        let mut locked: Vec<_> = self.vars.iter_mut().map(|param| param.unlock()).collect();
         let (mut tasks, mut row_tasks, mut nth) = (Vec::with_capacity(locked.len()), Vec::new(), 0);
         for (index, (orders, (var, accumulated, state))) in orders.iter().zip(&mut locked).enumerate() {
             let (Some(orders), Some(grad)) = (*orders, gradients.of(index, *accumulated)) else { continue };

@@ -78,9 +78,7 @@ impl Adamax {
     ///
     /// No group has this name; a learning rate that the next step would refuse.
     pub fn group_learning_rate(&self, name: &str) -> Result<f64> {
-        let Some(group) = self.groups.iter().find(|group| group.name == name) else {
-            return Err(self.unknown_group(name));
-        };
+        let group = &self.groups[self.group_index(name)?];
         let call = self.settled_counters().calls;
         let lr = self.params.lr.at(call).and_then(|base| group.lr(base, call));
         lr.map(|lr| self.reduced(lr)).map_err(|error| self.own(error))

@@ -86,7 +86,7 @@ impl Report {
 #[derive(Clone, Copy)]
 pub struct StepReport<'a> {
     report: &'a Report,
-    vars: &'a [Param],
+    vars: &'a [Box<Param>],
     groups: &'a [GroupSettings],
     context: &'a Context,
 }

@@ -1,6 +1,6 @@
 //! Tables of an optimizer: steps of some rows, rows that begin anew, and rows that are added.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::PoisonError;
 
 use candle_core::backprop::GradStore;
@@ -14,6 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::TouchedRows;
 use crate::gradient::sparse::{self, IDS, read_ids, row_len, rows_of};
 use crate::kernel::lend::storage_address;
+use crate::maps::IdMap;
 use crate::state::{Buffer, ParamState};
 use crate::table::{self, Lookups};
 
@@ -80,11 +81,11 @@ impl Adamax {
         grads: &GradStore,
         rows: impl IntoIterator<Item = (&'a Var, TouchedRows<'a>)>,
     ) -> Result<()> {
-        let mut touched = HashMap::new();
+        let (owned, mut touched) = (self.names_by_id(), IdMap::default());
         for (position, (var, rows)) in rows.into_iter().enumerate() {
-            let name = self.owned_name(position, var)?;
+            let name = *owned.get(&var.id()).ok_or_else(|| self.not_owned(position, var))?;
             if touched.insert(var.id(), rows).is_some() {
-                return Err(self.own(ErrorKind::DuplicateGradient(name).into()));
+                return Err(self.own(ErrorKind::DuplicateGradient(name.to_owned()).into()));
             }
         }
         self.step_found(grads, |var| touched.get(&var.id()).copied())
@@ -156,7 +157,7 @@ impl Adamax {
         let index = self.index_of(name)?;
         self.settle(true).map_err(|error| self.own(error))?;
         let (var, param, address) = self.grown(index, rows).map_err(|error| self.own(error))?;
-        let old = std::mem::replace(&mut self.vars[index], param);
+        let old = std::mem::replace(&mut *self.vars[index], param);
         self.storages.remove(&storage_address(&old.var));
         self.storages.insert(address, old.name.clone());
         self.replaced.push(old.var.id(), old.name);
@@ -260,7 +261,7 @@ impl Adamax {
                 Some(Buffer::from_tensor(&Tensor::cat(&[old, rows], 0)?, &var, param.place())?)
             }
         };
-        let super::Param { unnamed, group, decays, key, history, .. } = *param;
+        let super::Param { unnamed, group, decays, key, history, .. } = **param;
         let address = storage_address(&var);
         let (name, var) = (name(), var.clone());
         let grown =
@@ -268,12 +269,9 @@ impl Adamax {
         Ok((var, grown, address))
     }
 
-    /// The name of a variable of a list, from its position there.
-    pub(super) fn owned_name(&self, position: usize, var: &Var) -> Result<String> {
-        match self.vars.iter().find(|param| param.var.id() == var.id()) {
-            Some(param) => Ok(param.name.clone()),
-            None => Err(self.not_owned(position, var)),
-        }
+    /// The names of all variables, for calls that are given some of them.
+    pub(super) fn names_by_id(&self) -> IdMap<TensorId, &str> {
+        self.vars.iter().map(|param| (param.var.id(), param.name.as_str())).collect()
     }
 
     /// The error of a variable in a list that is not the optimizer's.

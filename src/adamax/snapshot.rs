@@ -1,6 +1,6 @@
 //! All state as plain data, out of an optimizer and into one; and one variable's state, to look at.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use candle_core::{DType, Tensor};
@@ -252,16 +252,21 @@ impl Adamax {
 
     /// The groups of a snapshot, in this optimizer's order and with its learning rates that come from outside.
     fn merge_groups(&self, theirs: &[GroupSettings]) -> Result<Vec<GroupSettings>> {
-        if let Some(surplus) = theirs.iter().find(|group| self.groups.iter().all(|own| own.name != group.name)) {
-            return Err(Error::checkpoint(format!("groups.{}", surplus.name), "no such group", "a surplus one"));
-        }
-        if let Some((_, twice)) =
-            theirs.iter().enumerate().find(|(i, group)| theirs[..*i].iter().any(|other| other.name == group.name))
-        {
-            return Err(Error::checkpoint(format!("groups.{}", twice.name), "one group of this name", "another one"));
+        let mut by_name = HashMap::new();
+        for group in theirs {
+            if !self.group_indices.contains_key(&group.name) {
+                return Err(Error::checkpoint(format!("groups.{}", group.name), "no such group", "a surplus one"));
+            }
+            if by_name.insert(group.name.as_str(), group).is_some() {
+                return Err(Error::checkpoint(
+                    format!("groups.{}", group.name),
+                    "one group of this name",
+                    "another one",
+                ));
+            }
         }
         let merged = self.groups.iter().map(|own| {
-            let Some(group) = theirs.iter().find(|group| group.name == own.name) else {
+            let Some(&group) = by_name.get(own.name.as_str()) else {
                 return Err(Error::checkpoint(format!("groups.{}", own.name), "a group of this name", "none"));
             };
             let mut group = group.clone();

@@ -4,7 +4,7 @@ use super::unit::{move_unit, scale_of};
 use super::{Format, Limits, Moment};
 use crate::element::Arithmetic;
 use crate::ledger::Debt;
-use crate::rounding::random;
+use crate::rounding::Randoms;
 
 /// Whether a block is one where no gradient has been.
 #[inline(always)]
@@ -40,7 +40,7 @@ pub(crate) fn pay_block<F: Format>(
         let (m, u) = decoded(*moment, *norm);
         debt.is_series(m, u)
     });
-    for (((w, moment), norm), i) in params.iter_mut().zip(moments).zip(norms).zip(0u32..) {
+    for (((w, moment), norm), random) in params.iter_mut().zip(moments).zip(norms).zip(Randoms::new(key)) {
         let (m, u) = decoded(*moment, *norm);
         let gained = m * F::GAIN;
         *w = if is_series { debt.weight(*w, gained, u) } else { debt.weight_one_by_one(*w, gained, u) };
@@ -49,7 +49,7 @@ pub(crate) fn pay_block<F: Format>(
         *norm = F::narrow_norm(code);
         let denominator = F::norm(code) * after + debt.eps_outside;
         let ratio = if denominator == 0.0 { 0.0 } else { m / denominator };
-        *moment = F::narrow(F::encode(m, F::bound(ratio, limits), limits, random(key, i)));
+        *moment = F::narrow(F::encode(m, F::bound(ratio, limits), limits, random));
     }
     if !is_blank {
         *log = moved;
@@ -68,13 +68,13 @@ pub(crate) fn pay_row<A: Arithmetic, M: Moment<A>>(
     let u = *norm;
     let (_, after) = debt.moments(A::ZERO, u);
     let is_series = debt.is_series(after, u);
-    for ((w, moment), i) in params.iter_mut().zip(moments).zip(0u32..) {
+    for ((w, moment), random) in params.iter_mut().zip(moments).zip(Randoms::new(key)) {
         let m = M::decode(M::load(*moment, limits), u + debt.eps_outside);
         *w = if is_series { debt.weight(*w, m, u) } else { debt.weight_one_by_one(*w, m, u) };
         let (m, _) = debt.moments(m, u);
         let denominator = after + debt.eps_outside;
         let ratio = if denominator == A::ZERO { A::ZERO } else { m / denominator };
-        *moment = M::narrow(M::encode(m, ratio, limits, random(key, i)));
+        *moment = M::narrow(M::encode(m, ratio, limits, random));
     }
     *norm = after;
 }

@@ -1,5 +1,6 @@
 use super::unit::move_unit;
 use super::*;
+use crate::rounding::Randoms;
 
 fn limits(limit: f64) -> Limits {
     Encoding { eps_outside: 0.0, limit }.limits()
@@ -58,11 +59,12 @@ fn quotients_round_up_and_down_with_the_right_mean() {
     let limits = limits(1.009);
     for ratio in [0.0f32, 1.009, -1.009, 0.5, -0.003, 0.0001] {
         let n = 40_000;
-        let draw = |i| Q8::load(Q8::narrow(Q8::encode(0.0, ratio, &limits, crate::rounding::random(5, i))), &limits);
-        let mean = (0..n).map(|i| f64::from(draw(i))).sum::<f64>() / f64::from(n);
+        let draw = |random| Q8::load(Q8::narrow(Q8::encode(0.0, ratio, &limits, random)), &limits);
+        let drawn: Vec<f32> = Randoms::new(5).take(n).map(draw).collect();
+        let mean = drawn.iter().map(|x| f64::from(*x)).sum::<f64>() / n as f64;
         let code = 1.009 / 127.0;
-        assert!((mean - f64::from(ratio)).abs() < 3.0 * 0.5 * code / f64::from(n).sqrt() + 1e-9, "{ratio}: {mean}");
-        assert!((0..n).all(|i| (draw(i) - ratio).abs() <= 1.0001 * code as f32), "{ratio}");
+        assert!((mean - f64::from(ratio)).abs() < 3.0 * 0.5 * code / (n as f64).sqrt() + 1e-9, "{ratio}: {mean}");
+        assert!(drawn.iter().all(|x| (x - ratio).abs() <= 1.0001 * code as f32), "{ratio}");
     }
     assert!(Q8::load(Q8::narrow(Q8::encode(f32::NAN, f32::NAN, &limits, 0)), &limits).is_nan());
     // Both are infinite: the sign is kept.

@@ -26,10 +26,12 @@ pub(crate) fn shrinkage(octaves: f64, t: u64, key: Option<u64>) -> u64 {
     match key {
         Some(key) => (exact + (derive(key, t) >> 11) as f64 / (1u64 << 53) as f64) as u64,
         None => {
-            // In parts, since f64 has no places left for the product of a large t.
-            let (whole, part) = (exact.floor(), exact.fract());
-            let multiple = |t: u64| (part * t as f64).floor();
-            (whole + multiple(t) - multiple(t - 1)) as u64
+            // In parts, since f64 has no places left for the product of a large t. (None is negative, so that a cast is
+            // their floor, which x86-64 has no instruction for before SSE 4.1.)
+            let whole = exact as u64;
+            let part = exact - whole as f64;
+            let multiple = |t: u64| (part * t as f64) as u64;
+            whole + multiple(t) - multiple(t - 1)
         }
     }
 }

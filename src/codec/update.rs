@@ -3,7 +3,7 @@
 use super::unit::{move_unit, scale_of};
 use super::{Format, Limits, Moment};
 use crate::element::Arithmetic;
-use crate::rounding::random;
+use crate::rounding::Randoms;
 use crate::rule::{self, Coefficients};
 
 /// What one update of encoded moments needs beside the [`Coefficients`].
@@ -102,7 +102,7 @@ impl Block<'_> {
         let Self { c, limits, key, before, after, rebase } = *self;
         let per_unit = F::UP / after;
         let streams = params.iter_mut().zip(grads).zip(moments).zip(norms);
-        for ((((w, grad), moment), norm), i) in streams.zip(0u32..) {
+        for ((((w, grad), moment), norm), random) in streams.zip(Randoms::new(key)) {
             let stored = F::norm(F::widen_norm(*norm));
             let m = F::decode(F::load(*moment, limits), stored * before + c.eps_outside);
             let g = rule::gradient(c, *w, *grad);
@@ -110,7 +110,7 @@ impl Block<'_> {
             let code = F::encode_norm(rule::maximum(stored * rebase, rule::seen(c, g) * per_unit));
             let ratio = F::bound(rule::ratio(c, m, F::norm(code) * after), limits);
             *w = rule::apply(c, *w, F::bound(ratio * F::GAIN, limits));
-            *moment = F::narrow(F::encode(m, ratio, limits, random(key, i)));
+            *moment = F::narrow(F::encode(m, ratio, limits, random));
             *norm = F::narrow_norm(code);
         }
     }
@@ -134,7 +134,7 @@ impl Block<'_> {
         let (scale_v, eps_v) = (c.grad_scale.abs() * per_unit, c.eps_inside * per_unit);
         let (unit_u, eps_u) = (after / F::GAIN, c.eps_outside / F::GAIN);
         let streams = params.iter_mut().zip(grads).zip(moments).zip(norms);
-        for ((((w, grad), moment), norm), i) in streams.zip(0u32..) {
+        for ((((w, grad), moment), norm), random) in streams.zip(Randoms::new(key)) {
             let kept = F::norm_plain(*norm);
             let m = F::load_plain(*moment) * (kept * unit_m + eps_m) + *grad * scale_m;
             let seen = grad.abs() * scale_v + eps_v;
@@ -142,7 +142,7 @@ impl Block<'_> {
             let gained = m / (v * unit_u + eps_u);
             let w_kept = if DECAYS { *w - c.decay * *w } else { *w };
             *w = w_kept - c.step_size * F::bound(gained, limits);
-            *moment = F::narrow(F::encode_plain(gained, limits, random(key, i)));
+            *moment = F::narrow(F::encode_plain(gained, limits, random));
             *norm = F::narrow_norm(code);
         }
     }
@@ -167,12 +167,12 @@ pub(crate) fn update_row<A: Arithmetic, M: Moment<A>>(
     for (w, grad) in params.iter().zip(grads) {
         after = rule::maximum(after, rule::seen(c, rule::gradient(c, *w, *grad)));
     }
-    for (((w, grad), moment), i) in params.iter_mut().zip(grads).zip(moments).zip(0u32..) {
+    for (((w, grad), moment), random) in params.iter_mut().zip(grads).zip(moments).zip(Randoms::new(key)) {
         let g = rule::gradient(c, *w, *grad);
         let m = rule::first_moment(c, M::decode(M::load(*moment, limits), before + c.eps_outside), g);
         let ratio = rule::ratio(c, m, after);
         *w = rule::apply(c, *w, ratio);
-        *moment = M::narrow(M::encode(m, ratio, limits, random(key, i)));
+        *moment = M::narrow(M::encode(m, ratio, limits, random));
     }
     *norm = after;
 }

@@ -12,9 +12,10 @@ use candle_core::{Tensor, TensorId};
 
 use crate::error::Result;
 use crate::gradient::sparse::row_len;
+use crate::maps::IdMap;
 
 /// Of all variables with masters; more than one where more than one optimizer has the variable.
-static FOLLOWED: LazyLock<Mutex<HashMap<TensorId, Vec<Weak<Written>>>>> = LazyLock::new(Mutex::default);
+static FOLLOWED: LazyLock<Mutex<IdMap<TensorId, Vec<Weak<Written>>>>> = LazyLock::new(Mutex::default);
 
 /// What has been written since one master was read.
 pub(crate) struct Written {

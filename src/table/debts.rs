@@ -10,7 +10,6 @@
 //! for themselves, have a checksum of their weights in their marks, so that most such writes are noticed. When all rows
 //! have paid there are no checksums: a write is right then, and cannot be told from a later one.
 
-use std::collections::HashMap;
 use std::ops::Deref;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -21,13 +20,14 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::sparse::row_len;
 use crate::kernel::{self, GpuMarks, Limit, Listed, Occurrences, Orders, PayTask, RowGrad, Touched, Written};
 use crate::ledger::{FULL, Ledger};
+use crate::maps::IdMap;
 use crate::mark::{Checksum, Mark};
 use crate::rounding::{Rounding, derive};
 use crate::rule::Hyperparameters;
 use crate::state::{ParamState, Place};
 
 /// All that belong to an optimizer, by their variables.
-static DEBTS: LazyLock<Mutex<HashMap<TensorId, Weak<Debts>>>> = LazyLock::new(Mutex::default);
+static DEBTS: LazyLock<Mutex<IdMap<TensorId, Weak<Debts>>>> = LazyLock::new(Mutex::default);
 
 /// One table with a ledger.
 pub(crate) struct Debts {
@@ -352,7 +352,7 @@ pub(crate) fn check_alone(var: TensorId) -> Result<()> {
     check_free(&lock(&DEBTS), var)
 }
 
-fn check_free(all: &HashMap<TensorId, Weak<Debts>>, var: TensorId) -> Result<()> {
+fn check_free(all: &IdMap<TensorId, Weak<Debts>>, var: TensorId) -> Result<()> {
     if all.get(&var).is_some_and(|debts| debts.strong_count() > 0) {
         let got = "another one that has it, too";
         return Err(Error::invalid("sparse_update", "one optimizer with `Exact` for a table", got));

@@ -9,7 +9,7 @@
 //! process has done before.
 
 use std::borrow::Cow;
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -19,6 +19,7 @@ use candle_core::backprop::GradStore;
 use super::Shared;
 use crate::error::{ErrorKind, Result};
 use crate::kernel::{Occurrences, Part};
+use crate::maps::IdMap;
 
 /// So many records are kept, of so many ids together.
 const KEPT: usize = 4096;
@@ -56,13 +57,13 @@ impl Lookup {
 
 /// Entries by anchors, in the order in which they came.
 struct Recent<T> {
-    entries: HashMap<TensorId, T>,
+    entries: IdMap<TensorId, T>,
     order: VecDeque<TensorId>,
 }
 
 impl<T> Default for Recent<T> {
     fn default() -> Self {
-        Self { entries: HashMap::new(), order: VecDeque::new() }
+        Self { entries: IdMap::default(), order: VecDeque::new() }
     }
 }
 
@@ -97,9 +98,9 @@ struct Live {
 #[derive(Default)]
 struct Records {
     /// All tables in use, by their variables.
-    tables: HashMap<TensorId, Weak<Shared>>,
+    tables: IdMap<TensorId, Weak<Shared>>,
     /// By their anchors.
-    live: HashMap<TensorId, Live>,
+    live: IdMap<TensorId, Live>,
     /// Lookups that were differentiated more than once, with their variables.
     kept: Recent<(TensorId, Lookup)>,
     /// The ids of all of those.
@@ -178,7 +179,7 @@ pub(super) fn keep(var: TensorId, lookup: &Lookup) {
 /// The gradients of lookups in a `GradStore`, by variables.
 #[derive(Default)]
 pub(crate) struct Lookups<'g> {
-    found: HashMap<TensorId, Vec<(u64, Part<'g>)>>,
+    found: IdMap<TensorId, Vec<(u64, Part<'g>)>>,
     /// The variables of gradients whose records were given up.
     lost: Vec<TensorId>,
 }
@@ -224,6 +225,10 @@ impl<'g> Lookups<'g> {
 
     /// Takes the gradients of a variable, in the order of its lookups.
     pub(crate) fn take(&mut self, var: TensorId) -> Vec<Part<'g>> {
+        // Most models have no tables, and asking costs a hash.
+        if self.found.is_empty() {
+            return Vec::new();
+        }
         let mut parts = self.found.remove(&var).unwrap_or_default();
         parts.sort_unstable_by_key(|(number, _)| *number);
         parts.into_iter().map(|(_, part)| part).collect()

@@ -60,7 +60,7 @@ impl Isa {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use x86::{Avx2, Avx512, prefetch};
+pub(crate) use x86::{Avx2, Avx512, F16c, prefetch};
 
 /// Asks for memory that will be used soon. Here, nothing: this architecture has no stable way to say it.
 #[cfg(not(target_arch = "x86_64"))]
@@ -70,7 +70,12 @@ pub(crate) fn prefetch<T>(_values: &[T]) {}
 #[cfg(target_arch = "x86_64")]
 #[expect(unsafe_code, reason = "a function for an instruction set may be called only where the CPU has it")]
 mod x86 {
-    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    use std::arch::x86_64::{
+        _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm_storeu_si128, _mm256_cvtph_ps,
+        _mm256_cvtps_ph, _mm256_loadu_ps, _mm256_storeu_ps,
+    };
+
+    use half::f16;
 
     use super::Pass;
 
@@ -112,6 +117,58 @@ mod x86 {
             // is part of x86-64.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(line) };
         }
+    }
+
+    /// Proof that this CPU has F16C: instructions that convert eight f16.
+    #[derive(Clone, Copy)]
+    pub(crate) struct F16c(());
+
+    impl F16c {
+        /// The proof, if this CPU has the instructions; the answer never changes in a process.
+        #[inline]
+        pub(crate) fn detect() -> Option<Self> {
+            (is_x86_feature_detected!("avx") && is_x86_feature_detected!("f16c")).then_some(Self(()))
+        }
+
+        /// Widens as many elements as whole vectors have; how many these are.
+        #[inline]
+        pub(crate) fn widen(self, from: &[f16], to: &mut [f32]) -> usize {
+            // SAFETY: a value of this type comes from `detect` alone, which has found both features.
+            unsafe { widen(from, to) }
+        }
+
+        /// Narrows as many elements as whole vectors have, to nearest even; how many these are.
+        #[inline]
+        pub(crate) fn narrow(self, from: &[f32], to: &mut [f16]) -> usize {
+            // SAFETY: a value of this type comes from `detect` alone, which has found both features.
+            unsafe { narrow(from, to) }
+        }
+    }
+
+    #[target_feature(enable = "avx,f16c")]
+    fn widen(from: &[f16], to: &mut [f32]) -> usize {
+        let (from, to) = (from.as_chunks::<8>().0, to.as_chunks_mut::<8>().0);
+        for (from, to) in from.iter().zip(&mut *to) {
+            // SAFETY: the array has the 16 bytes that are read; they need no alignment.
+            let halves = unsafe { _mm_loadu_si128(from.as_ptr().cast()) };
+            let wide = _mm256_cvtph_ps(halves);
+            // SAFETY: the array has the 32 bytes that are written; they need no alignment.
+            unsafe { _mm256_storeu_ps(to.as_mut_ptr(), wide) };
+        }
+        8 * from.len().min(to.len())
+    }
+
+    #[target_feature(enable = "avx,f16c")]
+    fn narrow(from: &[f32], to: &mut [f16]) -> usize {
+        let (from, to) = (from.as_chunks::<8>().0, to.as_chunks_mut::<8>().0);
+        for (from, to) in from.iter().zip(&mut *to) {
+            // SAFETY: the array has the 32 bytes that are read; they need no alignment.
+            let wide = unsafe { _mm256_loadu_ps(from.as_ptr()) };
+            let halves = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(wide);
+            // SAFETY: the array has the 16 bytes that are written; they need no alignment.
+            unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), halves) };
+        }
+        8 * from.len().min(to.len())
     }
 
     instruction_set! {

@@ -4,6 +4,7 @@
 //! Invariants: the work on an element does not depend on the piece it is in, so any number of threads gives the same
 //! bits; a thread holds the locks of one variable and its gradient at most.
 
+mod convert;
 mod isa;
 mod measure;
 mod passes;

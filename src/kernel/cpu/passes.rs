@@ -2,6 +2,7 @@
 
 use candle_core::bail;
 
+use super::convert::Convert;
 use super::span::{DensePass, MasterMut, Orders, Span, narrow, split};
 use super::{Elements, ElementsMut, Isa, Kind, Pass, Work};
 use crate::element::{Arithmetic, Element};
@@ -249,7 +250,7 @@ struct NarrowAverageLoop<'x, H: Half> {
     average: &'x mut [f32],
 }
 
-impl<H: Half> Pass for NarrowAverageLoop<'_, H> {
+impl<H: Convert> Pass for NarrowAverageLoop<'_, H> {
     type Output = ();
 
     #[inline(always)]
@@ -282,7 +283,7 @@ impl<H: Half> Pass for NarrowAverageLoop<'_, H> {
     }
 }
 
-impl<'x, H: Half> Work<'x> for NarrowAverageLoop<'x, H> {
+impl<'x, H: Convert> Work<'x> for NarrowAverageLoop<'x, H> {
     fn cut(self: Box<Self>, piece: usize) -> Vec<Box<dyn Work<'x> + 'x>> {
         let Self { shares, mut rounded, params, rests, average } = *self;
         let blocks = piece.div_ceil(AVERAGE_BLOCK).max(1);

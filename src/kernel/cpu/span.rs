@@ -8,14 +8,15 @@ use std::ops::Range;
 use candle_core::bail;
 use half::{bf16, f16};
 
+use super::convert::Convert;
 use super::isa::prefetch;
 use super::{Elements, ElementsMut};
 use crate::codec::{self, Bf16, Codes, Encoding, F16, Format, Limits, Moment, Plain, Q8};
-use crate::element::{Arithmetic, Element};
+use crate::element::Arithmetic;
 use crate::kernel::rows::Summand;
 use crate::ledger::Debt;
 use crate::mark::Checksum;
-use crate::rounding::{Half, Rounding, derive, random};
+use crate::rounding::{Half, Randoms, Rounding, derive};
 use crate::rule::{self, Coefficients};
 use crate::state::{Buffer, Coded, Kept, Master, Norms, ParamState, Stored};
 
@@ -338,9 +339,15 @@ impl<A: Arithmetic + bytemuck::Pod> Job<A> for UpdateUnit<'_, A> {
 
     #[inline(always)]
     fn full(&self, params: &mut [A], exp_avg: &mut [A], exp_inf: &mut [A]) {
-        for (((w, g), m), u) in params.iter_mut().zip(self.grads).zip(exp_avg).zip(exp_inf) {
-            (*w, *m, *u) = rule::update(&self.orders.coefficients, *w, *g, *m, *u);
-        }
+        self.orders.coefficients.specialized(
+            #[inline(always)]
+            |c| {
+                let streams = params.iter_mut().zip(self.grads).zip(&mut *exp_avg).zip(&mut *exp_inf);
+                for (((w, g), m), u) in streams {
+                    (*w, *m, *u) = rule::update(c, *w, *g, *m, *u);
+                }
+            },
+        );
     }
 
     #[inline(always)]
@@ -466,18 +473,14 @@ impl Lane for f32 {
 
     #[inline(always)]
     fn widened<'s>(grads: Elements<'s>, scratch: &'s mut [f32]) -> &'s [f32] {
-        #[inline(always)]
-        fn widen_all<'s, E: Element<Acc = f32>>(grads: &[E], scratch: &'s mut [f32]) -> &'s [f32] {
-            let scratch = &mut scratch[..grads.len()];
-            scratch.iter_mut().zip(grads).for_each(|(to, from)| *to = from.widen());
-            scratch
-        }
+        let scratch = &mut scratch[..grads.len()];
         match grads {
-            Elements::F32(grads) => grads,
-            Elements::F16(grads) => widen_all::<f16>(grads, scratch),
-            Elements::BF16(grads) => widen_all::<bf16>(grads, scratch),
-            Elements::F64(_) => &[],
+            Elements::F32(grads) => return grads,
+            Elements::F16(grads) => f16::widen_all(grads, scratch),
+            Elements::BF16(grads) => bf16::widen_all(grads, scratch),
+            Elements::F64(_) => {}
         }
+        scratch
     }
 }
 
@@ -505,7 +508,7 @@ impl Span<'_> {
                 let scratch = &mut scratch[..range.len()];
                 match &self.master {
                     Some(MasterMut::Rest(rest)) => join(&w[range.clone()], &rest[range.clone()], scratch),
-                    _ => widen(&w[range.clone()], scratch),
+                    _ => Convert::widen_all(&w[range.clone()], scratch),
                 }
                 scratch
             }
@@ -513,7 +516,7 @@ impl Span<'_> {
                 let scratch = &mut scratch[..range.len()];
                 match &self.master {
                     Some(MasterMut::Copy(copy)) => join(&w[range.clone()], &copy[range.clone()], scratch),
-                    _ => widen(&w[range.clone()], scratch),
+                    _ => Convert::widen_all(&w[range.clone()], scratch),
                 }
                 scratch
             }
@@ -566,14 +569,6 @@ impl<F: Format> CodedMut<'_, F> {
     }
 }
 
-/// Widens parameters of 16 bits.
-#[inline(always)]
-fn widen<H: Half>(params: &[H], wide: &mut [f32]) {
-    for (w, param) in wide.iter_mut().zip(params) {
-        *w = param.widen();
-    }
-}
-
 /// Puts masters together.
 #[inline(always)]
 fn join<H: Half>(params: &[H], rests: &[H::Rest], wide: &mut [f32]) {
@@ -584,15 +579,13 @@ fn join<H: Half>(params: &[H], rests: &[H::Rest], wide: &mut [f32]) {
 
 /// Rounds to parameters of 16 bits.
 #[inline(always)]
-pub(super) fn narrow<H: Half>(wide: &[f32], params: &mut [H], rounding: Rounding, key: u32) {
+pub(super) fn narrow<H: Convert>(wide: &[f32], params: &mut [H], rounding: Rounding, key: u32) {
     if rounding == Rounding::Stochastic {
-        for ((w, param), i) in wide.iter().zip(params).zip(0u32..) {
-            *param = H::of_bits(H::stochastic(*w, random(key, i)));
+        for ((w, param), random) in wide.iter().zip(params).zip(Randoms::new(key)) {
+            *param = H::of_bits(H::stochastic(*w, random));
         }
     } else {
-        for (w, param) in wide.iter().zip(params) {
-            *param = H::narrow(*w);
-        }
+        H::narrow_all(wide, params);
     }
 }
 
