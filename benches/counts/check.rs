@@ -1,0 +1,136 @@
+//! Counts cases, and judges them.
+
+use std::collections::BTreeMap;
+use std::process::{Command, ExitCode};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+use std::{env, process, thread};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::callgrind;
+use crate::case::{Case, Growth};
+use crate::record::{Record, TOLERANCE, Verdict};
+
+const RECORD: &str = "cargo bench --bench counts -- --record";
+
+/// Counts the cases with `filter` in their names, prints each, and fails if one is not as it must be.
+pub(crate) fn check(cases: &[Case], filter: &str) -> Result<ExitCode> {
+    let start = Instant::now();
+    let (record, compiler) = (Record::read()?, compiler()?);
+    let record = match record {
+        Some(record) if record.compiler == compiler => Some(record),
+        other => {
+            let recorded = other.map_or("no counts of this architecture".to_owned(), |record| record.compiler);
+            println!("this is {compiler}, and the file has {recorded}: growth alone is checked\n");
+            None
+        }
+    };
+    let chosen = |case: &&Case| case.name.contains(filter) && (record.is_some() || case.growth.is_some());
+    let chosen: Vec<&Case> = cases.iter().filter(chosen).collect();
+    ensure!(!chosen.is_empty(), "no case has `{filter}` in its name");
+    let counts = count_all(&chosen)?;
+    let mut wrong = Vec::new();
+
+    println!("{:<WIDTH$} {:>13} {:>13} {:>7}", "cost", "recorded", "now", "ratio");
+    let costs = || chosen.iter().zip(&counts).filter(|(case, _)| case.growth.is_none());
+    for (case, counts) in costs() {
+        let (name, count, Some(record)) = (&case.name, counts[0], &record) else { continue };
+        let (verdict, ratio) = record.judge(name, count);
+        let recorded = record.counts.get(name).map_or("-".to_owned(), u64::to_string);
+        let said = match verdict {
+            Verdict::Same => "",
+            Verdict::Worse => "  MORE",
+            Verdict::Better => "  LESS",
+            Verdict::Missing => "  NEW",
+        };
+        println!("{name:<WIDTH$} {recorded:>13} {count:>13} {ratio:>7.3}{said}");
+        wrong.extend(complaint(name, verdict, ratio));
+    }
+    if let Some(record) = record.as_ref().filter(|_| filter.is_empty()) {
+        let surplus = record.counts.keys().filter(|name| !costs().any(|(case, _)| case.name == **name));
+        wrong.extend(surplus.map(|name| format!("{name}: the file has it, and there is no such case: {RECORD}")));
+    }
+
+    println!("\n{:<WIDTH$} {:>13} {:>13} {:>7}", "growth", "at n", "at 4n", "power");
+    for (case, counts) in chosen.iter().zip(&counts) {
+        let (name, Some(Growth { n, at_most }), &[small, large]) = (&case.name, case.growth, &counts[..]) else {
+            continue;
+        };
+        let power = power(small, large);
+        let said = if power > at_most { "  MORE" } else { "" };
+        println!("{name:<WIDTH$} {small:>13} {large:>13} {power:>7.3}{said}");
+        if power > at_most {
+            wrong.push(format!("{name}: grows with the power {power:.3} from n = {n} on, and may with {at_most}"));
+        }
+    }
+    println!("\n{} cases, {:.0} s", chosen.len(), start.elapsed().as_secs_f64());
+    wrong.iter().for_each(|what| println!("error: {what}"));
+    Ok(if wrong.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Counts the cases of cost and writes the file.
+pub(crate) fn record(cases: &[Case]) -> Result<()> {
+    let costs: Vec<&Case> = cases.iter().filter(|case| case.growth.is_none()).collect();
+    let counts = costs.iter().zip(count_all(&costs)?).map(|(case, counts)| (case.name.clone(), counts[0]));
+    let record = Record { compiler: compiler()?, counts: counts.collect() };
+    println!("{} counts in {}", record.counts.len(), record.write()?.display());
+    Ok(())
+}
+
+/// The width of names.
+const WIDTH: usize = 46;
+
+fn complaint(name: &str, verdict: Verdict, ratio: f64) -> Option<String> {
+    let percent = 100.0 * (ratio - 1.0).abs();
+    let allowed = 100.0 * TOLERANCE;
+    match verdict {
+        Verdict::Same => None,
+        Verdict::Worse => {
+            Some(format!("{name}: {percent:.1} % more instructions than recorded, where {allowed} % are allowed"))
+        }
+        Verdict::Better => Some(format!(
+            "{name}: {percent:.1} % fewer instructions than recorded: run `{RECORD}` and commit the file together with \
+             what made it faster"
+        )),
+        Verdict::Missing => Some(format!("{name}: the file does not have it: run `{RECORD}` and commit the file")),
+    }
+}
+
+/// The exponent with which a count grows that is `small` at some size and `large` at four times that.
+fn power(small: u64, large: u64) -> f64 {
+    (large as f64 / small as f64).ln() / 4f64.ln()
+}
+
+/// The counts of each case, one for each of its sizes. As many run at a time as there are cores: they do not disturb
+/// each other's counts.
+fn count_all(cases: &[&Case]) -> Result<Vec<Vec<u64>>> {
+    let sizes = |(index, case): (usize, &&Case)| case.sizes().into_iter().map(move |size| (index, size));
+    let jobs: Vec<(usize, usize)> = cases.iter().enumerate().flat_map(sizes).collect();
+    let names: Vec<&str> = cases.iter().map(|case| case.name.as_str()).collect();
+    let (next, counted) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
+    let work = || -> Result<()> {
+        while let Some(&(index, size)) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let out = env::temp_dir().join(format!("candle-adamax-counts-{}-{index}-{size}.out", process::id()));
+            let count = callgrind::count(names[index], size, &out)?;
+            counted.lock().unwrap_or_else(|error| error.into_inner()).insert((index, size), count);
+        }
+        Ok(())
+    };
+    let threads = thread::available_parallelism()?.get();
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(&work)).collect();
+        threads.into_iter().try_for_each(|thread| thread.join().ok().context("a thread panicked")?)
+    })?;
+    let counted = counted.into_inner().unwrap_or_else(|error| error.into_inner());
+    let of = |index: usize| counted.range((index, 0)..(index + 1, 0)).map(|(_, &count)| count).collect();
+    Ok((0..cases.len()).map(of).collect())
+}
+
+/// The compiler's version, on one line.
+fn compiler() -> Result<String> {
+    let rustc = env::var_os("RUSTC").unwrap_or("rustc".into());
+    let output = Command::new(rustc).arg("--version").output().context("cannot ask rustc for its version")?;
+    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+}

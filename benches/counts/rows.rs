@@ -1,0 +1,7 @@
+//! Growth with the number of ids, bags and rows.
+
+use crate::case::Case;
+
+pub(crate) fn cases() -> Vec<Case> {
+    vec![]
+}

@@ -1,0 +1,7 @@
+//! Growth with the number of variables, groups and names.
+
+use crate::case::Case;
+
+pub(crate) fn cases() -> Vec<Case> {
+    vec![]
+}
