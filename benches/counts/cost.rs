@@ -13,13 +13,8 @@ use candle_nn::Optimizer as _;
 use crate::case::{Case, again, each};
 use crate::support::case::Case as Dense;
 
-const F32: Dense = Dense {
-    tensors: 1,
-    elements: 65_536,
-    dtype: DType::F32,
-    state: StateDType::F32,
-    rounding: Rounding::Nearest,
-};
+const F32: Dense =
+    Dense { tensors: 1, elements: 65_536, dtype: DType::F32, state: StateDType::F32, rounding: Rounding::Nearest };
 const SMALL: Dense = Dense { tensors: 1000, elements: 64, ..F32 };
 
 /// Of a table, and of what is looked up in it.

@@ -59,9 +59,8 @@ fn pooled() -> Vec<Case> {
         }
         again(move || bag.pool(&bags)?.sqr()?.sum_all()?.backward().map(drop))
     };
-    let bag = |rows, pooling| -> Result<EmbeddingBag> {
-        Ok(EmbeddingBag::new(weight(rows)?.as_tensor().clone(), pooling)?)
-    };
+    let bag =
+        |rows, pooling| -> Result<EmbeddingBag> { Ok(EmbeddingBag::new(weight(rows)?.as_tensor().clone(), pooling)?) };
     let plain = of_ids("bags", LINEAR, move |n, rows| pass(bag(rows, Pooling::Mean)?, n, 8, false));
     let wide = Case::growth("bags, ids of each", 64, LINEAR, move |each| {
         pass(bag(ROWS, Pooling::Mean)?, 16 * each, each, false)
@@ -70,9 +69,7 @@ fn pooled() -> Vec<Case> {
         let (bag, ids) = (bag(ROWS, Pooling::Sum)?, ids(n, ROWS)?.reshape((n / 4, 4))?);
         again(move || bag.forward(&ids)?.sqr()?.sum_all()?.backward().map(drop))
     });
-    let weighed = Case::growth("bags with weights", IDS, LINEAR, move |n| {
-        pass(bag(ROWS, Pooling::Sum)?, n, 8, true)
-    });
+    let weighed = Case::growth("bags with weights", IDS, LINEAR, move |n| pass(bag(ROWS, Pooling::Sum)?, n, 8, true));
     let max = Case::growth("bags, the largest", IDS, LINEAR, move |n| pass(bag(ROWS, Pooling::Max)?, n, 8, false));
     let limited = Case::growth("bags with padding and max_norm", IDS, SORTS, move |n| {
         pass(bag(ROWS, Pooling::Mean)?.padding_idx(0)?.max_norm(1.0)?, n, 8, false)
@@ -156,9 +153,23 @@ fn set() -> Vec<Case> {
     [set, reset].into_iter().flatten().chain([append, pay]).collect()
 }
 
-/// Many lookups in one graph, of one table and of many.
+/// Many lookups in one graph, of one table and of many, and many gradients of one accumulation.
 fn graphs() -> Vec<Case> {
     const N: usize = 256;
+    let tables = |name: &str, params: fn() -> ParamsAdamax| {
+        Case::growth(name, N, LINEAR, move |n| {
+            let weights = (0..n).map(|_| weight(16)).collect::<Result<Vec<_>>>()?;
+            let tables = weights.iter().map(|weight| Table::new(weight)).collect::<candle_adamax::Result<Vec<_>>>()?;
+            let mut optimizer = Adamax::new(weights, params())?;
+            let ids = ids(4, 16)?;
+            again(move || {
+                let mut losses = tables.iter().map(|table| Ok(table.lookup(&ids)?.sqr()?.sum_all()?));
+                let first = losses.next().context("no table")??;
+                let loss = losses.try_fold(first, |sum, loss: Result<_>| anyhow::Ok((sum + loss?)?))?;
+                anyhow::Ok(optimizer.backward_step(&loss)?)
+            })
+        })
+    };
     let loss = |looked_up: &[Tensor]| Tensor::cat(looked_up, 0)?.sqr()?.sum_all();
     vec![
         Case::growth("lookups of one table", N, SORTS, move |n| {
@@ -181,15 +192,11 @@ fn graphs() -> Vec<Case> {
                 anyhow::Ok(())
             })
         }),
-        Case::growth("tables of one graph", N, LINEAR, move |n| {
+        tables("tables of one graph", ParamsAdamax::default),
+        tables("exact tables of one graph", EXACT),
+        Case::growth("Table::new, calls", N, LINEAR, |n| {
             let weights = (0..n).map(|_| weight(16)).collect::<Result<Vec<_>>>()?;
-            let tables = weights.iter().map(|weight| Table::new(weight)).collect::<candle_adamax::Result<Vec<_>>>()?;
-            let mut optimizer = Adamax::new(weights, ParamsAdamax::default())?;
-            let ids = ids(4, 16)?;
-            again(move || {
-                let looked_up = tables.iter().map(|table| Ok(table.lookup(&ids)?)).collect::<Result<Vec<_>>>()?;
-                anyhow::Ok(optimizer.backward_step(&loss(&looked_up)?)?)
-            })
+            again(move || weights.iter().map(|weight| Table::new(weight)).collect::<Result<Vec<_>, _>>().map(drop))
         }),
         Case::growth("accumulation of rows, calls", N, SORTS, |n| {
             let params = ParamsAdamax { gradient_accumulation_steps: n as u64, ..ParamsAdamax::default() };
@@ -201,8 +208,7 @@ fn graphs() -> Vec<Case> {
     ]
 }
 
-const EXACT: fn() -> ParamsAdamax =
-    || ParamsAdamax { sparse_update: SparseUpdate::Exact, ..ParamsAdamax::default() };
+const EXACT: fn() -> ParamsAdamax = || ParamsAdamax { sparse_update: SparseUpdate::Exact, ..ParamsAdamax::default() };
 
 fn weight(rows: usize) -> Result<Var> {
     Ok(Var::ones((rows, DIM), DType::F32, &Device::Cpu)?)
