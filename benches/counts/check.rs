@@ -18,12 +18,10 @@ const RECORD: &str = "cargo bench --bench counts -- --record";
 /// Counts the cases with `filter` in their names, prints each, and fails if one is not as it must be.
 pub(crate) fn check(cases: &[Case], filter: &str) -> Result<ExitCode> {
     let start = Instant::now();
-    let (record, compiler) = (Record::read()?, compiler()?);
-    let record = match record {
-        Some(record) if record.compiler == compiler => Some(record),
-        other => {
-            let recorded = other.map_or("no counts of this architecture".to_owned(), |record| record.compiler);
-            println!("this is {compiler}, and the file has {recorded}: growth alone is checked\n");
+    let record = match comparable(Record::read()?)? {
+        Ok(record) => Some(record),
+        Err(why) => {
+            println!("only growth is checked: {why}\n");
             None
         }
     };
@@ -120,12 +118,33 @@ fn count_all(cases: &[&Case]) -> Result<Vec<Vec<u64>>> {
     };
     let threads = thread::available_parallelism()?.get();
     thread::scope(|scope| {
-        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(&work)).collect();
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
         threads.into_iter().try_for_each(|thread| thread.join().ok().context("a thread panicked")?)
     })?;
     let counted = counted.into_inner().unwrap_or_else(|error| error.into_inner());
     let of = |index: usize| counted.range((index, 0)..(index + 1, 0)).map(|(_, &count)| count).collect();
     Ok((0..cases.len()).map(of).collect())
+}
+
+/// The record, or why counts cannot be compared with it.
+fn comparable(record: Option<Record>) -> Result<Result<Record, String>> {
+    let compiler = compiler()?;
+    Ok(match record {
+        None => Err("no counts of this architecture are recorded".to_owned()),
+        Some(record) if record.compiler != compiler => {
+            Err(format!("this is {compiler}, and the counts are those of {}", record.compiler))
+        }
+        Some(_) if !has_avx2() => Err("the counts are those of AVX2, which this CPU does not have".to_owned()),
+        Some(record) => Ok(record),
+    })
+}
+
+/// Whether valgrind's CPU has what the counts are made with.
+fn has_avx2() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return std::arch::is_x86_feature_detected!("avx2");
+    #[cfg(not(target_arch = "x86_64"))]
+    true
 }
 
 /// The compiler's version, on one line.

@@ -49,7 +49,7 @@ impl Record {
     }
 
     /// A line for the compiler, and one for each case: its name, a tab, its count.
-    fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         let mut text = format!("{HEAD}{}\n", self.compiler);
         for (name, count) in &self.counts {
             let _ = writeln!(text, "{name}\t{count}"); // a String takes everything
@@ -57,7 +57,7 @@ impl Record {
         text
     }
 
-    fn parse(text: &str) -> Result<Self> {
+    pub(crate) fn parse(text: &str) -> Result<Self> {
         let mut lines = text.lines();
         let compiler = lines.next().and_then(|line| line.strip_prefix(HEAD));
         let compiler = compiler.with_context(|| format!("expected a first line `{HEAD}..`"))?.to_owned();

@@ -156,7 +156,8 @@ fn stepped() -> Vec<Case> {
         of_vars("gradient_norms and audit, vars", |n| {
             let (optimizer, grads) = start(n, ParamsAdamax::default())?;
             again(move || {
-                black_box(optimizer.audit(&grads)?);
+                let audit = optimizer.audit(&grads)?;
+                black_box(audit.and(&audit));
                 optimizer.gradient_norms(&grads, NormType::L2).map(drop)
             })
         }),
