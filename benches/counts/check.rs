@@ -13,7 +13,11 @@ use crate::callgrind;
 use crate::case::{Case, Growth};
 use crate::record::{Record, TOLERANCE, Verdict};
 
-const RECORD: &str = "cargo bench --bench counts -- --record";
+/// What to do where the file is out of date.
+const RECORD: &str =
+    "run `cargo bench --bench counts -- --record`, and commit the file together with what changed the count";
+/// The width of names.
+const WIDTH: usize = 46;
 
 /// Counts the cases with `filter` in their names, prints each, and fails if one is not as it must be.
 pub(crate) fn check(cases: &[Case], filter: &str) -> Result<ExitCode> {
@@ -28,44 +32,62 @@ pub(crate) fn check(cases: &[Case], filter: &str) -> Result<ExitCode> {
     let chosen = |case: &&Case| case.name.contains(filter) && (record.is_some() || case.growth.is_some());
     let chosen: Vec<&Case> = cases.iter().filter(chosen).collect();
     ensure!(!chosen.is_empty(), "no case has `{filter}` in its name");
-    let counts = count_all(&chosen)?;
+    let counted: Vec<_> = chosen.iter().copied().zip(count_all(&chosen)?).collect();
     let mut wrong = Vec::new();
+    if let Some(record) = &record {
+        wrong.extend(costs(&counted, record));
+        if filter.is_empty() {
+            let exists = |name: &&String| cases.iter().any(|case| case.growth.is_none() && case.name == **name);
+            let surplus = record.counts.keys().filter(|name| !exists(name));
+            wrong.extend(surplus.map(|name| format!("{name}: the file has it, and there is no such case: {RECORD}")));
+        }
+    }
+    wrong.extend(growths(&counted));
+    println!("\n{} cases, {:.0} s", chosen.len(), start.elapsed().as_secs_f64());
+    wrong.iter().for_each(|what| println!("error: {what}"));
+    Ok(if wrong.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
 
+/// A case, and its count at each of its sizes.
+type Counted<'c> = (&'c Case, Vec<u64>);
+
+/// Prints the counts beside the recorded ones. Returns what is wrong.
+fn costs(counted: &[Counted<'_>], record: &Record) -> Vec<String> {
+    let mut wrong = Vec::new();
     println!("{:<WIDTH$} {:>13} {:>13} {:>7}", "cost", "recorded", "now", "ratio");
-    let costs = || chosen.iter().zip(&counts).filter(|(case, _)| case.growth.is_none());
-    for (case, counts) in costs() {
-        let (name, count, Some(record)) = (&case.name, counts[0], &record) else { continue };
-        let (verdict, ratio) = record.judge(name, count);
+    for (case, counts) in counted.iter().filter(|(case, _)| case.growth.is_none()) {
+        let (name, count) = (&case.name, counts[0]);
         let recorded = record.counts.get(name).map_or("-".to_owned(), u64::to_string);
-        let said = match verdict {
-            Verdict::Same => "",
-            Verdict::Worse => "  MORE",
-            Verdict::Better => "  LESS",
-            Verdict::Missing => "  NEW",
+        let verdict = record.judge(name, count);
+        let (ratio, said) = match verdict {
+            Verdict::Same(ratio) => (Some(ratio), ""),
+            Verdict::More(ratio) => (Some(ratio), "  MORE"),
+            Verdict::Less(ratio) => (Some(ratio), "  LESS"),
+            Verdict::New => (None, "  NEW"),
         };
-        println!("{name:<WIDTH$} {recorded:>13} {count:>13} {ratio:>7.3}{said}");
-        wrong.extend(complaint(name, verdict, ratio));
+        let ratio = ratio.map_or("-".to_owned(), |ratio| format!("{ratio:.3}"));
+        println!("{name:<WIDTH$} {recorded:>13} {count:>13} {ratio:>7}{said}");
+        wrong.extend(complaint(verdict).map(|what| format!("{name}: {what}")));
     }
-    if let Some(record) = record.as_ref().filter(|_| filter.is_empty()) {
-        let surplus = record.counts.keys().filter(|name| !costs().any(|(case, _)| case.name == **name));
-        wrong.extend(surplus.map(|name| format!("{name}: the file has it, and there is no such case: {RECORD}")));
-    }
+    wrong
+}
 
+/// Prints the counts at both sizes, and how they grow. Returns what is wrong.
+fn growths(counted: &[Counted<'_>]) -> Vec<String> {
+    let mut wrong = Vec::new();
     println!("\n{:<WIDTH$} {:>13} {:>13} {:>7}", "growth", "at n", "at 4n", "power");
-    for (case, counts) in chosen.iter().zip(&counts) {
+    for (case, counts) in counted {
         let (name, Some(Growth { n, at_most }), &[small, large]) = (&case.name, case.growth, &counts[..]) else {
             continue;
         };
-        let power = power(small, large);
+        let power = (large as f64 / small as f64).ln() / 4f64.ln();
         let said = if power > at_most { "  MORE" } else { "" };
         println!("{name:<WIDTH$} {small:>13} {large:>13} {power:>7.3}{said}");
         if power > at_most {
             wrong.push(format!("{name}: grows with the power {power:.3} from n = {n} on, and may with {at_most}"));
         }
     }
-    println!("\n{} cases, {:.0} s", chosen.len(), start.elapsed().as_secs_f64());
-    wrong.iter().for_each(|what| println!("error: {what}"));
-    Ok(if wrong.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    wrong
 }
 
 /// Counts the cases of cost and writes the file.
@@ -77,28 +99,17 @@ pub(crate) fn record(cases: &[Case]) -> Result<()> {
     Ok(())
 }
 
-/// The width of names.
-const WIDTH: usize = 46;
-
-fn complaint(name: &str, verdict: Verdict, ratio: f64) -> Option<String> {
-    let percent = 100.0 * (ratio - 1.0).abs();
-    let allowed = 100.0 * TOLERANCE;
+/// What is wrong with a count, if anything.
+fn complaint(verdict: Verdict) -> Option<String> {
+    let (percent, allowed) = (|ratio: f64| 100.0 * (ratio - 1.0).abs(), 100.0 * TOLERANCE);
     match verdict {
-        Verdict::Same => None,
-        Verdict::Worse => {
-            Some(format!("{name}: {percent:.1} % more instructions than recorded, where {allowed} % are allowed"))
+        Verdict::Same(_) => None,
+        Verdict::More(ratio) => {
+            Some(format!("{:.1} % more instructions than recorded, where {allowed} % are allowed", percent(ratio)))
         }
-        Verdict::Better => Some(format!(
-            "{name}: {percent:.1} % fewer instructions than recorded: run `{RECORD}` and commit the file together with \
-             what made it faster"
-        )),
-        Verdict::Missing => Some(format!("{name}: the file does not have it: run `{RECORD}` and commit the file")),
+        Verdict::Less(ratio) => Some(format!("{:.1} % fewer instructions than recorded: {RECORD}", percent(ratio))),
+        Verdict::New => Some(format!("the file does not have it: {RECORD}")),
     }
-}
-
-/// The exponent with which a count grows that is `small` at some size and `large` at four times that.
-fn power(small: u64, large: u64) -> f64 {
-    (large as f64 / small as f64).ln() / 4f64.ln()
 }
 
 /// The counts of each case, one for each of its sizes. As many run at a time as there are cores: they do not disturb

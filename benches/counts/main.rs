@@ -12,8 +12,10 @@
 //! exponent between the two has a limit: 1.1 for what is linear. One thread does all work.
 //!
 //! valgrind shows programs a CPU of its own, with AVX2 and without AVX-512, if the machine has AVX2. So the counts are
-//! those of the same instructions everywhere, and say nothing of AVX-512 nor of memory. They depend on the compiler, and a
-//! little on the C library.
+//! those of the same instructions everywhere, and say nothing of AVX-512, of memory and of the kernel. They depend on the
+//! compiler, and a little on the C library. One program has the same counts in every run, but for 0.2 % where hashes have
+//! random keys. Another build may differ by up to 2 % in what it did not change: loops of the compiler ask which of two
+//! arrays comes first in memory.
 //!
 //! | file | what it does |
 //! | --- | --- |

@@ -18,16 +18,16 @@ pub(crate) struct Record {
     pub(crate) counts: BTreeMap<String, u64>,
 }
 
-/// What is said of a count beside that of the file.
+/// What is said of a count beside that of the file; the number is its ratio to that.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Verdict {
-    Same,
+    Same(f64),
     /// More instructions than the file allows.
-    Worse,
+    More(f64),
     /// So few that the file is out of date.
-    Better,
+    Less(f64),
     /// The file does not have the case.
-    Missing,
+    New,
 }
 
 impl Record {
@@ -71,16 +71,14 @@ impl Record {
         Ok(Self { compiler, counts })
     }
 
-    /// What to say of `count`, and by which factor it differs.
-    pub(crate) fn judge(&self, name: &str, count: u64) -> (Verdict, f64) {
-        let Some(&before) = self.counts.get(name) else { return (Verdict::Missing, f64::NAN) };
-        let ratio = count as f64 / before as f64;
-        let verdict = match ratio {
-            ratio if ratio > 1.0 + TOLERANCE => Verdict::Worse,
-            ratio if ratio < 1.0 - TOLERANCE => Verdict::Better,
-            _ => Verdict::Same,
-        };
-        (verdict, ratio)
+    /// What to say of `count`.
+    pub(crate) fn judge(&self, name: &str, count: u64) -> Verdict {
+        let Some(&before) = self.counts.get(name) else { return Verdict::New };
+        match count as f64 / before as f64 {
+            ratio if ratio > 1.0 + TOLERANCE => Verdict::More(ratio),
+            ratio if ratio < 1.0 - TOLERANCE => Verdict::Less(ratio),
+            ratio => Verdict::Same(ratio),
+        }
     }
 }
 
