@@ -42,6 +42,7 @@
 //! | `split.rs` | what is trained on and what is kept for the evaluation |
 //! | `model.rs` | embeddings, MLP, two heads |
 //! | `train.rs` | one epoch: batches, loss, step |
+//! | `stream.rs` | random numbers for each purpose |
 //! | `compare.rs` | the time of a step, with the rows of its batch and with dense tables |
 //! | `evaluate.rs` | RMSE, HR@10, NDCG@10, and the baselines |
 //! | `progress.rs`, `../common/checkpoints.rs` | weights and optimizer, together or not at all |
@@ -74,6 +75,7 @@ mod progress;
 mod report;
 mod settings;
 mod split;
+mod stream;
 mod synthetic;
 #[path = "../common/text.rs"]
 mod text;
@@ -84,7 +86,6 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use rand::rngs::StdRng;
 
 use crate::bar::Bar;
 use crate::checkpoints::Checkpoints;
@@ -93,6 +94,7 @@ use crate::evaluate::{Baselines, Epoch};
 use crate::progress::Progress;
 use crate::settings::Args;
 use crate::split::Split;
+use crate::stream::{Stream, random};
 use crate::train::Trainer;
 
 fn main() -> ExitCode {
@@ -150,25 +152,6 @@ fn run(args: &Args) -> Result<()> {
     curves::draw_all(&curves, &progress.history, &baselines)?;
     println!("\nlearning curves: {}", curves.display());
     Ok(())
-}
-
-/// What random numbers are for. Each purpose has a stream of its own, and each epoch, so that an epoch draws the same
-/// numbers whether or not those before it ran in the same process.
-#[derive(Clone, Copy)]
-enum Stream {
-    Split,
-    Weights,
-    Epoch(usize),
-}
-
-/// The random numbers of one purpose.
-fn random(seed: u64, stream: Stream) -> StdRng {
-    let stream = match stream {
-        Stream::Split => 0,
-        Stream::Weights => 1,
-        Stream::Epoch(epoch) => 1 + epoch as u64,
-    };
-    program::random(&[seed, stream])
 }
 
 #[cfg(test)]
