@@ -91,6 +91,7 @@ use crate::checkpoints::Checkpoints;
 use crate::data::Ratings;
 use crate::evaluate::{Baselines, Epoch};
 use crate::progress::Progress;
+use crate::report::Times;
 use crate::settings::Args;
 use crate::split::Split;
 use crate::train::Trainer;
@@ -101,6 +102,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
+    let (begin, mut spent) = (Instant::now(), Times::default());
     let settings = &args.settings;
     let device = settings.device.open()?;
     let ratings = match &args.data {
@@ -112,7 +114,7 @@ fn run(args: &Args) -> Result<()> {
     report::data(args.data.as_deref(), &ratings, &split);
 
     let mut trainer = Trainer::new(settings, &device, &ratings, &split)?;
-    let checkpoints = Checkpoints::new(&args.out);
+    let mut checkpoints = Checkpoints::new(&args.out);
     let mut progress = Progress::new(settings, &ratings);
     if args.resume {
         progress = progress.resume(&checkpoints, &mut trainer.varmap, &mut trainer.optimizer)?;
@@ -129,12 +131,17 @@ fn run(args: &Args) -> Result<()> {
         let start = Instant::now();
         let train_rmse = trainer.epoch(epoch, &bar)?;
         bar.speak();
+        let trained = Instant::now();
         let lr = trainer.last_lr();
         progress.history.push(Epoch { epoch, lr, train_rmse, quality: trainer.evaluate()? });
+        let times = Times { training: trained - start, evaluation: trained.elapsed() };
+        spent.training += times.training;
+        spent.evaluation += times.evaluation;
         checkpoints.save(&progress, &trainer.varmap, &trainer.optimizer)?;
-        bar.suspend(|| report::epoch(&progress.history[epoch - 1], Some(start.elapsed())));
+        bar.suspend(|| report::epoch(&progress.history[epoch - 1], Some(times)));
     }
     bar.finish();
+    checkpoints.finish()?;
 
     let mut quality = progress.history.last().context("there is no epoch to report")?.quality;
     if settings.ema.is_some() {
@@ -148,6 +155,7 @@ fn run(args: &Args) -> Result<()> {
     report::memory(&trainer.optimizer, &trainer.varmap)?;
     let curves = args.out.join("learning-curves.svg");
     curves::draw_all(&curves, &progress.history, &baselines)?;
+    report::time(spent, begin.elapsed());
     println!("\nlearning curves: {}", curves.display());
     Ok(())
 }
