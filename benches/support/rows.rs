@@ -32,6 +32,13 @@ impl Touched {
         Self { rows, positions }
     }
 
+    /// Of these ids, where each bag has `per_bag` of them and one row of the gradient.
+    #[allow(dead_code, reason = "the benches have no bags")]
+    pub(crate) fn of_bags(ids: &[u32], per_bag: usize) -> Self {
+        let Self { rows, positions } = Self::of(ids);
+        Self { rows, positions: positions.into_iter().map(|position| position / per_bag as u32).collect() }
+    }
+
     /// How many rows there are.
     pub(crate) fn len(&self) -> usize {
         self.rows.len()
@@ -62,6 +69,27 @@ impl Rows {
             }
             self.looked_up.extend_from_slice(row(id));
         }
+    }
+
+    /// Reads the rows of bags of `per_bag` ids, and writes a row for each bag.
+    #[allow(dead_code, reason = "the benches have no bags")]
+    pub(crate) fn pool(&mut self, ids: &[u32], per_bag: usize) {
+        let Self { row_len, param, looked_up, .. } = self;
+        let row = |id: u32| &param[id as usize * *row_len..][..*row_len];
+        looked_up.resize(ids.len() / per_bag * *row_len, 0);
+        let bags = (ids.len() / per_bag).div_ceil(rayon::current_num_threads() * 4).max(1);
+        let pieces = looked_up.par_chunks_mut(bags * *row_len).zip(ids.par_chunks(bags * per_bag));
+        pieces.with_max_len(1).for_each(|(pooled, ids)| {
+            for (bag, pooled) in pooled.chunks_exact_mut(*row_len).enumerate() {
+                pooled.fill(0);
+                for k in bag * per_bag..(bag + 1) * per_bag {
+                    if let Some(&next) = ids.get(k + AHEAD) {
+                        prefetch(row(next));
+                    }
+                    pooled.iter_mut().zip(row(ids[k])).for_each(|(pooled, &bits)| *pooled ^= bits);
+                }
+            }
+        });
     }
 
     /// Reads the gradients' rows, and reads and writes those of weights and moments, as an update does.

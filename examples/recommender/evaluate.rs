@@ -184,8 +184,8 @@ mod tests {
     use clap::Parser;
 
     use super::*;
+    use crate::random::{Stream, random};
     use crate::settings::Args;
-    use crate::{Stream, random};
 
     #[test]
     fn items_that_are_asked_about_together_have_the_scores_that_each_has_alone() -> Result<()> {

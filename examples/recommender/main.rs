@@ -41,10 +41,11 @@
 //! | `data.rs`, `form.rs`, `synthetic.rs` | ratings, read from a file or made up |
 //! | `split.rs` | what is trained on and what is kept for the evaluation |
 //! | `model.rs` | embeddings, MLP, two heads |
-//! | `train.rs` | one epoch: batches, loss, step |
+//! | `train.rs` | one epoch: batches, loss, step; `examples/throughput` times it, too |
 //! | `compare.rs` | the time of a step, with the rows of its batch and with dense tables |
 //! | `evaluate.rs` | RMSE, HR@10, NDCG@10, and the baselines |
 //! | `progress.rs`, `../common/checkpoints.rs` | weights and optimizer, together or not at all |
+//! | `random.rs` | a stream of random numbers for each purpose |
 //! | `report.rs`, `curves.rs` | what is printed, and the learning curves |
 //! | `../common/` | what other programs have, too: the device, options, files, progress, charts, times |
 
@@ -71,6 +72,7 @@ mod options;
 #[path = "../common/program.rs"]
 mod program;
 mod progress;
+mod random;
 mod report;
 mod settings;
 mod split;
@@ -84,13 +86,13 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use rand::rngs::StdRng;
 
 use crate::bar::Bar;
 use crate::checkpoints::Checkpoints;
 use crate::data::Ratings;
 use crate::evaluate::{Baselines, Epoch};
 use crate::progress::Progress;
+use crate::random::{Stream, random};
 use crate::report::Times;
 use crate::settings::Args;
 use crate::split::Split;
@@ -107,7 +109,7 @@ fn run(args: &Args) -> Result<()> {
     let device = settings.device.open()?;
     let ratings = match &args.data {
         Some(path) => Ratings::read(path)?,
-        None => synthetic::ratings(args.items.unwrap_or(synthetic::ITEMS)),
+        None => synthetic::ratings(synthetic::USERS, args.items.unwrap_or(synthetic::ITEMS)),
     };
     let split = Split::new(&ratings, &mut random(settings.seed, Stream::Split))?;
     let baselines = Baselines::new(&ratings, &split);
@@ -158,25 +160,6 @@ fn run(args: &Args) -> Result<()> {
     report::time(spent, begin.elapsed());
     println!("\nlearning curves: {}", curves.display());
     Ok(())
-}
-
-/// What random numbers are for. Each purpose has a stream of its own, and each epoch, so that an epoch draws the same
-/// numbers whether or not those before it ran in the same process.
-#[derive(Clone, Copy)]
-enum Stream {
-    Split,
-    Weights,
-    Epoch(usize),
-}
-
-/// The random numbers of one purpose.
-fn random(seed: u64, stream: Stream) -> StdRng {
-    let stream = match stream {
-        Stream::Split => 0,
-        Stream::Weights => 1,
-        Stream::Epoch(epoch) => 1 + epoch as u64,
-    };
-    program::random(&[seed, stream])
 }
 
 #[cfg(test)]
