@@ -4,9 +4,9 @@
 //! Every round has ids of its own. The memory's forward pass reads the rows of the ids and writes the pooled ones; its
 //! training step reads and writes the touched rows of weights and moments besides, in order.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use candle_adamax::{Adamax, EmbeddingBag, ParamsAdamax, Pooling};
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Storage, Tensor, Var};
 use candle_nn::{Module, Optimizer};
 use clap::ValueEnum;
 use serde::Serialize;
@@ -15,7 +15,7 @@ use crate::ids::{self, Batches};
 use crate::lines::Line;
 use crate::machine::{Machine, Times};
 use crate::options::at_least_one;
-use crate::support::rows::{Rows, Touched};
+use crate::support::rows::{self, Rows, Touched};
 use crate::{MEMORY, OURS};
 
 /// Steps before anything is timed: they touch most large pages of the moments.
@@ -87,22 +87,25 @@ impl Ours {
 /// The CPU's memory's own speed.
 struct Memory {
     rows: Rows,
-    per_bag: usize,
+    shape: Shape,
     grads: Vec<f32>,
+    pooled: Vec<u32>,
 }
 
 impl Memory {
     fn new(shape: Shape) -> Result<Self> {
         let grads = vec![0.5; shape.bags * shape.dim];
-        Ok(Self { rows: Rows::new(shape.rows, shape.dim)?, per_bag: shape.per_bag, grads })
+        Ok(Self { rows: Rows::new(shape.rows, shape.dim)?, shape, grads, pooled: Vec::new() })
     }
 
-    fn forward(&mut self, ids: &[u32]) {
-        self.rows.pool(ids, self.per_bag);
+    /// Pools rows of `table`, so that the forward passes of both find the same in the caches.
+    fn forward(&mut self, table: &[f32], ids: &[u32]) {
+        rows::pool(bytemuck::cast_slice(table), self.shape.dim, ids, self.shape.per_bag, &mut self.pooled);
     }
 
+    /// On rows of its own.
     fn whole(&mut self, ids: &[u32], touched: &Touched) {
-        self.forward(ids);
+        self.rows.pool(ids, self.shape.per_bag);
         self.rows.update(touched, &self.grads);
     }
 }
@@ -125,23 +128,29 @@ fn measure(machine: &Machine, args: &Args) -> Result<(BothTimes, Option<BothTime
         ours.whole(&on_device(ids)?)?;
     }
     let (mut of_ours, mut of_memory) = (BothTimes::default(), memory.as_ref().map(|_| BothTimes::default()));
+    // One after the other: a step leaves other rows in the caches, and writes that are still under way.
     for _ in 0..rounds {
-        machine.settle();
-        let [of_forward, of_whole] = &mut of_ours;
         let ids = on_device(batches.draw())?;
-        machine.time(of_forward, || ours.bag.forward(&ids).map(drop))?;
-        let ids = on_device(batches.draw())?;
-        machine.time(of_whole, || ours.whole(&ids))?;
-        machine.settle();
-        if let Some((memory, [of_forward, of_whole])) = memory.as_mut().zip(of_memory.as_mut()) {
+        machine.time(&mut of_ours[0], || ours.bag.forward(&ids).map(drop))?;
+        if let Some((memory, times)) = memory.as_mut().zip(of_memory.as_mut()) {
             let ids = batches.draw();
-            machine.time(of_forward, || {
-                memory.forward(&ids);
+            let (storage, _) = ours.bag.embeddings().storage_and_layout();
+            let Storage::Cpu(storage) = &*storage else { bail!("expected a table in host memory") };
+            let table = storage.as_slice::<f32>()?;
+            machine.time(&mut times[0], || {
+                memory.forward(table, &ids);
                 Ok(())
             })?;
+        }
+    }
+    for _ in 0..rounds {
+        let ids = on_device(batches.draw())?;
+        machine.time(&mut of_ours[1], || ours.whole(&ids))?;
+        machine.settle();
+        if let Some((memory, times)) = memory.as_mut().zip(of_memory.as_mut()) {
             let ids = batches.draw();
             let touched = touched(&ids);
-            machine.time(of_whole, || {
+            machine.time(&mut times[1], || {
                 memory.whole(&ids, &touched);
                 Ok(())
             })?;

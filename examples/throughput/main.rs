@@ -186,7 +186,8 @@ impl From<Round> for Rounding {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match &cli.case {
-        // As the recommender runs: how many threads there are is decided before any of them is.
+        // As a program that trains: memory that becomes free is kept, and candle's operations on elements have one thread.
+        CaseArgs::Bag(_) => program::start(None, || run(&cli)),
         CaseArgs::Train(args) => program::start(Some(args.threads), || run(&cli)),
         _ => program::end(run(&cli)),
     }
