@@ -391,7 +391,7 @@ def parse_args() -> argparse.Namespace:
         return added
 
     for updates in (case("dense", elements=None), case("small", tensors=None, elements=None)):
-        updates.add_argument("--no-compile", action="store_true", help="leave `Adamax compiled` out, which takes a while")
+        updates.add_argument("--no-compile", action="store_true", help="leave `Adamax compiled` out")
     case("sparse", rows=None, dim=64, batch=8192)
     bag = case("bag", rows=None, dim=64, bags=8192, per_bag=20)
     bag.add_argument("--pooling", choices=("mean", "sum"), default="mean")

@@ -12,10 +12,11 @@
 //! cargo run --release --features cuda --example throughput -- dense --elements 256000000 --device cuda
 //! ```
 //!
-//! Gradients are recorded beforehand; there is no autograd in what is timed, but for `whole`, `bag` and `train`. `memory` reads and writes the bytes of an
-//! update and computes nothing: no update can be faster, so the ratio to it is what this program is about. The machine
-//! may be shared and noisy: rounds alternate between the implementations, times are medians, and the ratio to the
-//! memory is the median of the ratios of neighbors. `--json` prints one object a line, for other programs.
+//! Gradients are recorded beforehand; there is no autograd in what is timed, but for `whole`, `bag` and `train`.
+//! `memory` reads and writes the bytes of an update and computes nothing: no update can be faster, so the ratio to it is
+//! what this program is about. The machine may be shared and noisy: rounds alternate between the implementations, times
+//! are medians, and the ratio to the memory is the median of the ratios of neighbors. `--json` prints one object a line,
+//! for other programs; `benches/peers/torch_cpu.py` prints the same for PyTorch.
 //!
 //! On a GPU, times are those of its events, from before the first kernel of a step to after its last; where the host is
 //! slower than the GPU, the GPU's waiting is in them. The memory's own speed is that of a copy within its memory, which
@@ -186,7 +187,7 @@ impl From<Round> for Rounding {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match &cli.case {
-        // As a program that trains: memory that becomes free is kept, and candle's operations on elements have one thread.
+        // As a program that trains: free memory is kept, and candle's operations on elements have one thread.
         CaseArgs::Bag(_) => program::start(None, || run(&cli)),
         CaseArgs::Train(args) => program::start(Some(args.threads), || run(&cli)),
         _ => program::end(run(&cli)),

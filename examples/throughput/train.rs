@@ -35,13 +35,13 @@ const WARM_UP: usize = 20;
 const STEPS: usize = 5;
 
 /// A user takes half a millisecond to make up.
-const MOST_USERS: u32 = 100_000;
+const MOST_USERS: usize = 100_000;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// How many users there are.
-    #[arg(long, default_value_t = synthetic::USERS as u32, value_parser = clap::value_parser!(u32).range(1..=i64::from(MOST_USERS)))]
-    users: u32,
+    #[arg(long, default_value_t = synthetic::USERS, value_parser = number_of_users)]
+    users: usize,
     /// How many items there are, such as 1000000; most of many items are never rated.
     #[arg(long, default_value_t = synthetic::ITEMS, value_parser = enough_items)]
     items: usize,
@@ -58,6 +58,13 @@ pub(crate) struct Args {
     /// Leave dense tables out. With a million items they take a gigabyte.
     #[arg(long)]
     no_dense: bool,
+}
+
+fn number_of_users(text: &str) -> Result<usize, String> {
+    match at_least_one(text)? {
+        users @ ..=MOST_USERS => Ok(users),
+        _ => Err(format!("expected at most {MOST_USERS}")),
+    }
 }
 
 impl Args {
@@ -131,7 +138,7 @@ struct Shape {
 
 /// Times all cases and prints them.
 pub(crate) fn run(machine: &Machine, place: Place, args: &Args, json: bool) -> Result<()> {
-    let ratings = synthetic::ratings(args.users as usize, args.items);
+    let ratings = synthetic::ratings(args.users, args.items);
     let (of_rows, of_all) = (args.settings(place, false)?, args.settings(place, true)?);
     let split = Split::new(&ratings, &mut random(of_rows.seed, Stream::Split))?;
     ensure!(
