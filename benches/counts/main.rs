@@ -67,15 +67,15 @@ mod options;
 #[path = "../../examples/common/program.rs"]
 #[allow(unused)]
 mod program;
+#[path = "../../examples/recommender/random.rs"]
+#[allow(unused)]
+mod random;
 #[path = "../../examples/recommender/settings.rs"]
 #[allow(unused)]
 mod settings;
 #[path = "../../examples/recommender/split.rs"]
 #[allow(unused)]
 mod split;
-#[path = "../../examples/recommender/stream.rs"]
-#[allow(unused)]
-mod stream;
 #[path = "../../examples/recommender/synthetic.rs"]
 #[allow(unused)]
 mod synthetic;
@@ -91,7 +91,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 
 use crate::case::Case;
-use crate::stream::{Stream, random};
+use crate::random::{Stream, random};
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();

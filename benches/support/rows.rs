@@ -32,6 +32,13 @@ impl Touched {
         Self { rows, positions }
     }
 
+    /// Of these ids, where each bag has `per_bag` of them and one row of the gradient.
+    #[allow(dead_code, reason = "the benches have no bags")]
+    pub(crate) fn of_bags(ids: &[u32], per_bag: usize) -> Self {
+        let Self { rows, positions } = Self::of(ids);
+        Self { rows, positions: positions.into_iter().map(|position| position / per_bag as u32).collect() }
+    }
+
     /// How many rows there are.
     pub(crate) fn len(&self) -> usize {
         self.rows.len()
@@ -58,10 +65,16 @@ impl Rows {
         self.looked_up.clear();
         for (k, &id) in ids.iter().enumerate() {
             if let Some(&next) = ids.get(k + AHEAD) {
-                prefetch(row(next));
+                prefetch::<FIRST>(row(next));
             }
             self.looked_up.extend_from_slice(row(id));
         }
+    }
+
+    /// Pools rows of its own: see [`pool`].
+    #[allow(dead_code, reason = "the benches have no bags")]
+    pub(crate) fn pool(&mut self, ids: &[u32], per_bag: usize) {
+        pool(&self.param, self.row_len, ids, per_bag, &mut self.looked_up);
     }
 
     /// Reads the gradients' rows, and reads and writes those of weights and moments, as an update does.
@@ -82,6 +95,32 @@ impl Rows {
     }
 }
 
+/// Reads the rows of bags of `per_bag` ids each, and writes a row for each bag.
+#[allow(dead_code, reason = "the benches have no bags")]
+pub(crate) fn pool(table: &[u32], row_len: usize, ids: &[u32], per_bag: usize, pooled: &mut Vec<u32>) {
+    let row = |id: u32| &table[id as usize * row_len..][..row_len];
+    let bags = ids.len() / per_bag;
+    pooled.resize(bags * row_len, 0);
+    let pool_some = |pooled: &mut [u32], ids: &[u32]| {
+        for (bag, pooled) in pooled.chunks_exact_mut(row_len).enumerate() {
+            pooled.fill(0);
+            for k in bag * per_bag..(bag + 1) * per_bag {
+                if let Some(&next) = ids.get(k + AHEAD_OF_POOL) {
+                    prefetch::<SECOND>(row(next));
+                }
+                pooled.iter_mut().zip(row(ids[k])).for_each(|(pooled, &bits)| *pooled ^= bits);
+            }
+        }
+    };
+    let threads = rayon::current_num_threads();
+    if threads == 1 {
+        return pool_some(pooled, ids); // no other thread has to wake up for it
+    }
+    let piece = bags.div_ceil(threads * 4).max(1);
+    let pieces = pooled.par_chunks_mut(piece * row_len).zip(ids.par_chunks(piece * per_bag));
+    pieces.with_max_len(1).for_each(|(pooled, ids)| pool_some(pooled, ids));
+}
+
 /// Parts of the arrays that begin with row `first`.
 struct Slices<'x> {
     first: usize,
@@ -92,6 +131,13 @@ struct Slices<'x> {
 
 /// Rows that are asked for ahead of the one that is worked on.
 const AHEAD: usize = 8;
+/// The same where rows are only read, into the second cache: more lines can be on their way there than to the first one.
+/// Measured, 20 rows of 64 f32 a bag, 8,192 bags, one core of an AMD EPYC: 3.3 ms, and 4.8 ms with the first cache.
+const AHEAD_OF_POOL: usize = 16;
+
+/// Into which cache: `_MM_HINT_T0` and `_MM_HINT_T1`.
+const FIRST: i32 = 3;
+const SECOND: i32 = 2;
 
 impl<'x> Slices<'x> {
     fn cut(self, touched: &Touched, row_len: usize, piece: usize) -> Vec<(usize, usize, Self)> {
@@ -117,10 +163,10 @@ impl<'x> Slices<'x> {
         for k in range.clone() {
             if k + AHEAD < range.end {
                 let next = place(k + AHEAD);
-                prefetch(&param[next..next + row_len]);
-                prefetch(&exp_avg[next..next + row_len]);
-                prefetch(&exp_inf[next..next + row_len]);
-                prefetch(&grads[touched.positions[k + AHEAD] as usize * row_len..][..row_len]);
+                prefetch::<FIRST>(&param[next..next + row_len]);
+                prefetch::<FIRST>(&exp_avg[next..next + row_len]);
+                prefetch::<FIRST>(&exp_inf[next..next + row_len]);
+                prefetch::<FIRST>(&grads[touched.positions[k + AHEAD] as usize * row_len..][..row_len]);
             }
             let place = place(k);
             let grads = &grads[touched.positions[k] as usize * row_len..][..row_len];
@@ -137,13 +183,13 @@ impl<'x> Slices<'x> {
 }
 
 #[inline(always)]
-fn prefetch(row: &[u32]) {
+fn prefetch<const CACHE: i32>(row: &[u32]) {
     #[cfg(target_arch = "x86_64")]
     for line in row.chunks(16) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        use std::arch::x86_64::_mm_prefetch;
         // SAFETY: a prefetch is a hint that neither faults nor changes anything a program sees; SSE, which has it, is
         // part of x86-64.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+        unsafe { _mm_prefetch::<CACHE>(line.as_ptr().cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = row;

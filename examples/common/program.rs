@@ -22,7 +22,12 @@ pub(crate) fn start(threads: Option<usize>, run: impl FnOnce() -> Result<()>) ->
     }
     keep_free_memory();
     end_where_nobody_reads();
-    match run() {
+    end(run())
+}
+
+/// Says on one line what went wrong.
+pub(crate) fn end(result: Result<()>) -> ExitCode {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}"); // on one line, with all its causes

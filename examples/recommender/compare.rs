@@ -12,10 +12,10 @@ use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use rand::seq::SliceRandom;
 
 use crate::data::{Rating, Ratings};
+use crate::random::{Stream, random};
 use crate::settings::Settings;
 use crate::split::Split;
 use crate::train::Trainer;
-use crate::{Stream, random};
 
 /// The weights of a model that is compared take so many bytes at most; trained densely it takes some ten times as much.
 const LIMIT: usize = 1 << 30;

@@ -1,6 +1,7 @@
 //! How good predictions are, and what they are to be compared with.
 
 use std::cmp::Ordering;
+use std::slice;
 
 use anyhow::Result;
 use candle_core::Tensor;
@@ -45,41 +46,52 @@ pub(crate) struct RankingQuality {
 /// The quality of `model` on what was kept out of training.
 pub(crate) fn quality(model: &Recommender, split: &Split, history: usize) -> Result<Quality> {
     let (lowest, highest) = range(&split.train);
-    let predict = |questions: &[Question], head| predict(model, questions, split, history, head);
-    let tests: Vec<_> =
-        split.test.iter().map(|&Rating { user, item, time, .. }| Question { user, item, time }).collect();
-    let ratings = predict(&tests, |prediction| prediction.ratings)?;
+    let predict = |questions: &[Question<'_>], head| predict(model, questions, split, history, head);
+    let rated = |rating| {
+        let &Rating { user, ref item, time, .. } = rating;
+        Question { user, time, items: slice::from_ref(item) }
+    };
+    let ratings = predict(&split.test.iter().map(rated).collect::<Vec<_>>(), |prediction| prediction.ratings)?;
     let test_rmse = rmse(&split.test, ratings.iter().map(|rating| f64::from(rating.clamp(lowest, highest))));
 
-    let candidates = split.rankings.iter().flat_map(|&Ranking { user, time, ref candidates }| {
-        candidates.iter().map(move |&item| Question { user, item, time })
-    });
-    let logits = predict(&candidates.collect::<Vec<_>>(), |prediction| prediction.logits)?;
+    let ranked = |ranking| {
+        let &Ranking { user, time, ref candidates } = ranking;
+        Question { user, time, items: candidates }
+    };
+    let logits = predict(&split.rankings.iter().map(ranked).collect::<Vec<_>>(), |prediction| prediction.logits)?;
     Ok(Quality { test_rmse, ranking: ranking_quality(&split.rankings, &logits) })
 }
 
-/// What about this user and this item at that time?
-struct Question {
+/// What about this user and each of these items at that time?
+struct Question<'a> {
     user: u32,
-    item: u32,
     time: i64,
+    items: &'a [u32],
 }
 
-/// What one head of `model` says.
+/// What one head of `model` says of each item of each question.
 fn predict(
     model: &Recommender,
-    questions: &[Question],
+    questions: &[Question<'_>],
     split: &Split,
     history: usize,
     head: fn(Prediction) -> Tensor,
 ) -> Result<Vec<f32>> {
-    let mut all = Vec::with_capacity(questions.len());
-    for chunk in questions.chunks(CHUNK) {
-        let (users, items): (Vec<u32>, Vec<u32>) = chunk.iter().map(|question| (question.user, question.item)).unzip();
-        let histories: Vec<&[u32]> =
-            chunk.iter().map(|question| split.histories.before(question.user, question.time, history)).collect();
-        let prediction = model.forward(&model.ids(users)?, &model.ids(items)?, &histories)?;
-        all.extend(head(prediction).to_vec1::<f32>()?);
+    let mut all = Vec::with_capacity(questions.iter().map(|question| question.items.len()).sum());
+    for same in questions.chunk_by(|a, b| a.items.len() == b.items.len()) {
+        let items_each = same[0].items.len();
+        for chunk in same.chunks((CHUNK / items_each).max(1)) {
+            // The first item of every question, then the second of every one: a history is pooled once for all of them.
+            let users: Vec<u32> = chunk.iter().map(|question| question.user).collect();
+            let nth_items = |nth: usize| chunk.iter().map(move |question| question.items[nth]);
+            let items = (0..items_each).flat_map(nth_items).collect();
+            let histories: Vec<&[u32]> =
+                chunk.iter().map(|question| split.histories.before(question.user, question.time, history)).collect();
+            let prediction = model.forward(&model.ids(users.repeat(items_each))?, &model.ids(items)?, &histories)?;
+            let scores = head(prediction).to_vec1::<f32>()?;
+            let of_question = |index| scores.iter().skip(index).step_by(chunk.len());
+            (0..chunk.len()).for_each(|index| all.extend(of_question(index)));
+        }
     }
     Ok(all)
 }
@@ -167,7 +179,36 @@ fn ahead(scores: &[f32]) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Device;
+    use candle_nn::VarMap;
+    use clap::Parser;
+
     use super::*;
+    use crate::random::{Stream, random};
+    use crate::settings::Args;
+
+    #[test]
+    fn items_that_are_asked_about_together_have_the_scores_that_each_has_alone() -> Result<()> {
+        let settings = Args::try_parse_from(["recommender", "--history", "3"])?.settings;
+        let rating = |i: u32| Rating { user: i % 4, item: i % 7, value: 3.0, time: i64::from(i) };
+        let ratings = Ratings { list: (0..20).map(rating).collect(), users: 4, items: 7 };
+        let split = Split::new(&ratings, &mut random(1, Stream::Split))?;
+        let rng = &mut random(1, Stream::Weights);
+        let model = Recommender::new(&settings, &Device::Cpu, (4, 7), 3.0, &VarMap::new(), rng)?;
+        let scores = |questions: &[Question<'_>]| predict(&model, questions, &split, 3, |prediction| prediction.logits);
+
+        let all: [&[u32]; 5] = [&[1, 2, 3], &[4, 0, 1], &[6], &[2, 5], &[3, 3]];
+        let together = scores(&(0..).zip(all).map(|(i, items)| question(i, items)).collect::<Vec<_>>())?;
+        let single = (0..).zip(all).flat_map(|(i, items)| items.chunks(1).map(move |item| question(i, item)));
+        assert_eq!(together, single.map(|question| scores(&[question])).collect::<Result<Vec<_>>>()?.concat());
+        assert_eq!(together.len(), 11);
+        Ok(())
+    }
+
+    /// One of user `i % 4`, at a time when some of the ratings have been given.
+    fn question(i: u32, items: &[u32]) -> Question<'_> {
+        Question { user: i % 4, time: i64::from(8 + 3 * i), items }
+    }
 
     #[test]
     fn ties_and_nan_gain_nothing() {

@@ -41,11 +41,11 @@
 //! | `data.rs`, `form.rs`, `synthetic.rs` | ratings, read from a file or made up |
 //! | `split.rs` | what is trained on and what is kept for the evaluation |
 //! | `model.rs` | embeddings, MLP, two heads |
-//! | `train.rs` | one epoch: batches, loss, step |
-//! | `stream.rs` | random numbers for each purpose |
+//! | `train.rs` | one epoch: batches, loss, step; `examples/throughput` times it, too |
 //! | `compare.rs` | the time of a step, with the rows of its batch and with dense tables |
 //! | `evaluate.rs` | RMSE, HR@10, NDCG@10, and the baselines |
 //! | `progress.rs`, `../common/checkpoints.rs` | weights and optimizer, together or not at all |
+//! | `random.rs` | a stream of random numbers for each purpose |
 //! | `report.rs`, `curves.rs` | what is printed, and the learning curves |
 //! | `../common/` | what other programs have, too: the device, options, files, progress, charts, times |
 
@@ -72,10 +72,10 @@ mod options;
 #[path = "../common/program.rs"]
 mod program;
 mod progress;
+mod random;
 mod report;
 mod settings;
 mod split;
-mod stream;
 mod synthetic;
 #[path = "../common/text.rs"]
 mod text;
@@ -92,9 +92,10 @@ use crate::checkpoints::Checkpoints;
 use crate::data::Ratings;
 use crate::evaluate::{Baselines, Epoch};
 use crate::progress::Progress;
+use crate::random::{Stream, random};
+use crate::report::Times;
 use crate::settings::Args;
 use crate::split::Split;
-use crate::stream::{Stream, random};
 use crate::train::Trainer;
 
 fn main() -> ExitCode {
@@ -103,18 +104,19 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
+    let (begin, mut spent) = (Instant::now(), Times::default());
     let settings = &args.settings;
     let device = settings.device.open()?;
     let ratings = match &args.data {
         Some(path) => Ratings::read(path)?,
-        None => synthetic::ratings(args.items.unwrap_or(synthetic::ITEMS)),
+        None => synthetic::ratings(synthetic::USERS, args.items.unwrap_or(synthetic::ITEMS)),
     };
     let split = Split::new(&ratings, &mut random(settings.seed, Stream::Split))?;
     let baselines = Baselines::new(&ratings, &split);
     report::data(args.data.as_deref(), &ratings, &split);
 
     let mut trainer = Trainer::new(settings, &device, &ratings, &split)?;
-    let checkpoints = Checkpoints::new(&args.out);
+    let mut checkpoints = Checkpoints::new(&args.out);
     let mut progress = Progress::new(settings, &ratings);
     if args.resume {
         progress = progress.resume(&checkpoints, &mut trainer.varmap, &mut trainer.optimizer)?;
@@ -131,12 +133,17 @@ fn run(args: &Args) -> Result<()> {
         let start = Instant::now();
         let train_rmse = trainer.epoch(epoch, &bar)?;
         bar.speak();
+        let trained = Instant::now();
         let lr = trainer.last_lr();
         progress.history.push(Epoch { epoch, lr, train_rmse, quality: trainer.evaluate()? });
+        let times = Times { training: trained - start, evaluation: trained.elapsed() };
+        spent.training += times.training;
+        spent.evaluation += times.evaluation;
         checkpoints.save(&progress, &trainer.varmap, &trainer.optimizer)?;
-        bar.suspend(|| report::epoch(&progress.history[epoch - 1], Some(start.elapsed())));
+        bar.suspend(|| report::epoch(&progress.history[epoch - 1], Some(times)));
     }
     bar.finish();
+    checkpoints.finish()?;
 
     let mut quality = progress.history.last().context("there is no epoch to report")?.quality;
     if settings.ema.is_some() {
@@ -150,6 +157,7 @@ fn run(args: &Args) -> Result<()> {
     report::memory(&trainer.optimizer, &trainer.varmap)?;
     let curves = args.out.join("learning-curves.svg");
     curves::draw_all(&curves, &progress.history, &baselines)?;
+    report::time(spent, begin.elapsed());
     println!("\nlearning curves: {}", curves.display());
     Ok(())
 }

@@ -27,19 +27,41 @@ pub(crate) fn data(path: Option<&Path>, ratings: &Ratings, split: &Split) {
     );
 }
 
+/// How long training and evaluation took.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Times {
+    pub(crate) training: Duration,
+    pub(crate) evaluation: Duration,
+}
+
 pub(crate) fn epoch_header() {
     println!(
-        "{:>5}  {:>8}  {:>10}  {:>9}  {:>6}  {:>7}  {:>7}",
-        "epoch", "lr", "train RMSE", "test RMSE", "HR@10", "NDCG@10", "time"
+        "{:>5}  {:>8}  {:>10}  {:>9}  {:>6}  {:>7}  {:>8}  {:>10}",
+        "epoch", "lr", "train RMSE", "test RMSE", "HR@10", "NDCG@10", "training", "evaluation"
     );
 }
 
-/// One line an epoch; one of an earlier run has no `time`.
-pub(crate) fn epoch(epoch: &Epoch, time: Option<Duration>) {
+/// One line an epoch; one of an earlier run has no `times`.
+pub(crate) fn epoch(epoch: &Epoch, times: Option<Times>) {
     let Epoch { epoch, lr, train_rmse, quality: Quality { test_rmse, ranking: RankingQuality { hit_rate, ndcg } } } =
         epoch;
-    let time = time.map_or("earlier".to_owned(), |time| format!("{:.1} s", time.as_secs_f64()));
-    println!("{epoch:>5}  {lr:>8.6}  {train_rmse:>10.4}  {test_rmse:>9.4}  {hit_rate:>6.4}  {ndcg:>7.4}  {time:>7}");
+    let seconds = |time: Duration| format!("{:.2} s", time.as_secs_f64());
+    let [training, evaluation] = match times {
+        Some(times) => [times.training, times.evaluation].map(seconds),
+        None => ["earlier", "earlier"].map(str::to_owned),
+    };
+    print!("{epoch:>5}  {lr:>8.6}  {train_rmse:>10.4}  {test_rmse:>9.4}  {hit_rate:>6.4}  {ndcg:>7.4}");
+    println!("  {training:>8}  {evaluation:>10}");
+}
+
+/// Where the time of the whole program went.
+pub(crate) fn time(Times { training, evaluation }: Times, total: Duration) {
+    let rest = total.saturating_sub(training + evaluation);
+    println!();
+    for (part, time) in [("training", training), ("evaluation", evaluation), ("everything else", rest)] {
+        let share = 100.0 * time.as_secs_f64() / total.as_secs_f64();
+        println!("{part:<30}  {:>7.2} s  {share:>6.1} %", time.as_secs_f64());
+    }
 }
 
 /// The result.

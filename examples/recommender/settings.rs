@@ -182,7 +182,7 @@ fn weight(text: &str) -> Result<f64, String> {
 }
 
 /// Enough for users to leave some unrated.
-fn enough_items(text: &str) -> Result<usize, String> {
+pub(crate) fn enough_items(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(number @ synthetic::ITEMS..=100_000_000) => Ok(number),
         Ok(_) => Err(format!("expected {} to 100000000", synthetic::ITEMS)),

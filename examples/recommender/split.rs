@@ -171,7 +171,8 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
-    use crate::{Stream, random, synthetic};
+    use crate::random::{Stream, random};
+    use crate::synthetic;
 
     #[test]
     fn the_missing_items_are_counted_in_order() {
@@ -221,7 +222,7 @@ mod tests {
 
     #[test]
     fn nothing_that_is_evaluated_is_trained_on() -> Result<()> {
-        let ratings = synthetic::ratings(synthetic::ITEMS);
+        let ratings = synthetic::ratings(synthetic::USERS, synthetic::ITEMS);
         let split = Split::new(&ratings, &mut random(1, Stream::Split))?;
         let pairs =
             |ratings: &[Rating]| ratings.iter().map(|rating| (rating.user, rating.item)).collect::<HashSet<_>>();

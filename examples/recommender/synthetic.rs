@@ -17,7 +17,8 @@ use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
 
 use crate::data::{Rating, Ratings};
 
-const USERS: usize = 2_000;
+/// The number of users, unless another one is asked for.
+pub(crate) const USERS: usize = 2_000;
 /// The number of items, unless another one is asked for; and how many of more items a user knows of.
 pub(crate) const ITEMS: usize = 1_500;
 /// Ratings of a user: their median, and the spread of their logarithm.
@@ -38,12 +39,12 @@ const ZIPF: f64 = 0.9;
 /// The same ratings on every call: the seed of the experiment plays no part.
 ///
 /// Of many items a user knows [`ITEMS`] at most, drawn by popularity, and chooses among these.
-pub(crate) fn ratings(items: usize) -> Ratings {
+pub(crate) fn ratings(users: usize, items: usize) -> Ratings {
     let rng = &mut StdRng::seed_from_u64(20_150_507);
     let scale = (AFFINITY / (RANK as f64).sqrt()).sqrt();
-    let tastes = normals(rng, USERS * RANK, scale);
+    let tastes = normals(rng, users * RANK, scale);
     let traits = normals(rng, items * RANK, scale);
-    let user_bias = normals(rng, USERS, USER_BIAS);
+    let user_bias = normals(rng, users, USER_BIAS);
     let item_bias = normals(rng, items, ITEM_BIAS);
     let mut ln_popularity: Vec<f64> = (1..=items).map(|place| -ZIPF * ((place + 10) as f64).ln()).collect();
     ln_popularity.shuffle(rng);
@@ -69,7 +70,7 @@ pub(crate) fn ratings(items: usize) -> Ratings {
             list.push(Rating { user: user as u32, item: item as u32, value, time: time as i64 });
         }
     }
-    Ratings { list, users: USERS, items }
+    Ratings { list, users, items }
 }
 
 /// The items that a user knows of, and chooses among.

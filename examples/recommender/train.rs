@@ -13,9 +13,9 @@ use crate::data::{Rating, Ratings};
 use crate::evaluate::{self, Quality};
 use crate::laps::Laps;
 use crate::model::{Prediction, Recommender};
+use crate::random::{Stream, random};
 use crate::settings::Settings;
 use crate::split::Split;
-use crate::{Stream, random};
 
 const DIVERGED: &str = "try a lower --lr, or --clip-norm 1";
 

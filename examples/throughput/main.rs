@@ -7,13 +7,16 @@
 //! cargo run --release --example throughput -- small --tensors 1000 --elements 64
 //! cargo run --release --example throughput -- bert
 //! cargo run --release --example throughput -- sparse --rows 10000000 --dim 64 --batch 8192
+//! cargo run --release --example throughput -- bag --rows 1000000 --bags 8192 --per-bag 20
+//! cargo run --release --example throughput -- train --items 1000000
 //! cargo run --release --features cuda --example throughput -- dense --elements 256000000 --device cuda
 //! ```
 //!
-//! Gradients are recorded beforehand; there is no autograd in what is timed. `memory` reads and writes the bytes of an
-//! update and computes nothing: no update can be faster, so the ratio to it is what this program is about. The machine
-//! may be shared and noisy: rounds alternate between the implementations, times are medians, and the ratio to the
-//! memory is the median of the ratios of neighbors. `--json` prints one object a line, for other programs.
+//! Gradients are recorded beforehand; there is no autograd in what is timed, but for `whole`, `bag` and `train`.
+//! `memory` reads and writes the bytes of an update and computes nothing: no update can be faster, so the ratio to it is
+//! what this program is about. The machine may be shared and noisy: rounds alternate between the implementations, times
+//! are medians, and the ratio to the memory is the median of the ratios of neighbors. `--json` prints one object a line,
+//! for other programs; `benches/peers/torch_cpu.py` prints the same for PyTorch.
 //!
 //! On a GPU, times are those of its events, from before the first kernel of a step to after its last; where the host is
 //! slower than the GPU, the GPU's waiting is in them. The memory's own speed is that of a copy within its memory, which
@@ -24,27 +27,37 @@ use candle_adamax::{Rounding, StateDType};
 use candle_core::DType;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+mod bag;
 #[path = "../common/device.rs"]
 mod device;
 mod gpu;
+mod ids;
+mod lines;
 mod machine;
 mod memory;
+// With its allocator. candle allocates every intermediate result anew, and AdamW is made of a dozen of them. With the
+// system's allocator each large one is mapped, page by page, and unmapped again, which costs more than the arithmetic;
+// this one keeps some of them. A step of this crate allocates next to nothing; it gains from the pages, 2 MB each, that
+// this allocator has large arrays put on (measured: some 15 % over pages of 4 KB).
+#[allow(dead_code, reason = "other programs print and draw numbers with all of it")]
+#[path = "../common/program.rs"]
+mod program;
+#[allow(dead_code, reason = "the recommender trains, evaluates and reads files with all of it")]
+mod recommender;
 mod sparse;
 #[allow(dead_code, reason = "the benches make steps with all of it")]
 #[path = "../../benches/support/mod.rs"]
 mod support;
 mod table;
+mod train;
 mod updates;
 
-use machine::Machine;
-use updates::Work;
+use std::process::ExitCode;
 
-/// candle allocates every intermediate result anew, and AdamW is made of a dozen of them. With the system's allocator
-/// each large one is mapped, page by page, and unmapped again, which costs more than the arithmetic; this one keeps
-/// some of them. A step of this crate allocates next to nothing; it gains from the pages, 2 MB each, that this allocator
-/// has large arrays put on (measured: some 15 % over pages of 4 KB).
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+use machine::{Machine, Times};
+// Its modules find each other at the root.
+use recommender::{bar, data, evaluate, form, laps, model, options, random, settings, split, synthetic, text, trainer};
+use updates::Work;
 
 const OURS: &str = "candle-adamax";
 const ADAMW: &str = "candle-nn AdamW";
@@ -93,6 +106,10 @@ enum CaseArgs {
     },
     /// Some rows of an embedding table of f32: a lookup, a step, and both with a backward pass between them.
     Sparse(sparse::Args),
+    /// Rows of an embedding table that are pooled: a forward pass, and a whole training step.
+    Bag(bag::Args),
+    /// The training step of the example `recommender`, part by part, and its evaluation.
+    Train(train::Args),
 }
 
 #[derive(Args)]
@@ -167,16 +184,36 @@ impl From<Round> for Rounding {
     }
 }
 
-fn main() -> Result<()> {
-    let Cli { case, device, json } = Cli::parse();
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match &cli.case {
+        // As a program that trains: free memory is kept, and candle's operations on elements have one thread.
+        CaseArgs::Bag(_) => program::start(None, || run(&cli)),
+        CaseArgs::Train(args) => program::start(Some(args.threads), || run(&cli)),
+        _ => program::end(run(&cli)),
+    }
+}
+
+fn run(cli: &Cli) -> Result<()> {
+    let &Cli { ref case, device, json } = cli;
     let machine = Machine::new(device)?;
     let (name, shapes, common) = match case {
-        CaseArgs::Dense { elements, common } => ("dense", vec![vec![elements]], common),
-        CaseArgs::Small { tensors, elements, common } => ("small", vec![vec![elements]; tensors as usize], common),
+        CaseArgs::Dense { elements, common } => ("dense", vec![vec![*elements]], common),
+        CaseArgs::Small { tensors, elements, common } => ("small", vec![vec![*elements]; *tensors as usize], common),
         CaseArgs::Bert { common } => ("bert", updates::bert(), common),
-        CaseArgs::Sparse(args) => return sparse::run(&machine, &args, json),
+        CaseArgs::Sparse(args) => return sparse::run(&machine, args, json),
+        CaseArgs::Bag(args) => return bag::run(&machine, args, json),
+        CaseArgs::Train(args) => return train::run(&machine, device, args, json),
     };
-    updates::run(&machine, &Work::new(name, shapes, &common)?, common.rounds, json)
+    updates::run(&machine, &Work::new(name, shapes, common)?, common.rounds, json)
+}
+
+/// The time in terms of another. Of neighbors where there are as many; noise that lasts longer than a round cancels.
+fn ratio(times: &Times, other: &Times) -> f64 {
+    match times.ms.len() == other.ms.len() {
+        true => of_neighbors(&times.ms, &other.ms),
+        false => median(&times.ms) / median(&other.ms),
+    }
 }
 
 /// The median of the ratios of neighbors.

@@ -11,15 +11,14 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{AdamW, Linear, Module, Optimizer, ParamsAdamW};
 use clap::ValueEnum;
-use rand::{Rng, SeedableRng, rngs::StdRng};
-use rand_distr::Zipf;
 use serde::Serialize;
 
+use crate::ids::{self, Batches};
 use crate::machine::{COPY_BYTES, Machine, Times};
 use crate::support::case::{Case, Step};
 use crate::support::rows::{Rows, Touched};
 use crate::table::{cell, percent, print};
-use crate::{ADAMW, COPY, MEMORY, OURS, State, median, of_neighbors};
+use crate::{ADAMW, COPY, MEMORY, OURS, State, median, ratio};
 
 const LAZY: &str = "lazy, f32";
 
@@ -148,34 +147,6 @@ impl Memory {
     }
 }
 
-/// Ids for the rounds.
-struct Batches {
-    rng: StdRng,
-    rows: u64,
-    batch: usize,
-    /// Of ranks, from 1 on; if none, rows are drawn uniformly.
-    zipf: Option<Zipf<f64>>,
-}
-
-/// Shares no factor with any smaller number of rows.
-const PRIME: u64 = 4_294_967_291;
-
-impl Batches {
-    fn new(args: &Args) -> Result<Self> {
-        let zipf = args.zipf.map(|exponent| Zipf::new(args.rows as f64, exponent)).transpose()?;
-        Ok(Self { rng: StdRng::seed_from_u64(2015), rows: args.rows as u64, batch: args.batch, zipf })
-    }
-
-    fn draw(&mut self) -> Vec<u32> {
-        let Self { rng, rows, batch, zipf } = self;
-        let mut row = || match zipf {
-            None => rng.random_range(0..*rows),
-            Some(zipf) => (rng.sample(*zipf) as u64 - 1) * PRIME % *rows,
-        };
-        (0..*batch).map(|_| row() as u32).collect()
-    }
-}
-
 /// A table, a linear layer on its rows, and an optimizer of both.
 struct Model<E, O> {
     embedding: E,
@@ -279,7 +250,7 @@ struct Measured {
 }
 
 fn measure(machine: &Machine, args: &Args) -> Result<Measured> {
-    let mut batches = Batches::new(args)?;
+    let mut batches = Batches::new(args.rows, args.batch, args.zipf)?;
     let warm_up = WARM_UP.max(machine.warm_up());
     let before = machine.used_memory()?;
     let mut ours = Model::ours(machine, args, args.params())?;
@@ -324,13 +295,8 @@ fn measure(machine: &Machine, args: &Args) -> Result<Measured> {
 
 /// Times all cases and prints them.
 pub(crate) fn run(machine: &Machine, args: &Args, json: bool) -> Result<()> {
-    ensure!(args.rows > 0 && u32::try_from(args.rows).is_ok(), "--rows: expected 1 to 4294967295, got {}", args.rows);
-    if let Some(exponent) = args.zipf {
-        ensure!(exponent.is_finite() && exponent >= 0.0, "--zipf: expected a number of at least 0, got {exponent}");
-    }
     ensure!(args.dim > 0 && args.batch > 0 && args.rounds > 0, "--dim, --batch, --rounds: expected at least 1");
-    let table_bytes = args.table_bytes();
-    ensure!(isize::try_from(4 * table_bytes).is_ok(), "--rows: a table of {table_bytes} bytes does not fit");
+    ids::check_table(args.rows, args.dim)?;
     let measured = measure(machine, args)?;
     let lines = lines(machine, args, &measured)?;
     let mut out = std::io::stdout().lock();
@@ -371,14 +337,6 @@ struct Line {
     batch: usize,
     rounds: usize,
     threads: usize,
-}
-
-/// The time in terms of another. Of neighbors where there are as many; noise that lasts longer than a round cancels.
-fn ratio(times: &Times, other: &Times) -> f64 {
-    match times.ms.len() == other.ms.len() {
-        true => of_neighbors(&times.ms, &other.ms),
-        false => median(&times.ms) / median(&other.ms),
-    }
 }
 
 fn lines(machine: &Machine, args: &Args, measured: &Measured) -> Result<Vec<Line>> {

@@ -74,7 +74,7 @@ fn run(args: &Args) -> Result<()> {
         ensure!(!same, "--out: expected another folder than that of --model, which would be overwritten");
     }
     let Setup { data, tokenizer, config, mut trainer, mut progress } = setup(args)?;
-    let (checkpoints, length) = (Checkpoints::new(&args.out), trainer.length);
+    let (mut checkpoints, length) = (Checkpoints::new(&args.out), trainer.length);
     if args.resume {
         let check = |saved: &_| progress.check_continues(saved);
         let saved = checkpoints.load(check, &mut trainer.varmap, &mut trainer.optimizer)?;
@@ -106,6 +106,7 @@ fn run(args: &Args) -> Result<()> {
         checkpoints.save(&progress, &trainer.varmap, &trainer.optimizer)?;
     }
     bar.finish();
+    checkpoints.finish()?;
     if progress.steps.len() < length.steps {
         println!("\nstopped after step {}: --resume goes on from {}", progress.steps.len(), args.out.display());
         return Ok(());
