@@ -60,19 +60,24 @@ impl Isa {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use x86::{Avx2, Avx512, F16c, prefetch};
+pub(crate) use x86::{Avx2, Avx512, F16c, prefetch, prefetch_early};
 
 /// Asks for memory that will be used soon. Here, nothing: this architecture has no stable way to say it.
 #[cfg(not(target_arch = "x86_64"))]
 #[inline(always)]
 pub(crate) fn prefetch<T>(_values: &[T]) {}
 
+/// The same for memory that will be read a little later.
+#[cfg(not(target_arch = "x86_64"))]
+#[inline(always)]
+pub(crate) fn prefetch_early<T>(_values: &[T]) {}
+
 #[cfg(target_arch = "x86_64")]
 #[expect(unsafe_code, reason = "a function for an instruction set may be called only where the CPU has it")]
 mod x86 {
     use std::arch::x86_64::{
-        _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm_storeu_si128, _mm256_cvtph_ps,
-        _mm256_cvtps_ph, _mm256_loadu_ps, _mm256_storeu_ps,
+        _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T0, _MM_HINT_T1, _mm_loadu_si128, _mm_prefetch, _mm_storeu_si128,
+        _mm256_cvtph_ps, _mm256_cvtps_ph, _mm256_loadu_ps, _mm256_storeu_ps,
     };
 
     use half::f16;
@@ -106,16 +111,27 @@ mod x86 {
         };
     }
 
-    /// Asks for memory that will be used soon.
+    /// Asks for memory that will be used soon, into the first cache.
     #[inline(always)]
     pub(crate) fn prefetch<T>(values: &[T]) {
+        fetch::<_MM_HINT_T0, T>(values);
+    }
+
+    /// Asks for memory that will be read a little later, into the second cache.
+    #[inline(always)]
+    pub(crate) fn prefetch_early<T>(values: &[T]) {
+        fetch::<_MM_HINT_T1, T>(values);
+    }
+
+    #[inline(always)]
+    fn fetch<const HINT: i32, T>(values: &[T]) {
         const LINE: usize = 64;
         let bytes = size_of_val(values);
         for offset in (0..bytes).step_by(LINE) {
             let line = values.as_ptr().cast::<i8>().wrapping_add(offset);
             // SAFETY: a prefetch is a hint that neither faults nor changes anything a program sees; SSE, which has it,
             // is part of x86-64.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(line) };
+            unsafe { _mm_prefetch::<HINT>(line) };
         }
     }
 

@@ -4,7 +4,7 @@
 
 use candle_core::{Tensor, bail};
 
-use super::isa::prefetch;
+use super::isa::{prefetch, prefetch_early};
 use super::span::{Lane, Orders, PayRow, Span, UpdateUnit};
 use super::team::Team;
 use super::{Elements, Isa, Pass};
@@ -26,6 +26,8 @@ const PIECES_PER_THREAD: usize = 4;
 /// How far ahead of the row that is worked on another one is asked for, in bytes of one array: enough to hide the
 /// memory's latency, few enough for the line buffers.
 const AHEAD: usize = 2048;
+/// The same for a loop that only reads rows, into the second cache, which holds more of them until their turn.
+const AHEAD_OF_READING: usize = 8192;
 
 /// The update of the touched rows of one table.
 pub(crate) struct RowTask<'a> {
@@ -321,14 +323,19 @@ fn rows_ahead(bytes: usize) -> usize {
     (AHEAD / bytes.max(1)).clamp(1, 64)
 }
 
+/// The same where they are only read.
+fn rows_ahead_of_reading(bytes: usize) -> usize {
+    (AHEAD_OF_READING / bytes.max(1)).clamp(1, 64)
+}
+
 /// The rows `ids` of a table, one after another.
 pub(crate) fn gather<E: Element>(table: &[E], row_len: usize, ids: &[u32]) -> Vec<E> {
     let row = |id: u32| &table[id as usize * row_len..][..row_len];
-    let ahead = rows_ahead(row_len * size_of::<E>());
+    let ahead = rows_ahead_of_reading(row_len * size_of::<E>());
     let mut gathered = Vec::with_capacity(ids.len() * row_len);
     for (k, &id) in ids.iter().enumerate() {
         if let Some(&next) = ids.get(k + ahead) {
-            prefetch(row(next));
+            prefetch_early(row(next));
         }
         gathered.extend_from_slice(row(id));
     }
@@ -361,7 +368,7 @@ impl<E: Element> Pass for Pool<'_, E> {
     fn run(self) -> Vec<E> {
         let Self { table, row_len, ids, starts, factors, mean } = self;
         let row = |id: u32| &table[id as usize * row_len..][..row_len];
-        let ahead = rows_ahead(row_len * size_of::<E>());
+        let ahead = rows_ahead_of_reading(row_len * size_of::<E>());
         let mut pooled = Vec::with_capacity(starts.len().saturating_sub(1) * row_len);
         let mut sums = vec![E::Acc::ZERO; row_len];
         for bag in starts.windows(2) {
@@ -369,7 +376,7 @@ impl<E: Element> Pass for Pool<'_, E> {
             sums.fill(E::Acc::ZERO);
             for k in from..to {
                 if let Some(&next) = ids.get(k + ahead) {
-                    prefetch(row(next));
+                    prefetch_early(row(next));
                 }
                 let factor = E::Acc::from_f64(factors.map_or(1.0, |factors| factors[k]));
                 for (sum, x) in sums.iter_mut().zip(row(ids[k])) {

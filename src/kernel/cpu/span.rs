@@ -6,7 +6,6 @@
 use std::ops::Range;
 
 use candle_core::bail;
-use half::{bf16, f16};
 
 use super::convert::Convert;
 use super::isa::prefetch;
@@ -473,14 +472,18 @@ impl Lane for f32 {
 
     #[inline(always)]
     fn widened<'s>(grads: Elements<'s>, scratch: &'s mut [f32]) -> &'s [f32] {
-        let scratch = &mut scratch[..grads.len()];
-        match grads {
-            Elements::F32(grads) => return grads,
-            Elements::F16(grads) => f16::widen_all(grads, scratch),
-            Elements::BF16(grads) => bf16::widen_all(grads, scratch),
-            Elements::F64(_) => {}
+        #[inline(always)]
+        fn widened<'s, E: Convert>(grads: &[E], scratch: &'s mut [f32]) -> &'s [f32] {
+            let scratch = &mut scratch[..grads.len()];
+            E::widen_all(grads, scratch);
+            scratch
         }
-        scratch
+        match grads {
+            Elements::F32(grads) => grads,
+            Elements::F16(grads) => widened(grads, scratch),
+            Elements::BF16(grads) => widened(grads, scratch),
+            Elements::F64(_) => &[],
+        }
     }
 }
 
