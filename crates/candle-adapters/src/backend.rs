@@ -140,7 +140,7 @@ impl Backend<'_> {
                 return Ok(weight.tensor().clone());
             }
             Some(weight) => {
-                let weight = weight.with_base(&base)?;
+                let weight = weight.with_base(&base);
                 weight.write(mask)?;
                 weight
             }

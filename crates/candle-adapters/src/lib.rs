@@ -175,6 +175,7 @@ mod files;
 mod lora;
 mod random;
 mod rules;
+mod stamp;
 mod state;
 mod weight;
 
