@@ -172,6 +172,7 @@ mod backend;
 mod config;
 mod error;
 mod files;
+mod json;
 mod lora;
 mod random;
 mod rules;
