@@ -37,7 +37,7 @@
 //!     LoraConfig {
 //!         r: 4,
 //!         lora_alpha: 8.0,
-//!         target_modules: ["query", "value"].into(),
+//!         target_modules: ["query"].into(),
 //!         modules_to_save: vec!["head".into()],
 //!         ..LoraConfig::default()
 //!     },
