@@ -152,19 +152,20 @@
 //! Weights of two dimensions can be adapted: linear layers and tables of embeddings. A module that matches and whose
 //! weight has another number, such as a convolution or a norm, is an error.
 //!
-//! A name in the settings of new adapters that no module of the model has is [`Error::Unmatched`]. Files of PEFT may have
-//! such names, because PEFT adds some by itself.
+//! An entry in the settings of new adapters that no module of the model matches is [`Error::Unmatched`]. Files of PEFT
+//! may have such entries, because PEFT adds some by itself.
 //!
 //! # Tied tables
 //!
-//! In many decoders the head has no weight of its own and computes with the table of embeddings (`tie_word_embeddings`).
-//! Where the table has an adapter, the head of a candle model computes with the adapted table. PEFT's head does not: it
-//! keeps the table of the base, and only `merge_and_unload` puts the sum in both places. So PEFT's outputs differ from
-//! this crate's, and this crate cannot know, because a `VarBuilder` does not tell that a table is tied.
+//! In many decoders the head has no weight of its own and computes with the table of embeddings
+//! (`tie_word_embeddings`). Where the table has an adapter, the head of a candle model computes with the adapted table.
+//! PEFT's head does not: it keeps the table of the base. So PEFT's outputs differ from this crate's, and this crate
+//! cannot know, because a `VarBuilder` does not tell that a table is tied.
 //!
 //! Set [`ensure_weight_tying`](LoraConfig::ensure_weight_tying) where a table of such a model is a target. A PEFT that
-//! has the setting reads it in the file and gives the head the table's adapter, with the same outputs as this crate. It changes
-//! nothing here. PEFT itself then writes the head's adapter a second time, and a model of candle refuses these names.
+//! has the setting reads it in the file and gives the head the table's adapter, with the same outputs as this crate. It
+//! changes nothing here. PEFT itself then writes the head's adapter a second time, and a model of candle refuses these
+//! names.
 //!
 //! # Names
 //!
