@@ -87,8 +87,9 @@ impl Lora {
     /// # Errors
     ///
     /// Those of `build`; no module matches the target; an entry of new adapters' settings matches no module; a module
-    /// matches whose weight has not two dimensions or is of integers; an adapter from a file that lacks a name, has another shape, or has a name that the model does not ask
-    /// for, all of them in one message. The adapters are then as before.
+    /// matches whose weight has not two dimensions or is of integers; an adapter from a file that lacks a name, has
+    /// another shape, or has a name that the model does not ask for, all of them in one message. The adapters are then
+    /// as before.
     pub fn build<'a, M, E: From<Error>>(
         &self,
         base: VarBuilder<'a>,
@@ -116,8 +117,8 @@ impl Lora {
     ///
     /// # Errors
     ///
-    /// As [`build`](Self::build); an adapter that the model does not ask for; as [`verify`](Self::verify) for new adapters,
-    /// which have no values before a model is built.
+    /// As [`build`](Self::build); an adapter that the model does not ask for; as [`verify`](Self::verify) for new
+    /// adapters, which have no values before a model is built.
     pub fn build_merged<'a, M, E: From<Error>>(
         &self,
         base: VarBuilder<'a>,
@@ -177,8 +178,8 @@ impl Lora {
     ///
     /// # Errors
     ///
-    /// No model has been built; no module has an adapter; an entry of new adapters' settings that matches no module; names
-    /// of a file that no model has asked for.
+    /// No model has been built; no module has an adapter; an entry of new adapters' settings that matches no module;
+    /// names of a file that no model has asked for.
     pub fn verify(&self) -> Result<()> {
         self.inner.verify(&mut self.inner.state())
     }
