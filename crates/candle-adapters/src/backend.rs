@@ -9,7 +9,7 @@ use candle_nn::{Init, VarBuilder};
 
 use crate::error::{Error, Result};
 use crate::random::Stream;
-use crate::state::{Inner, Pair, State, Whole, names, variable, variable_of};
+use crate::state::{Inner, Pair, Seen, State, Whole, names, variable, variable_of};
 use crate::weight::Weight;
 
 /// What a model has asked for, and what of it was not there.
@@ -60,22 +60,19 @@ pub(crate) struct Backend<'a> {
 impl Backend<'_> {
     fn provide(&self, request: &Request<'_>) -> Result<Tensor> {
         let name = request.name;
-        if self.inner.rules.saves(name) {
-            return self.trained(request);
-        }
-        let base = self.base(request)?;
-        let frozen = if base.is_variable() { base.detach() } else { base };
-        let Some(module) = name.strip_suffix(".weight") else { return Ok(frozen) };
+        let is_saved = self.inner.rules.saves(name);
+        let tensor = if is_saved { self.trained(request)? } else { self.base(request)? };
         let mut state = self.inner.state();
-        let stored = state.waiting.pairs.get(module).map(|stored| stored.is_embedding);
-        let known = state.pairs.get(module).map(|pair| pair.is_embedding).or(stored);
-        let init = request.shape.as_ref().map(|(_, init)| *init);
-        let is_embedding = known.unwrap_or_else(|| self.inner.rules.is_embedding(module, init));
+        state.is_built |= !self.is_merged;
+        let module = name.strip_suffix(".weight");
+        let is_embedding = module.is_some_and(|module| self.see(&mut state, module, request, tensor.rank()));
+        if is_saved {
+            return Ok(tensor);
+        }
+        let frozen = if tensor.is_variable() { tensor.detach() } else { tensor };
+        let Some(module) = module else { return Ok(frozen) };
         let dims = frozen.dims();
         if !self.inner.rules.adapts(module, dims, is_embedding)? {
-            if dims.len() == 2 {
-                state.others.insert(module.to_owned());
-            }
             return Ok(frozen);
         }
         let expected = "two dimensions, because `target_modules` matches";
@@ -98,6 +95,20 @@ impl Backend<'_> {
             state.pairs.insert(module.to_owned(), pair);
         }
         self.adapted(&mut state, module, request, frozen)
+    }
+
+    /// Remembers a module. Whether it is an embedding is what its adapter says, or the first request: a head may be tied
+    /// to it.
+    fn see(&self, state: &mut State, module: &str, request: &Request<'_>, rank: usize) -> bool {
+        let stored = state.waiting.pairs.get(module).map(|stored| stored.is_embedding);
+        let known = state.pairs.get(module).map(|pair| pair.is_embedding).or(stored);
+        let init = request.shape.as_ref().map(|(_, init)| *init);
+        if let Some(seen) = state.modules.get(module) {
+            return known.unwrap_or(seen.is_embedding);
+        }
+        let is_embedding = known.unwrap_or_else(|| self.inner.rules.is_embedding(module, init));
+        state.modules.insert(module.to_owned(), Seen { is_embedding, is_matrix: rank == 2 });
+        is_embedding
     }
 
     /// A pair for a module that has none; nothing if what the file has does not fit.
@@ -140,7 +151,7 @@ impl Backend<'_> {
                 return Ok(weight.tensor().clone());
             }
             Some(weight) => {
-                let weight = weight.with_base(&base)?;
+                let weight = weight.with_base(&base);
                 weight.write(mask)?;
                 weight
             }

@@ -1,19 +1,13 @@
 //! The settings of an adapter, under PEFT's names, and `adapter_config.json`.
 
-use std::collections::BTreeMap;
-use std::fmt;
-use std::marker::PhantomData;
-
-use serde::de::{MapAccess, Visitor};
-use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value, json};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::json;
 use crate::rules::Rules;
 
 /// Modules by name, as PEFT's `target_modules` and `exclude_modules` have them.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
-#[serde(untagged)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Modules {
     /// Names of modules, or their last parts: `"query"` is every module whose name is `query` or ends with `.query`.
     Names(Vec<String>),
@@ -102,6 +96,9 @@ pub struct LoraConfig {
     pub use_rslora: bool,
     /// Whether adapted weights, but for those of embeddings, are stored as [in, out], as GPT-2's are.
     pub fan_in_fan_out: bool,
+    /// Whether PEFT gives a head that is tied to an adapted table the table's adapter. A model of candle always does:
+    /// see the [crate's documentation](crate#tied-tables).
+    pub ensure_weight_tying: bool,
     /// Modules that are trained whole and saved with the adapter, such as a head: names end with one of these. A weight
     /// that the base model does not have is made as by a `VarMap`, but reproducibly.
     pub modules_to_save: Vec<String>,
@@ -134,6 +131,7 @@ impl Default for LoraConfig {
             alpha_pattern: Vec::new(),
             use_rslora: false,
             fan_in_fan_out: false,
+            ensure_weight_tying: false,
             modules_to_save: Vec::new(),
             init_lora_weights: InitLora::Default,
             embedding_modules: None,
@@ -161,10 +159,7 @@ impl LoraConfig {
     /// Text that is not such a file; settings that are not allowed; settings that change the numbers and that this
     /// crate does not support, such as `use_dora`; unknown keys that are neither null, false nor empty.
     pub fn from_json(text: &str) -> Result<Self> {
-        let raw: Raw = serde_json::from_str(text).map_err(|error| {
-            Error::config("adapter_config.json", "the settings of a LoRA adapter", error.to_string())
-        })?;
-        let config = raw.into_config()?;
+        let config = json::read(text)?;
         config.validate()?;
         Ok(config)
     }
@@ -201,7 +196,10 @@ impl LoraConfig {
         let alphas: Map<_, _> = self.alpha_pattern.iter().map(|(key, alpha)| (key.clone(), number(*alpha))).collect();
         file["rank_pattern"] = ranks.into();
         file["alpha_pattern"] = alphas.into();
-        // A key that older versions do not have.
+        // Keys that older versions do not have.
+        if self.ensure_weight_tying {
+            file["ensure_weight_tying"] = json!(true);
+        }
         if let Some(excluded) = &self.exclude_modules {
             file["exclude_modules"] = excluded.to_json();
         }
@@ -212,148 +210,4 @@ impl LoraConfig {
 /// A whole number as PEFT writes it, without a point.
 fn number(value: f64) -> Value {
     if value.fract() == 0.0 && value.abs() < 1e15 { json!(value as i64) } else { json!(value) }
-}
-
-/// One value or several.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum OneOrMany<T> {
-    Many(Vec<T>),
-    One(T),
-}
-
-impl<T> OneOrMany<T> {
-    fn into_vec(self) -> Vec<T> {
-        match self {
-            Self::Many(values) => values,
-            Self::One(value) => vec![value],
-        }
-    }
-}
-
-/// A mapping in the order of the file, where the first pattern that matches counts.
-struct Patterns<T>(Vec<(String, T)>);
-
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Patterns<T> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        struct Entries<T>(PhantomData<T>);
-
-        impl<'de, T: Deserialize<'de>> Visitor<'de> for Entries<T> {
-            type Value = Patterns<T>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a mapping from patterns to numbers")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Self::Value, A::Error> {
-                let mut entries = Vec::new();
-                while let Some(entry) = map.next_entry()? {
-                    entries.push(entry);
-                }
-                Ok(Patterns(entries))
-            }
-        }
-
-        deserializer.deserialize_map(Entries(PhantomData))
-    }
-}
-
-/// Keys without influence on the numbers of an adapter that is loaded. Those of initializations matter only together
-/// with a value of `init_lora_weights` that is refused.
-const IGNORED: [&str; 10] = [
-    "auto_mapping",
-    "peft_version",
-    "inference_mode",
-    "runtime_config",
-    "megatron_core",
-    "qalora_group_size",
-    "loftq_config",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
-];
-
-/// What is in the file.
-#[derive(Deserialize)]
-struct Raw {
-    peft_type: String,
-    base_model_name_or_path: Option<String>,
-    revision: Option<String>,
-    task_type: Option<String>,
-    r: Option<usize>,
-    lora_alpha: Option<f64>,
-    lora_dropout: Option<f64>,
-    target_modules: Option<Modules>,
-    exclude_modules: Option<Modules>,
-    layers_to_transform: Option<OneOrMany<usize>>,
-    layers_pattern: Option<OneOrMany<String>>,
-    rank_pattern: Option<Patterns<usize>>,
-    alpha_pattern: Option<Patterns<f64>>,
-    use_rslora: Option<bool>,
-    fan_in_fan_out: Option<bool>,
-    modules_to_save: Option<Vec<String>>,
-    init_lora_weights: Option<Value>,
-    bias: Option<String>,
-    #[serde(flatten)]
-    others: BTreeMap<String, Value>,
-}
-
-impl Raw {
-    fn into_config(self) -> Result<LoraConfig> {
-        if self.peft_type != "LORA" {
-            return Err(Error::config("peft_type", "\"LORA\"", self.peft_type));
-        }
-        if let Some(bias) = self.bias.filter(|bias| bias != "none") {
-            return Err(Error::config("bias", "\"none\"", bias));
-        }
-        let is_off = |value: &Value| match value {
-            Value::Null | Value::Bool(false) => true,
-            Value::String(text) => text.is_empty(),
-            Value::Array(values) => values.is_empty(),
-            Value::Object(entries) => entries.is_empty(),
-            _ => false,
-        };
-        for (key, value) in &self.others {
-            if !IGNORED.contains(&key.as_str()) && !is_off(value) {
-                let expected = "null, false or nothing, because this crate does not support the key";
-                return Err(Error::Config { field: key.clone(), expected: expected.into(), got: value.to_string() });
-            }
-        }
-        let init_lora_weights = match &self.init_lora_weights {
-            None | Some(Value::Null | Value::Bool(true)) => InitLora::Default,
-            Some(Value::Bool(false)) => InitLora::Random,
-            Some(Value::String(init)) if init == "gaussian" => InitLora::Gaussian,
-            // They leave the base as it is, and the file has what they gave.
-            Some(Value::String(init)) if init == "eva" || init == "orthogonal" => InitLora::Default,
-            // The others change the base's weights, or freeze a part of the adapter.
-            Some(other) => {
-                let expected = "true, false, \"gaussian\", \"eva\" or \"orthogonal\"";
-                return Err(Error::Config {
-                    field: "init_lora_weights".into(),
-                    expected: expected.into(),
-                    got: other.to_string(),
-                });
-            }
-        };
-        let default = LoraConfig::default();
-        Ok(LoraConfig {
-            r: self.r.unwrap_or(default.r),
-            lora_alpha: self.lora_alpha.unwrap_or(default.lora_alpha),
-            lora_dropout: self.lora_dropout.unwrap_or(default.lora_dropout),
-            target_modules: self.target_modules.unwrap_or(default.target_modules),
-            exclude_modules: self.exclude_modules,
-            layers_to_transform: self.layers_to_transform.map(OneOrMany::into_vec).unwrap_or_default(),
-            layers_pattern: self.layers_pattern.map(OneOrMany::into_vec).unwrap_or_default(),
-            rank_pattern: self.rank_pattern.map(|patterns| patterns.0).unwrap_or_default(),
-            alpha_pattern: self.alpha_pattern.map(|patterns| patterns.0).unwrap_or_default(),
-            use_rslora: self.use_rslora.unwrap_or(false),
-            fan_in_fan_out: self.fan_in_fan_out.unwrap_or(false),
-            modules_to_save: self.modules_to_save.unwrap_or_default(),
-            init_lora_weights,
-            embedding_modules: None,
-            base_model_name_or_path: self.base_model_name_or_path,
-            revision: self.revision,
-            task_type: self.task_type,
-        })
-    }
 }

@@ -20,6 +20,17 @@ pub enum Error {
         /// The value.
         got: String,
     },
+    /// No model has been built whose adapters there could be.
+    #[error("no model has been built with these adapters; call `build` first")]
+    NotBuilt,
+    /// Entries of new adapters' settings that have no effect, such as misspelled names.
+    #[error("no module of the model matches {}; it has {}", .entries.join(", "), Listed(.seen, "modules"))]
+    Unmatched {
+        /// Each with its field of [`LoraConfig`](crate::LoraConfig).
+        entries: Vec<String>,
+        /// The modules of the model.
+        seen: Vec<String>,
+    },
     /// No weight of the model has an adapter.
     #[error(
         "no module of the model matches `target_modules` = {target}; it has {}",
@@ -51,10 +62,11 @@ pub enum Error {
         /// What it is.
         got: String,
     },
-    /// A weight in a model that was computed from other values of the adapter than it has now.
+    /// A weight in a model that was computed from other values of the adapter, or of the base, than there are now.
     #[error(
-        "the weight of {module:?} that the model holds is stale: its adapter has changed since it was computed; call \
-         `refresh()` after each step of the optimizer, before the next forward pass"
+        "the weight of {module:?} that the model holds is stale: its adapter or its base has changed since it was \
+         computed; call `refresh()` after each step of the optimizer and after a change of the base, before the next \
+         forward pass"
     )]
     Stale {
         /// The module's name.
@@ -90,6 +102,14 @@ pub enum Error {
         /// The cause.
         message: String,
     },
+    /// What is wrong with the content of a file.
+    #[error("{path:?}: {source}")]
+    Content {
+        /// Its path.
+        path: PathBuf,
+        /// The cause: [`Config`](Self::Config) or [`Names`](Self::Names).
+        source: Box<Error>,
+    },
     /// An error of candle.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
@@ -100,12 +120,21 @@ impl Error {
         Self::Config { field: field.into(), expected: expected.into(), got: format!("{got:?}") }
     }
 
+    /// A value in `adapter_config.json`, as it stands there.
+    pub(crate) fn json(key: &str, expected: &str, got: &serde_json::Value) -> Self {
+        Self::Config { field: key.to_owned(), expected: expected.to_owned(), got: got.to_string() }
+    }
+
     pub(crate) fn weight(name: &str, expected: impl Into<String>, got: impl fmt::Debug) -> Self {
         Self::Weight { name: name.to_owned(), expected: expected.into(), got: format!("{got:?}") }
     }
 
     pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         move |source| Self::Io { path: path.to_owned(), source }
+    }
+
+    pub(crate) fn content(path: &Path) -> impl FnOnce(Self) -> Self {
+        move |source| Self::Content { path: path.to_owned(), source: Box::new(source) }
     }
 
     pub(crate) fn format(path: &Path, message: impl fmt::Display) -> Self {

@@ -43,7 +43,7 @@ impl Lora {
         let folder = folder.as_ref();
         let path = folder.join(CONFIG);
         let text = fs::read_to_string(&path).map_err(Error::io(&path))?;
-        let config = LoraConfig::from_json(&text)?;
+        let config = LoraConfig::from_json(&text).map_err(Error::content(&path))?;
         let rules = Rules::new(&config)?;
         let path = folder.join(WEIGHTS);
         let bytes = fs::read(&path).map_err(Error::io(&path))?;
@@ -57,7 +57,10 @@ impl Lora {
         let (seed, draw) = (number(SEED)?, number(DRAW)?);
         let tensors =
             candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).map_err(|error| Error::format(&path, error))?;
-        let waiting = sort(&rules, tensors)?;
+        if tensors.is_empty() {
+            return Err(Error::format(&path, "expected the tensors of an adapter, got none"));
+        }
+        let waiting = sort(&rules, tensors).map_err(Error::content(&path))?;
         Ok(Self::stored(config, rules, seed, draw, waiting))
     }
 
@@ -118,9 +121,9 @@ impl Lora {
     /// No adapters; all names and shapes of the adapters that `tensors` does not have; errors of candle.
     pub fn merge(&self, tensors: &HashMap<String, Tensor>) -> Result<HashMap<String, Tensor>> {
         let inner = &self.inner;
-        let state = inner.state();
+        let mut state = inner.state();
         if state.waiting.pairs.is_empty() {
-            state.verify(&inner.config)?;
+            inner.verify(&mut state)?;
         }
         let mut merged: HashMap<_, _> = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.detach())).collect();
         let whole = state.whole.iter().map(|(name, whole)| (name, whole.tensor()));

@@ -37,7 +37,7 @@
 //!     LoraConfig {
 //!         r: 4,
 //!         lora_alpha: 8.0,
-//!         target_modules: ["query", "value"].into(),
+//!         target_modules: ["query"].into(),
 //!         modules_to_save: vec!["head".into()],
 //!         ..LoraConfig::default()
 //!     },
@@ -84,11 +84,14 @@
 //!
 //! Both give the same bits. What is forgotten is an error:
 //!
-//! - A backward pass through a weight whose A or B has changed since it was computed is [`Error::Stale`]. (On a GPU,
-//!   the first 4096 elements of A and of B are compared.) A forward pass alone cannot know; [`Lora::check`] tells
+//! - A backward pass through a weight whose A, B or base has changed since it was computed is [`Error::Stale`]. (On a
+//!   GPU, the first 4096 elements of each are compared.) A forward pass alone cannot know; [`Lora::check`] tells
 //!   without a backward pass.
 //! - [`Lora::check`] finds copies that `refresh` does not reach, and is [`Error::Copied`] then. Call it for the first
 //!   two losses of a run, or for all.
+//!
+//! The base may change in place, as by `VarMap::load` after the build: the next [`Lora::refresh`] or [`Lora::build`]
+//! computes with the new values. Variables of `modules_to_save` keep the values that they have.
 //!
 //! As with every variable of candle, no thread may be in a forward pass, and no loss may wait for its backward pass,
 //! while weights change. Gradients of several batches may be accumulated between two calls.
@@ -111,7 +114,9 @@
 //!
 //! Unlike PEFT, which multiplies activations with A and B, this keeps both W and the sum of each adapted weight in
 //! memory, and the backward pass computes the gradient G of the whole sum for a moment, to derive dB = scale * G Aᵀ and
-//! dA = scale * Bᵀ G from it. `refresh` costs about as much as reading W and writing the sum.
+//! dA = scale * Bᵀ G from it. `refresh` costs about as much as reading W and writing the sum. A `refresh`
+//! that finds nothing to do, [`Lora::check`] and the backward pass read W once, to see whether it has changed:
+//! 0.3 ms for a weight of [1024, 1024] in f32, where computing it takes 3 ms or more.
 //!
 //! The base has no gradient that anyone sees. But candle's own multiplication computes the gradients of both of its
 //! operands, and its `GradStore` keeps them: with candle-nn as released, the backward pass of an adapted model takes
@@ -130,6 +135,7 @@
 //! | `modules_to_save` | as in PEFT: trained whole, saved with the adapter |
 //! | `fan_in_fan_out` | as in PEFT, for all adapted weights but tables of embeddings |
 //! | `lora_dropout` | see [above](#dropout) |
+//! | `ensure_weight_tying` | see [below](#tied-tables) |
 //! | `init_lora_weights` | `true`, `false`, `"gaussian"`; where an adapter is loaded also `"eva"` and `"orthogonal"` |
 //! | | refused, because they change the base: `"pissa"`, `"olora"`, `"corda"`, `"loftq"`, `"lora_ga"`; and `"mica"` |
 //! | `bias` | `"none"`; refused: `"all"`, `"lora_only"` |
@@ -137,7 +143,7 @@
 //! | `inference_mode`, `peft_version`, `auto_mapping`, `runtime_config` | ignored: no influence on numbers |
 //! | `megatron_core`, `qalora_group_size` | ignored: no influence without keys that are refused |
 //! | `loftq_config`, `eva_config`, `corda_config`, `lora_ga_config` | ignored: of initializations |
-//! | `use_dora`, `use_qalora`, `use_bdlora`, `lora_bias`, `ensure_weight_tying` | refused, unless off |
+//! | `use_dora`, `use_qalora`, `use_bdlora`, `lora_bias` | refused, unless off |
 //! | `target_parameters`, `trainable_token_indices`, `alora_invocation_tokens` | refused, unless off |
 //! | `layer_replication`, `megatron_config`, `arrow_config` | refused, unless off |
 //! | `velora_config`, `kasa_config`, `monteclora_config` | refused, unless off |
@@ -145,6 +151,21 @@
 //!
 //! Weights of two dimensions can be adapted: linear layers and tables of embeddings. A module that matches and whose
 //! weight has another number, such as a convolution or a norm, is an error.
+//!
+//! An entry in the settings of new adapters that no module of the model matches is [`Error::Unmatched`]. Files of PEFT
+//! may have such entries, because PEFT adds some by itself.
+//!
+//! # Tied tables
+//!
+//! In many decoders the head has no weight of its own and computes with the table of embeddings
+//! (`tie_word_embeddings`). Where the table has an adapter, the head of a candle model computes with the adapted table.
+//! PEFT's head does not: it keeps the table of the base. So PEFT's outputs differ from this crate's, and this crate
+//! cannot know, because a `VarBuilder` does not tell that a table is tied.
+//!
+//! Set [`ensure_weight_tying`](LoraConfig::ensure_weight_tying) where a table of such a model is a target. A PEFT that
+//! has the setting reads it in the file and gives the head the table's adapter, with the same outputs as this crate. It
+//! changes nothing here. PEFT itself then writes the head's adapter a second time, and a model of candle refuses these
+//! names.
 //!
 //! # Names
 //!
@@ -172,9 +193,11 @@ mod backend;
 mod config;
 mod error;
 mod files;
+mod json;
 mod lora;
 mod random;
 mod rules;
+mod stamp;
 mod state;
 mod weight;
 

@@ -86,9 +86,10 @@ impl Lora {
     ///
     /// # Errors
     ///
-    /// Those of `build`; no module matches the target; a module matches whose weight has not two dimensions or is of
-    /// integers; an adapter from a file that lacks a name, has another shape, or has a name that the model does not ask
-    /// for, all of them in one message. The adapters are then as before.
+    /// Those of `build`; no module matches the target; an entry of new adapters' settings matches no module; a module
+    /// matches whose weight has not two dimensions or is of integers; an adapter from a file that lacks a name, has
+    /// another shape, or has a name that the model does not ask for, all of them in one message. The adapters are then
+    /// as before.
     pub fn build<'a, M, E: From<Error>>(
         &self,
         base: VarBuilder<'a>,
@@ -116,12 +117,16 @@ impl Lora {
     ///
     /// # Errors
     ///
-    /// As [`build`](Self::build); an adapter that the model does not ask for.
+    /// As [`build`](Self::build); an adapter that the model does not ask for; as [`verify`](Self::verify) for new
+    /// adapters, which have no values before a model is built.
     pub fn build_merged<'a, M, E: From<Error>>(
         &self,
         base: VarBuilder<'a>,
         build: impl FnOnce(VarBuilder<'a>) -> Result<M, E>,
     ) -> Result<M, E> {
+        if !self.inner.is_loaded {
+            self.verify()?;
+        }
         self.run(base, true, build)
     }
 
@@ -135,14 +140,14 @@ impl Lora {
         let model = build(self.backed(base, is_merged, Some(found.clone())))?;
         let Found { used, missing, mismatched } =
             std::mem::take(&mut *found.lock().unwrap_or_else(PoisonError::into_inner));
-        let state = self.inner.state();
+        let mut state = self.inner.state();
         let entries = state.entries(is_merged).into_iter();
         let unexpected: Vec<_> = entries.filter(|(key, _)| !used.contains(*key)).flat_map(|(_, names)| names).collect();
         if !(missing.is_empty() && unexpected.is_empty() && mismatched.is_empty()) {
             return Err(Error::Names { missing, unexpected, mismatched }.into());
         }
-        if used.is_empty() {
-            state.verify(&self.inner.config)?;
+        if !is_merged {
+            self.inner.verify(&mut state)?;
         }
         Ok(model)
     }
@@ -173,12 +178,14 @@ impl Lora {
     ///
     /// # Errors
     ///
-    /// No module has an adapter; names of a file that no model has asked for.
+    /// No model has been built; no module has an adapter; an entry of new adapters' settings that matches no module;
+    /// names of a file that no model has asked for.
     pub fn verify(&self) -> Result<()> {
-        self.inner.state().verify(&self.inner.config)
+        self.inner.verify(&mut self.inner.state())
     }
 
-    /// Computes the weights that models hold again, after a step of the optimizer, in place. In training mode with a
+    /// Computes the weights that models hold again, after a step of the optimizer or a change of the base, in place. In
+    /// training mode with a
     /// dropout it draws new masks, also where nothing has changed.
     ///
     /// No thread may be within a forward pass, and no loss may wait for its backward pass: its gradients would be those
@@ -190,7 +197,7 @@ impl Lora {
     /// the masks is as before.
     pub fn refresh(&self) -> Result<()> {
         let mut state = self.inner.state();
-        state.verify(&self.inner.config)?;
+        self.inner.verify(&mut state)?;
         let (is_training, draw) = (state.is_training, self.inner.next_draw(&state));
         self.inner.update(&mut state, is_training, draw)
     }
@@ -218,9 +225,10 @@ impl Lora {
     ///
     /// # Errors
     ///
-    /// [`Error::Stale`] and [`Error::Copied`]; errors of candle.
+    /// [`Error::Stale`] and [`Error::Copied`]; as [`verify`](Self::verify); errors of candle.
     pub fn check(&self, loss: &Tensor) -> Result<()> {
         let mut state = self.inner.state();
+        self.inner.verify(&mut state)?;
         if let Some(module) = self.inner.stale(&state)? {
             return Err(Error::Stale { module });
         }
@@ -284,8 +292,8 @@ impl Lora {
     ///
     /// As [`verify`](Self::verify).
     pub fn modules(&self) -> Result<Vec<String>> {
-        let state = self.inner.state();
-        state.verify(&self.inner.config)?;
+        let mut state = self.inner.state();
+        self.inner.verify(&mut state)?;
         Ok(state.pairs.keys().cloned().collect())
     }
 
@@ -306,8 +314,8 @@ impl Lora {
     ///
     /// As [`verify`](Self::verify): nothing has been built, for one.
     pub fn adapter_vars(&self) -> Result<Vec<(String, Var)>> {
-        let state = self.inner.state();
-        state.verify(&self.inner.config)?;
+        let mut state = self.inner.state();
+        self.inner.verify(&mut state)?;
         let vars = |(module, pair): (&String, &Pair)| {
             let [a, b] = names(module, pair.is_embedding);
             [(a, pair.a.clone()), (b, pair.b.clone())]
@@ -321,8 +329,8 @@ impl Lora {
     ///
     /// As [`verify`](Self::verify): nothing has been built, for one.
     pub fn saved_vars(&self) -> Result<Vec<(String, Var)>> {
-        let state = self.inner.state();
-        state.verify(&self.inner.config)?;
+        let mut state = self.inner.state();
+        self.inner.verify(&mut state)?;
         let var = |(name, whole): (&String, &Whole)| match whole {
             Whole::Trained(var) => Some((name.clone(), var.clone())),
             Whole::Frozen(_) => None,

@@ -10,6 +10,9 @@ use crate::error::{Error, Result};
 const HEADS: [&str; 3] = ["lm_head", "embed_out", "predictions.decoder"];
 const SEQ_CLS_HEADS: [&str; 2] = ["score", "classifier"];
 
+/// The elements that a module's A and B may have however small its weight is.
+const FREE_ELEMENTS: usize = 1 << 24;
+
 /// Whether the module's name is one of the names or ends with it after a point.
 fn is_named<S: AsRef<str>>(names: &[S], module: &str) -> bool {
     names.iter().any(|name| {
@@ -18,17 +21,39 @@ fn is_named<S: AsRef<str>>(names: &[S], module: &str) -> bool {
     })
 }
 
-/// A pattern in the expression that makes it match as PEFT does.
-fn compile(field: &str, pattern: &str, expression: &str) -> Result<Regex> {
-    let invalid = |error| Error::config(field, "regular expressions", format!("{pattern:?}: {error}"));
-    Regex::new(expression).map_err(invalid)
+/// A pattern of the settings in the expression that makes it match as PEFT does.
+#[derive(Debug)]
+struct Pattern {
+    field: &'static str,
+    text: String,
+    regex: Regex,
 }
 
-/// Whether it matches. An error is a search that takes too long.
-fn finds(regex: &Regex, module: &str) -> Result<bool> {
-    let too_long =
-        |error| Error::config("target_modules", "patterns that can be decided", format!("{regex:?}: {error}"));
-    regex.is_match(module).map_err(too_long)
+impl Pattern {
+    fn new(field: &'static str, text: &str, expression: &str) -> Result<Self> {
+        // Alone first, so that a position in the message is one of the text.
+        let regex = Regex::new(text).and_then(|_| Regex::new(expression));
+        let regex = regex.map_err(|error| Self::error(field, text, "regular expressions", error))?;
+        Ok(Self { field, text: text.to_owned(), regex })
+    }
+
+    fn error(field: &str, text: &str, expected: &str, error: fancy_regex::Error) -> Error {
+        Error::Config { field: field.into(), expected: expected.into(), got: format!("{text:?}: {error}") }
+    }
+
+    /// An error is a search that takes too long.
+    fn decided<T>(&self, found: fancy_regex::Result<T>) -> Result<T> {
+        found.map_err(|error| Self::error(self.field, &self.text, "patterns that can be decided", error))
+    }
+
+    fn finds(&self, module: &str) -> Result<bool> {
+        self.decided(self.regex.is_match(module))
+    }
+}
+
+/// Whether a weight is in a module whose name ends with this one.
+fn is_within(name: &str, weight: &str) -> bool {
+    weight.match_indices('.').any(|(end, _)| weight[..end].ends_with(name))
 }
 
 fn require(holds: bool, field: &str, expected: &str, got: impl std::fmt::Debug) -> Result<()> {
@@ -38,26 +63,28 @@ fn require(holds: bool, field: &str, expected: &str, got: impl std::fmt::Debug) 
 #[derive(Debug)]
 enum Chosen {
     Names(Vec<String>),
-    Pattern(Regex),
+    Pattern(Pattern),
     AllLinear,
 }
 
 impl Chosen {
-    fn new(field: &str, modules: &Modules) -> Result<Self> {
+    fn new(field: &'static str, modules: &Modules) -> Result<Self> {
         match modules {
             Modules::Names(names) => {
                 require(!names.is_empty(), field, "at least one name, or a pattern", names)?;
                 require(!names.iter().any(String::is_empty), field, "names that are not empty", names)?;
                 Ok(Self::Names(names.clone()))
             }
-            Modules::Pattern(pattern) => Ok(Self::Pattern(compile(field, pattern, &format!(r"\A(?:{pattern})\z"))?)),
+            Modules::Pattern(pattern) => {
+                Ok(Self::Pattern(Pattern::new(field, pattern, &format!(r"\A(?:{pattern})\z"))?))
+            }
         }
     }
 
     fn has(&self, module: &str) -> Result<bool> {
         match self {
             Self::Names(names) => Ok(is_named(names, module)),
-            Self::Pattern(regex) => finds(regex, module),
+            Self::Pattern(pattern) => pattern.finds(module),
             Self::AllLinear => Ok(true),
         }
     }
@@ -76,11 +103,11 @@ pub(crate) struct Rules {
     target: Chosen,
     exclude: Option<Chosen>,
     saved: Vec<String>,
-    not_adapted: Vec<Regex>,
+    not_adapted: Vec<Pattern>,
     layers: Vec<usize>,
-    layer_patterns: Vec<Regex>,
-    ranks: Vec<(Regex, usize)>,
-    alphas: Vec<(Regex, f64)>,
+    layer_patterns: Vec<Pattern>,
+    ranks: Vec<(Pattern, usize)>,
+    alphas: Vec<(Pattern, f64)>,
     rank: usize,
     alpha: f64,
     is_rank_stabilized: bool,
@@ -122,14 +149,14 @@ impl Rules {
         require(!saved.iter().any(String::is_empty), "modules_to_save", "names that are not empty", saved)?;
         // A layer's number is the first one after a dot, not that of an expert within it.
         let layer = |pattern: &String| {
-            compile("layers_pattern", pattern, &format!(r"\A(?:|.*?\.)(?:{pattern})\.(?P<index>\d+)\."))
+            Pattern::new("layers_pattern", pattern, &format!(r"\A(?:|.*?\.)(?:{pattern})\.(?P<index>\d+)\."))
         };
         let layer_patterns = if patterns.is_empty() {
-            vec![compile("layers_pattern", "", r"\A.*?\.[^.]*\.(?P<index>\d+)\.")?]
+            vec![Pattern::new("layers_pattern", "", r"\A.*?\.[^.]*\.(?P<index>\d+)\.")?]
         } else {
             patterns.iter().map(layer).collect::<Result<_>>()?
         };
-        let tail = |field: &str, key: &str| compile(field, key, &format!(r"\A(.*\.)?({key})\z"));
+        let tail = |field, key: &str| Pattern::new(field, key, &format!(r"\A(.*\.)?({key})\z"));
         let ranks = config.rank_pattern.iter().map(|(key, rank)| {
             require(*rank >= 1, "rank_pattern", "ranks of at least 1", (key, rank))?;
             Ok((tail("rank_pattern", key)?, *rank))
@@ -138,7 +165,7 @@ impl Rules {
             require(is_alpha(*alpha), "alpha_pattern", "finite numbers above 0", (key, alpha))?;
             Ok((tail("alpha_pattern", key)?, *alpha))
         });
-        let within = |name: &String| compile("modules_to_save", name, &format!(r"\A(|.*\.)(?:{name})(\z|\.)"));
+        let within = |name: &String| Pattern::new("modules_to_save", name, &format!(r"\A(|.*\.)(?:{name})(\z|\.)"));
         Ok(Self {
             target,
             exclude,
@@ -163,8 +190,8 @@ impl Rules {
         {
             return Ok(false);
         }
-        for regex in &self.not_adapted {
-            if finds(regex, module)? {
+        for pattern in &self.not_adapted {
+            if pattern.finds(module)? {
                 return Ok(false);
             }
         }
@@ -185,10 +212,8 @@ impl Rules {
 
     /// The number of the layer that a module is in.
     fn layer(&self, module: &str) -> Result<Option<usize>> {
-        for regex in &self.layer_patterns {
-            let too_long =
-                |error| Error::config("layers_pattern", "patterns that can be decided", format!("{regex:?}: {error}"));
-            if let Some(captures) = regex.captures(module).map_err(too_long)? {
+        for pattern in &self.layer_patterns {
+            if let Some(captures) = pattern.decided(pattern.regex.captures(module))? {
                 return Ok(captures.name("index").and_then(|index| index.as_str().parse().ok()));
             }
         }
@@ -197,9 +222,9 @@ impl Rules {
 
     /// The rank and the scale of a module's adapter.
     pub(crate) fn adapter(&self, module: &str) -> Result<Adapter> {
-        fn first<T: Copy>(patterns: &[(Regex, T)], module: &str, default: T) -> Result<T> {
-            for (regex, value) in patterns {
-                if finds(regex, module)? {
+        fn first<T: Copy>(patterns: &[(Pattern, T)], module: &str, default: T) -> Result<T> {
+            for (pattern, value) in patterns {
+                if pattern.finds(module)? {
                     return Ok(*value);
                 }
             }
@@ -211,21 +236,76 @@ impl Rules {
         Ok(Adapter { rank, scale: alpha / divisor })
     }
 
-    /// Whether a weight belongs to a module that is trained and saved whole.
-    pub(crate) fn saves(&self, weight: &str) -> bool {
-        let modules = weight.match_indices('.').map(|(end, _)| &weight[..end]);
-        let is_saved = |module: &str| self.saved.iter().any(|name| module.ends_with(name.as_str()));
-        modules.into_iter().any(is_saved)
+    /// Refuses a rank whose matrices nobody could mean: PEFT's may be larger than the weight's dimensions.
+    pub(crate) fn check_rank(&self, module: &str, rank: usize, [inputs, outputs]: [usize; 2]) -> Result<()> {
+        let allowed = inputs.saturating_mul(outputs).saturating_mul(4).max(FREE_ELEMENTS);
+        let most = allowed / inputs.saturating_add(outputs).max(1);
+        let field = if rank == self.rank { "r" } else { "rank_pattern" };
+        let expected = format!("at most {most} for {module:?}, whose matrices are [r, {inputs}] and [{outputs}, r]");
+        require(rank <= most, field, &expected, rank)
     }
 
-    /// Whether a module is a table of embeddings, as far as its name and the way in which it is built tell.
+    /// The entries that none of a model's modules matches; `whole` are its weights that are saved whole.
+    ///
+    /// `layers_pattern` has alternatives, of which one is enough.
+    pub(crate) fn unmatched(&self, modules: &[&str], whole: &[&str]) -> Result<Vec<String>> {
+        let mut entries = Vec::new();
+        let mut add = |field: &str, entry: &dyn std::fmt::Debug, is_matched: bool| {
+            if !is_matched {
+                entries.push(format!("`{field}` {entry:?}"));
+            }
+        };
+        let any = |holds: &dyn Fn(&str) -> Result<bool>| -> Result<bool> {
+            modules.iter().try_fold(false, |found, module| Ok(found || holds(module)?))
+        };
+        let named = |name: &String| any(&|module| Ok(is_named(&[name], module)));
+        let chosen = [("target_modules", Some(&self.target)), ("exclude_modules", self.exclude.as_ref())];
+        let chosen = chosen.into_iter().filter_map(|(field, chosen)| Some((field, chosen?)));
+        let patterns =
+            self.ranks.iter().map(|(pattern, _)| pattern).chain(self.alphas.iter().map(|(pattern, _)| pattern));
+        for (field, chosen) in chosen {
+            match chosen {
+                Chosen::Names(names) => {
+                    for name in names {
+                        add(field, name, named(name)?);
+                    }
+                }
+                Chosen::Pattern(pattern) => add(field, &pattern.text, any(&|module| pattern.finds(module))?),
+                Chosen::AllLinear => {}
+            }
+        }
+        for number in &self.layers {
+            add("layers_to_transform", number, any(&|module| Ok(self.layer(module)? == Some(*number)))?);
+        }
+        for pattern in patterns {
+            add(pattern.field, &pattern.text, any(&|module| pattern.finds(module))?);
+        }
+        for name in &self.saved {
+            add("modules_to_save", name, whole.iter().any(|weight| is_within(name, weight)));
+        }
+        for name in self.embeddings.iter().flatten() {
+            add("embedding_modules", name, named(name)?);
+        }
+        Ok(entries)
+    }
+
+    /// Whether a weight belongs to a module that is trained and saved whole.
+    pub(crate) fn saves(&self, weight: &str) -> bool {
+        self.saved.iter().any(|name| is_within(name, weight))
+    }
+
+    /// Whether a module is a table of embeddings, as far as the way in which it is built and its name tell.
     pub(crate) fn is_embedding(&self, module: &str, init: Option<Init>) -> bool {
         if let Some(names) = &self.embeddings {
             return is_named(names, module);
         }
         let last = module.rsplit('.').next().unwrap_or(module);
-        // The initialization of `candle_nn::embedding`.
-        let is_built_so = matches!(init, Some(Init::Randn { mean: 0.0, stdev: 1.0 }));
-        is_built_so || last.contains("embed") || last.contains("embd") || ["wte", "wpe", "shared"].contains(&last)
+        match init {
+            // The initialization of `candle_nn::embedding`.
+            Some(Init::Randn { mean: 0.0, stdev: 1.0 }) => true,
+            // That of `candle_nn::linear`.
+            Some(Init::Kaiming { .. }) => false,
+            _ => last.contains("embed") || last.contains("embd") || ["wte", "wpe", "shared"].contains(&last),
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! The state of a model's adapters: its pairs, whole weights and the weights that models hold.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Device, DeviceLocation, Shape, Tensor, TensorId, Var};
@@ -56,6 +56,14 @@ impl Whole {
     }
 }
 
+/// A module that a model has asked for.
+#[derive(Clone, Copy)]
+pub(crate) struct Seen {
+    pub(crate) is_embedding: bool,
+    /// Whether it could have an adapter.
+    pub(crate) is_matrix: bool,
+}
+
 /// What a file has that no model has asked for yet.
 #[derive(Clone, Default)]
 pub(crate) struct Waiting {
@@ -72,8 +80,12 @@ pub(crate) struct State {
     pub(crate) whole: BTreeMap<String, Whole>,
     pub(crate) waiting: Waiting,
     pub(crate) weights: HashMap<Key, Weight>,
-    /// Modules of two dimensions without an adapter, for messages.
-    pub(crate) others: BTreeSet<String>,
+    /// The modules that models have asked for.
+    pub(crate) modules: BTreeMap<String, Seen>,
+    /// Whether models, other than merged ones, have asked for anything.
+    pub(crate) is_built: bool,
+    /// Whether every entry of the settings is known to have an effect.
+    pub(crate) is_matched: bool,
     pub(crate) is_training: bool,
     /// The number of the dropout's masks.
     pub(crate) draw: u64,
@@ -101,22 +113,6 @@ impl State {
         let pairs = pairs.chain(waiting).map(|(module, is_embedding)| (module, names(module, is_embedding).into()));
         pairs.chain(whole.map(|name| (name, vec![name.clone()]))).collect()
     }
-
-    /// Everything that has been made fits, and nothing waits.
-    pub(crate) fn verify(&self, config: &LoraConfig) -> Result<()> {
-        let unexpected: Vec<_> = self.entries(false).into_iter().flat_map(|(_, names)| names).collect();
-        if !unexpected.is_empty() {
-            return Err(Error::Names { missing: Vec::new(), unexpected, mismatched: Vec::new() });
-        }
-        if self.pairs.is_empty() {
-            let target = match &config.target_modules {
-                Modules::Names(names) => format!("{names:?}"),
-                Modules::Pattern(pattern) => format!("{pattern:?}"),
-            };
-            return Err(Error::NoTarget { target, seen: self.others.iter().cloned().collect() });
-        }
-        Ok(())
-    }
 }
 
 impl Inner {
@@ -140,6 +136,36 @@ impl Inner {
 
     pub(crate) fn is_transposed(&self, is_embedding: bool) -> bool {
         is_embedding || self.config.fan_in_fan_out
+    }
+
+    /// Everything that has been made fits, nothing waits, and no entry of new adapters' settings is without effect.
+    pub(crate) fn verify(&self, state: &mut State) -> Result<()> {
+        if !state.is_built {
+            return Err(Error::NotBuilt);
+        }
+        let unexpected: Vec<_> = state.entries(false).into_iter().flat_map(|(_, names)| names).collect();
+        if !unexpected.is_empty() {
+            return Err(Error::Names { missing: Vec::new(), unexpected, mismatched: Vec::new() });
+        }
+        if state.pairs.is_empty() {
+            let target = match &self.config.target_modules {
+                Modules::Names(names) => format!("{names:?}"),
+                Modules::Pattern(pattern) => format!("{pattern:?}"),
+            };
+            let seen = state.modules.iter().filter(|(_, seen)| seen.is_matrix).map(|(module, _)| module.clone());
+            return Err(Error::NoTarget { target, seen: seen.collect() });
+        }
+        // PEFT's own files have entries for all families of models.
+        if !self.is_loaded && !state.is_matched {
+            let modules: Vec<_> = state.modules.keys().map(String::as_str).collect();
+            let whole: Vec<_> = state.whole.keys().map(String::as_str).collect();
+            let entries = self.rules.unmatched(&modules, &whole)?;
+            if !entries.is_empty() {
+                return Err(Error::Unmatched { entries, seen: state.modules.keys().cloned().collect() });
+            }
+            state.is_matched = true;
+        }
+        Ok(())
     }
 
     /// The factors of a module's input features in draw `draw`.
@@ -200,6 +226,7 @@ impl Inner {
         let adapter = self.rules.adapter(module)?;
         let (rank, [a_shape, b_shape]) = (adapter.rank, self.shapes(adapter.rank, base, is_embedding)?);
         let (inputs, outputs) = (a_shape[1], b_shape[0]);
+        self.rules.check_rank(module, rank, [inputs, outputs])?;
         let (a_count, b_count) = (rank * inputs, outputs * rank);
         let [a_name, b_name] = names(module, is_embedding);
         let mut a_stream = Stream::new(self.seed, 0, &a_name);

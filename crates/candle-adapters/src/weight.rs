@@ -3,17 +3,13 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::backend::{BackendDevice, BackendStorage};
-use candle_core::{
-    CpuStorage, CudaStorage, CustomOp2, DType, Device, Layout, MetalStorage, Result, Shape, Storage, Tensor,
-};
+use candle_core::{CpuStorage, CudaStorage, CustomOp2, DType, Layout, MetalStorage, Result, Shape, Storage, Tensor};
 
 use crate::error::Error;
+use crate::stamp;
 
 /// The elements of the part of a weight that is computed at once: its temporary values stay in a CPU's cache.
 const PART: usize = 1 << 18;
-
-/// The elements of a variable that are read from a device that is not the CPU, to see whether it has changed.
-const PROBE: usize = 1 << 12;
 
 /// The low-rank matrices of a module.
 #[derive(Clone, Debug)]
@@ -46,7 +42,7 @@ impl Factors {
         for start in (0..rows).step_by(step) {
             let count = step.min(rows - start);
             let product = left.narrow(0, start, count)?.matmul(&right)?;
-            let sum = (base.narrow(0, start, count)?.to_dtype(compute)? + product)?.to_dtype(dtype)?;
+            let sum = (base.narrow(0, start, count)?.contiguous()?.to_dtype(compute)? + product)?.to_dtype(dtype)?;
             target.slice_set(&sum, 0, start)?;
         }
         Ok(())
@@ -54,47 +50,20 @@ impl Factors {
 
     /// The weight as a tensor of its own.
     pub(crate) fn merged(&self, base: &Tensor) -> Result<Tensor> {
-        let base = base.contiguous()?;
         let target = Tensor::zeros(base.shape(), base.dtype(), base.device())?;
-        self.write(&base, None, &target)?;
+        self.write(base, None, &target)?;
         Ok(target)
     }
 
-    /// A number that says, but for one case in 2⁶⁴, whether A or B has changed.
+    /// The stamp of A and B.
     fn stamp(&self) -> Result<u64> {
-        add_to_stamp(&self.b, add_to_stamp(&self.a, 0xcbf2_9ce4_8422_2325)?)
+        stamp::add(stamp::add(stamp::EMPTY, &self.a)?, &self.b)
     }
 }
 
 /// A with the columns of some input features scaled, or set to 0.
 fn masked(a: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
     mask.map_or_else(|| Ok(a.clone()), |mask| a.broadcast_mul(&mask.to_dtype(a.dtype())?))
-}
-
-fn add_to_stamp(tensor: &Tensor, stamp: u64) -> Result<u64> {
-    // The values of another device are a copy away: a step that leaves the first ones alone and changes others is
-    // possible in principle only.
-    let near = match tensor.device() {
-        Device::Cpu => tensor.clone(),
-        _ => {
-            let flat = tensor.detach().flatten_all()?;
-            flat.narrow(0, 0, PROBE.min(flat.elem_count()))?.to_device(&Device::Cpu)?
-        }
-    };
-    let mix = |stamp: u64, bits: u64| (stamp.rotate_left(5) ^ bits).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    let (storage, layout) = near.storage_and_layout();
-    let (start, end) = layout
-        .contiguous_offsets()
-        .ok_or_else(|| candle_core::Error::Msg("expected an adapter's variable that is contiguous".into()))?;
-    match &*storage {
-        Storage::Cpu(CpuStorage::F32(values)) => {
-            Ok(values[start..end].iter().fold(stamp, |stamp, value| mix(stamp, u64::from(value.to_bits()))))
-        }
-        Storage::Cpu(CpuStorage::F64(values)) => {
-            Ok(values[start..end].iter().fold(stamp, |stamp, value| mix(stamp, value.to_bits())))
-        }
-        _ => Err(candle_core::Error::Msg(format!("expected an adapter of f32 or f64, got {:?}", near.dtype()))),
-    }
 }
 
 /// The factors of a module's input features, and their number.
@@ -105,11 +74,19 @@ pub(crate) struct Mask {
 }
 
 /// What the values in a weight's storage were computed from.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Current {
-    /// The stamp of A and B; none while it is being written.
-    stamp: Option<u64>,
+    /// The stamps of the base and of A and B; none while it is being written.
+    stamps: Option<[u64; 2]>,
+    base: Tensor,
     mask: Option<Mask>,
+}
+
+impl Current {
+    fn is_stale(&self, factors: &Factors) -> Result<bool> {
+        let Some([base, adapter]) = self.stamps else { return Ok(true) };
+        Ok(adapter != factors.stamp()? || base != stamp::add(stamp::EMPTY, &self.base)?)
+    }
 }
 
 /// A weight that a model holds.
@@ -128,8 +105,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Weight {
     pub(crate) fn new(module: &str, factors: Factors, base: Tensor, mask: Option<Mask>) -> Result<Self> {
-        let base = base.contiguous()?;
-        let current = Arc::new(Mutex::new(Current::default()));
+        let current = Arc::new(Mutex::new(Current { stamps: None, base: base.clone(), mask: None }));
         let op = SumOp {
             module: module.to_owned(),
             shape: base.shape().clone(),
@@ -149,25 +125,29 @@ impl Weight {
     }
 
     /// The same tensor with other values under it from the next [`write`](Self::write) on.
-    pub(crate) fn with_base(&self, base: &Tensor) -> Result<Self> {
-        Ok(Self { base: base.contiguous()?, ..self.clone() })
+    pub(crate) fn with_base(&self, base: &Tensor) -> Self {
+        Self { base: base.clone(), ..self.clone() }
     }
 
+    /// Whether these are the elements of the base; their values may have changed.
     pub(crate) fn has_base(&self, base: &Tensor) -> bool {
+        let is_same_place = |a: &Layout, b: &Layout| a.start_offset() == b.start_offset() && a.stride() == b.stride();
         storage_address(&self.base) == storage_address(base)
+            && self.base.shape() == base.shape()
+            && is_same_place(self.base.layout(), base.layout())
     }
 
     /// Computes the tensor's values.
     pub(crate) fn write(&self, mask: Option<Mask>) -> Result<()> {
         // Until all of it is written, a backward pass is an error.
-        lock(&self.current).stamp = None;
+        lock(&self.current).stamps = None;
         self.factors.write(&self.base, mask.as_ref().map(|mask| &mask.factors), &self.tensor)?;
-        let stamp = Some(self.factors.stamp()?);
-        *lock(&self.current) = Current { stamp, mask };
+        let stamps = Some([stamp::add(stamp::EMPTY, &self.base)?, self.factors.stamp()?]);
+        *lock(&self.current) = Current { stamps, base: self.base.clone(), mask };
         Ok(())
     }
 
-    /// Computes them again if A, B or the mask is another one.
+    /// Computes them again if the base's values, A, B or the mask are others.
     pub(crate) fn update(&self, mask: Option<Mask>) -> Result<()> {
         let draw = |mask: &Option<Mask>| mask.as_ref().map(|mask| mask.draw);
         let is_same_mask = draw(&lock(&self.current).mask) == draw(&mask);
@@ -175,7 +155,7 @@ impl Weight {
     }
 
     pub(crate) fn is_stale(&self) -> Result<bool> {
-        Ok(lock(&self.current).stamp != Some(self.factors.stamp()?))
+        lock(&self.current).is_stale(&self.factors)
     }
 }
 
@@ -216,7 +196,7 @@ impl CustomOp2 for SumOp {
     fn bwd(&self, a: &Tensor, b: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let mask = {
             let current = lock(&self.current);
-            if current.stamp != Some(self.factors.stamp()?) {
+            if current.is_stale(&self.factors)? {
                 return Err(Error::Stale { module: self.module.clone() }.into());
             }
             current.mask.as_ref().map(|mask| mask.factors.clone())

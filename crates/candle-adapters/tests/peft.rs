@@ -71,7 +71,7 @@ impl Model {
                 eos_token_id: None,
                 rope_scaling: None,
                 max_position_embeddings: 16,
-                tie_word_embeddings: Some(false),
+                tie_word_embeddings: Some(name == "tied"),
             };
             let config = config.into_config(false);
             Ok(Self::Llama(Box::new(Llama::load(vb, &config)?), config))
@@ -201,6 +201,26 @@ fn a_decoder_is_written_for_peft() -> Result<()> {
             ..Default::default()
         },
     )
+}
+
+#[test]
+fn a_tied_decoder_is_written_for_peft() -> Result<()> {
+    writes(
+        "tied",
+        LoraConfig {
+            target_modules: ["q_proj", "embed_tokens"].into(),
+            lora_alpha: 0.25,
+            ensure_weight_tying: true,
+            task_type: Some("CAUSAL_LM".into()),
+            ..Default::default()
+        },
+    )?;
+    // PEFT writes the head's adapter as well, which nothing in a candle model asks for.
+    let lora = Lora::load(folder("tied"))?;
+    assert!(lora.config().ensure_weight_tying);
+    let text = lora.build(base("tied")?, |vb| Model::load("tied", vb)).err().map(|error| error.to_string());
+    assert!(text.as_deref().is_some_and(|text| text.contains("unexpected: lm_head.lora_A.weight")), "{text:?}");
+    Ok(())
 }
 
 #[test]

@@ -112,6 +112,9 @@ fn the_table_is_told_from_linear_layers() -> Result<()> {
         lora.build(VarBuilder::zeros(DType::F32, CPU), |vb| {
             candle_nn::embedding(5, 4, vb.pp("token"))?;
             candle_nn::linear_no_bias(4, 4, vb.pp("token_proj"))?;
+            // How a layer is built says more than its name; the first request counts, so a tied head changes nothing.
+            candle_nn::linear_no_bias(4, 4, vb.pp("embed_proj"))?;
+            candle_nn::linear_no_bias(4, 5, vb.pp("token"))?;
             vb.get((5, 4), "wte.weight")?;
             vb.get((5, 4), "layer.word_embeddings.weight").map(drop)
         })?;
@@ -121,6 +124,7 @@ fn the_table_is_told_from_linear_layers() -> Result<()> {
     assert_eq!(
         names(all.clone())?,
         [
+            "embed_proj.lora_A.weight",
             "layer.word_embeddings.lora_embedding_A",
             "token.lora_embedding_A",
             "token_proj.lora_A.weight",
@@ -128,10 +132,11 @@ fn the_table_is_told_from_linear_layers() -> Result<()> {
         ]
     );
     let linear = LoraConfig { target_modules: "all-linear".into(), ..Default::default() };
-    assert_eq!(names(linear)?, ["token_proj.lora_A.weight"]);
+    assert_eq!(names(linear)?, ["embed_proj.lora_A.weight", "token_proj.lora_A.weight"]);
     assert_eq!(
         names(LoraConfig { embedding_modules: Some(vec!["token_proj".into()]), ..all })?,
         [
+            "embed_proj.lora_A.weight",
             "layer.word_embeddings.lora_A.weight",
             "token.lora_A.weight",
             "token_proj.lora_embedding_A",
@@ -162,7 +167,7 @@ fn settings_that_are_not_allowed_are_named() {
         ),
         (
             LoraConfig { target_modules: "(".into(), ..config.clone() },
-            "invalid `target_modules`: expected regular expressions, got",
+            "invalid `target_modules`: expected regular expressions, got \"(\": Parsing error at position 1:",
         ),
         (
             LoraConfig { exclude_modules: Some("[".into()), ..config.clone() },
@@ -218,7 +223,6 @@ fn keys_that_change_numbers_are_refused() {
         ("use_bdlora", "{\"nblocks\": 2}"),
         ("arrow_config", "{\"top_k\": 3}"),
         ("monteclora_config", "{\"num_samples\": 8}"),
-        ("ensure_weight_tying", "true"),
         ("init_lora_weights", "\"pissa\""),
         ("init_lora_weights", "\"olora\""),
         ("init_lora_weights", "\"mica\""),
@@ -244,9 +248,33 @@ fn keys_that_change_numbers_are_refused() {
     ] {
         assert_eq!(read(harmless).unwrap(), LoraConfig { target_modules: ["q"].into(), ..Default::default() });
     }
-    for wrong in [r#""r": -1"#, r#""r": 1.5"#, r#""rank_pattern": [1]"#, r#""lora_alpha": "8""#] {
-        assert!(matches!(read(wrong), Err(Error::Config { field, .. }) if field == "adapter_config.json"));
+    for (wrong, field, expected) in [
+        (r#""r": -1"#, "r", "a whole number of at least 1, got -1"),
+        (r#""r": 1.5"#, "r", "a whole number of at least 1, got 1.5"),
+        (r#""lora_alpha": "8""#, "lora_alpha", r#"a number, got "8""#),
+        (r#""rank_pattern": [1]"#, "rank_pattern", "whole numbers by pattern, got [1]"),
+        (r#""rank_pattern": {"q": "8"}"#, "rank_pattern", r#"whole numbers by pattern, got {"q":"8"}"#),
+        (r#""exclude_modules": 3"#, "exclude_modules", "names or a pattern, got 3"),
+        (r#""exclude_modules": ["a", 3]"#, "exclude_modules", r#"names or a pattern, got ["a",3]"#),
+        (r#""layers_to_transform": "1""#, "layers_to_transform", r#"a whole number or several, got "1""#),
+        (r#""use_rslora": "yes""#, "use_rslora", r#"true or false, got "yes""#),
+        (r#""modules_to_save": {}"#, "modules_to_save", "a list of names, got {}"),
+        (r#""revision": 7"#, "revision", "a text, got 7"),
+    ] {
+        let error = read(wrong).unwrap_err();
+        assert_eq!(error.to_string(), format!("invalid `{field}`: expected {expected}"));
     }
+    for text in ["nonsense", "[1]", "", "{\"r\": }"] {
+        let error = LoraConfig::from_json(text).unwrap_err().to_string();
+        assert!(error.starts_with("invalid `adapter_config.json`: expected an object of JSON, got "), "{error}");
+        for word in ["struct", "enum", "usize", "variant"] {
+            assert!(!error.contains(word), "{error}");
+        }
+    }
+    let error = LoraConfig::from_json("{}").unwrap_err().to_string();
+    assert_eq!(error, "invalid `peft_type`: expected \"LORA\", got null");
+    // Of a key that is there twice, Python takes the last value.
+    assert_eq!(read(r#""r": 3, "r": 5"#).unwrap().r, 5);
 }
 
 #[test]
@@ -263,6 +291,7 @@ fn settings_are_written_as_they_are_read() -> Result<()> {
         alpha_pattern: vec![("a".into(), 0.1), ("b".into(), 4.0)],
         use_rslora: true,
         fan_in_fan_out: true,
+        ensure_weight_tying: true,
         modules_to_save: vec!["head".into()],
         init_lora_weights: InitLora::Gaussian,
         embedding_modules: None,
@@ -280,5 +309,88 @@ fn settings_are_written_as_they_are_read() -> Result<()> {
     let read = LoraConfig::from_json(text)?;
     assert_eq!(read.rank_pattern, [("z".to_owned(), 1), ("a".to_owned(), 2)]);
     assert_eq!((read.layers_to_transform, read.layers_pattern), (vec![4], vec!["h".to_owned()]));
+    Ok(())
+}
+
+#[test]
+fn entries_that_match_nothing_are_named() -> Result<()> {
+    let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+    let config = LoraConfig {
+        target_modules: ["query", "kye"].into(),
+        exclude_modules: Some(["kye"].into()),
+        layers_to_transform: vec![1, 40],
+        modules_to_save: names(&["haed"]),
+        rank_pattern: vec![("query".into(), 2), ("valeu".into(), 3)],
+        alpha_pattern: vec![("quer".into(), 3.0)],
+        embedding_modules: Some(names(&["tabel"])),
+        ..Default::default()
+    };
+    let lora = Lora::new(config, 0)?;
+    let build = |lora: &Lora| {
+        lora.build(VarBuilder::zeros(DType::F32, CPU), |vb| {
+            MODULES.iter().try_for_each(|module| vb.pp(module).get((4, 4), "weight").map(drop))
+        })
+    };
+    let Err(error) = build(&lora) else { panic!("it is built") };
+    let error = error.to_string();
+    let expected = "no module of the model matches `target_modules` \"kye\", `exclude_modules` \"kye\", \
+                    `layers_to_transform` 40, `rank_pattern` \"valeu\", `alpha_pattern` \"quer\", `modules_to_save` \
+                    \"haed\", `embedding_modules` \"tabel\"; it has 7 modules: bert.layer.0.query, ";
+    assert!(error.starts_with(expected), "{error}");
+    let pattern =
+        LoraConfig { target_modules: "all-linear".into(), exclude_modules: Some("kye.*".into()), ..Default::default() };
+    assert!(
+        matches!(chosen(&pattern, &MODULES), Err(error) if error.to_string().contains("`exclude_modules` \"kye.*\""))
+    );
+    // A module that is saved whole, or without a weight of its own, is there all the same.
+    let saved = LoraConfig {
+        target_modules: ["query", "lm_head"].into(),
+        modules_to_save: names(&["lm_head", "scale"]),
+        ..Default::default()
+    };
+    let lora = Lora::new(saved, 0)?;
+    lora.build(VarBuilder::zeros(DType::F32, CPU), |vb| {
+        vb.get(3, "scale.bias")?;
+        vb.get((4, 4), "query.weight")?;
+        vb.get((4, 4), "lm_head.weight")
+    })?;
+    assert_eq!(lora.modules()?, ["query"]);
+    assert_eq!(lora.saved_vars()?.len(), 2);
+    Ok(())
+}
+
+#[test]
+fn ranks_beyond_reason_are_refused() -> Result<()> {
+    let query = |r: usize| LoraConfig { r, target_modules: ["query"].into(), ..Default::default() };
+    // PEFT allows ranks above the dimensions.
+    assert_eq!(chosen(&query(64), &["query"])?, ["query"]);
+    for r in [usize::MAX, 1 << 40, (1 << 21) + 1] {
+        let error = chosen(&query(r), &["query"]).unwrap_err().to_string();
+        let expected =
+            "invalid `r`: expected at most 2097152 for \"query\", whose matrices are [r, 4] and [4, r], got ";
+        assert_eq!(error, format!("{expected}{r}"));
+    }
+    let pattern = LoraConfig { rank_pattern: vec![("query".into(), usize::MAX)], ..query(8) };
+    let error = chosen(&pattern, &["query"]).unwrap_err().to_string();
+    assert!(error.starts_with("invalid `rank_pattern`: expected at most "), "{error}");
+    Ok(())
+}
+
+#[test]
+fn nothing_is_there_before_a_model_is_built() -> Result<()> {
+    let lora = Lora::new(LoraConfig { target_modules: ["query"].into(), ..Default::default() }, 0)?;
+    let vb = || VarBuilder::zeros(DType::F32, CPU);
+    let errors = [
+        lora.named_vars().err(),
+        lora.modules().err(),
+        lora.refresh().err(),
+        lora.verify().err(),
+        lora.save("nowhere").err(),
+        lora.build_merged(vb(), |vb| Ok::<_, Error>(vb.get((4, 4), "query.weight")?)).err(),
+    ];
+    for error in errors {
+        let error = error.map(|error| error.to_string());
+        assert_eq!(error.as_deref(), Some("no model has been built with these adapters; call `build` first"));
+    }
     Ok(())
 }

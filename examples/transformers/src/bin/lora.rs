@@ -224,7 +224,11 @@ fn main() -> Result<()> {
     let args = Args::parse();
     fs::create_dir_all(&args.out)?;
     let mut tokenizer = match &args.model {
-        Some(folder) => Some(Tokenizer::from_file(folder.join("tokenizer.json")).map_err(|error| anyhow!("{error}"))?),
+        Some(folder) => {
+            let path = folder.join("tokenizer.json");
+            let tokenizer = Tokenizer::from_file(&path);
+            Some(tokenizer.map_err(|error| anyhow!("reading {}: {error}", path.display()))?)
+        }
         None => None,
     };
     if let Some(tokenizer) = &mut tokenizer {
@@ -234,12 +238,14 @@ fn main() -> Result<()> {
     let data = Data::new(tokenizer);
     let (config, weights) = match &args.model {
         Some(folder) => {
-            let text = fs::read_to_string(folder.join("config.json")).context("reading the model's config.json")?;
-            (serde_json::from_str(&text)?, folder.join("model.safetensors"))
+            let path = folder.join("config.json");
+            let context = || format!("reading {}", path.display());
+            let text = fs::read_to_string(&path).with_context(context)?;
+            (serde_json::from_str(&text).with_context(context)?, folder.join("model.safetensors"))
         }
         None => small(&args.out, data.vocabulary())?,
     };
-    let mut tensors = safetensors::load(&weights, CPU)?;
+    let mut tensors = safetensors::load(&weights, CPU).with_context(|| format!("reading {}", weights.display()))?;
     // Neither is in candle's encoder.
     tensors.retain(|name, tensor| tensor.dtype().is_float() && !name.starts_with("pooler"));
     let base = VarBuilder::from_tensors(tensors.clone(), DType::F32, CPU);
