@@ -27,11 +27,11 @@ impl Averages {
         if ema.is_none() {
             return Ok(Self { fresh: Vec::new() });
         }
-        let fresh = |(index, param): (usize, &Box<Param>)| match &param.ema {
+        let fresh = params.iter().enumerate().map(|(index, param)| match &param.ema {
             None if trains(index, param) => Buffer::zeros(&param.var, param.place()).map(Some),
             _ => Ok(None),
-        };
-        Ok(Self { fresh: params.iter().enumerate().map(fresh).collect::<Result<_>>()? })
+        });
+        Ok(Self { fresh: fresh.collect::<Result<_>>()? })
     }
 
     /// Moves every average towards its variable; `update` is the number of updates before this call.

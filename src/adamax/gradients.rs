@@ -62,8 +62,8 @@ impl<'c> Gradients<'c> {
         'c: 's,
     {
         let with_gradient =
-            move |(index, param): &(usize, &Box<Param>)| self.of(*index, param.accumulated.as_ref()).is_some();
-        vars.iter().enumerate().filter(with_gradient).map(|(_, param)| (param.var.as_tensor(), param.place()))
+            vars.iter().enumerate().filter(move |(index, param)| self.of(*index, param.accumulated.as_ref()).is_some());
+        with_gradient.map(|(_, param)| (param.var.as_tensor(), param.place()))
     }
 
     /// All there are, with the place of what they are measured from; rows have been summed up.

@@ -114,7 +114,8 @@ pub struct Adamax {
     groups: Vec<GroupSettings>,
     /// The index of each group, by its name.
     group_indices: HashMap<String, usize>,
-    /// By their names. Boxes are moved faster than variables where one comes or goes.
+    /// By their names.
+    #[expect(clippy::vec_box, reason = "where one comes or goes, boxes are moved faster than variables")]
     vars: Vec<Box<Param>>,
     /// The memory of every variable, and whose it is.
     storages: IdMap<usize, String>,
