@@ -13,6 +13,8 @@ pub(crate) const CALLS: usize = 3;
 pub(crate) const LINEAR: f64 = 1.1;
 /// The exponent of what sorts.
 pub(crate) const SORTS: f64 = 1.25;
+/// The exponent of what moves a pointer for each later variable, which takes less than an instruction.
+pub(crate) const MOVES: f64 = 1.25;
 /// The exponent of what does not depend on the size.
 pub(crate) const NONE: f64 = 0.02;
 

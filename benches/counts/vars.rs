@@ -9,7 +9,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Optimizer as _, VarMap};
 
-use crate::case::{Case, LINEAR, Work, again, each};
+use crate::case::{Case, LINEAR, MOVES, Work, again, each};
 use crate::cost::File;
 
 /// The smaller number of variables.
@@ -71,7 +71,7 @@ fn managed() -> Vec<Case> {
                 groups.iter().try_for_each(|group| Ok(optimizer.add_group(group.clone())?))
             })
         }),
-        of_vars("remove_var, calls", |n| {
+        Case::growth("remove_var, calls", N, MOVES, |n| {
             let named = named(n)?;
             let names: Vec<String> = named.iter().map(|(name, _)| name.clone()).collect();
             each(
