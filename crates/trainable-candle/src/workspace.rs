@@ -38,7 +38,8 @@ fn locate(folder: &Path, manifest: Option<&Path>) -> Result<PathBuf> {
     if let Some(manifest) = manifest {
         command.arg("--manifest-path").arg(manifest);
     }
-    let manifest = PathBuf::from(answer(&mut command).context("no project was found")?);
+    let asked = manifest.unwrap_or(folder).display();
+    let manifest = PathBuf::from(answer(&mut command).with_context(|| format!("no project was found at {asked}"))?);
     Ok(manifest.parent().map(Path::to_owned).unwrap_or(manifest))
 }
 

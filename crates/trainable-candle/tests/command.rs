@@ -220,14 +220,15 @@ fn a_folder_of_no_project_is_an_error() -> Result<()> {
     let project = project("unreadable", "0.11.1")?;
     fs::write(project.join("Cargo.toml"), "[package\n")?;
     let stderr = fail(trainable_candle(root, &[project.join("trainable").to_str().context("not UTF-8")?]))?;
-    assert!(stderr.contains("no project was found") && stderr.contains("unreadable"), "{stderr}");
+    assert!(stderr.contains("no project was found at") && stderr.contains("unreadable"), "{stderr}");
     Ok(())
 }
 
 #[test]
 fn a_candle_nn_of_somebody_else_at_a_path_is_an_error() -> Result<()> {
     let project = project("own_candle_nn", "0.11.1")?;
-    let own = project.join("own");
+    // Outside of the project's folder, where a package would be a member of its workspace.
+    let own = empty_folder("candle_nn_of_somebody_else")?;
     let source = source(&succeed(trainable_candle(&project, &["trainable"]))?)?;
     for (path, content) in files(&source)? {
         let path = own.join(path);
@@ -235,10 +236,13 @@ fn a_candle_nn_of_somebody_else_at_a_path_is_an_error() -> Result<()> {
         fs::write(path, content)?;
     }
     let manifest = fs::read_to_string(project.join("Cargo.toml"))?;
-    fs::write(project.join("Cargo.toml"), manifest.replace("\"=0.11.1\"", "{ path = \"own\" }"))?;
-    cargo(&project, &["generate-lockfile", "--offline"])?;
+    fs::write(
+        project.join("Cargo.toml"),
+        manifest.replace("\"=0.11.1\"", "{ path = \"../candle_nn_of_somebody_else\" }"),
+    )?;
+    cargo(&project, &["metadata", "--offline", "--format-version", "1"])?;
     let stderr = fail(trainable_candle(&project, &["trainable"]))?;
-    assert!(stderr.contains("own, which this command has not written"), "{stderr}");
+    assert!(stderr.contains("candle_nn_of_somebody_else, which this command has not written"), "{stderr}");
     Ok(())
 }
 
