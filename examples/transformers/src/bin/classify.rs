@@ -39,7 +39,12 @@ fn main() -> Result<()> {
     let device = Device::Cpu;
     let (texts, labels) = read(&args.data)?;
     let classes = labels.iter().max().with_context(|| format!("{} has no lines", args.data.display()))? + 1;
-    ensure!(classes as usize <= labels.len(), "labels are numbers from 0 up to {}: there are {} lines", classes - 1, labels.len());
+    ensure!(
+        classes as usize <= labels.len(),
+        "labels are numbers from 0 up to {}: there are {} lines",
+        classes - 1,
+        labels.len()
+    );
     let labels = Tensor::new(labels, &device)?;
     let (config, ids, mask) = match &args.model {
         Some(folder) => tokenize(folder, texts, &device)?,
