@@ -476,3 +476,21 @@ proptest! {
         assert_as_candle(&bags, POOLINGS[kind], DTYPES[dtype], &offsets(&bags));
     }
 }
+
+#[test]
+fn threads_make_no_difference_to_pooling() {
+    // Enough elements to be shared, in bags of all lengths; the last piece has fewer bags than the others.
+    let (rows, bags) = (500, 1_501);
+    let weight = var(&noise(1, rows * 64), &[rows, 64], DType::F32);
+    let lengths = (0..bags).map(|bag| bag % 4);
+    let ids: Vec<u32> = (0..lengths.clone().sum()).map(|i| (i * 7_919 % rows) as u32).collect();
+    let starts = lengths.scan(0, |end, length| Some(std::mem::replace(end, *end + length) as u32));
+    let bags = Bags::offsets(&ids_of(&ids), &ids_of(&starts.collect::<Vec<_>>())).unwrap();
+    let layer = EmbeddingBag::new(weight.as_tensor().clone(), Pooling::Mean).unwrap();
+    let pooled = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| bits(&layer.pool(&bags).unwrap()))
+    };
+    let expected = pooled(1);
+    assert!((2..6).all(|threads| pooled(threads) == expected));
+}

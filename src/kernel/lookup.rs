@@ -39,7 +39,9 @@ pub(crate) fn pool(
     mean: bool,
 ) -> Result<CpuStorage> {
     let borrowed = Source::Tensor(table).borrow()?;
-    Ok(with_storage!(borrowed.elements()?, table => rows::Pool { table, row_len, ids, starts, factors, mean }.pooled()))
+    Ok(
+        with_storage!(borrowed.elements()?, table => rows::Pool { table, row_len, ids, starts, factors, mean }.pooled()?),
+    )
 }
 
 /// The gradients of the factors of a pooled lookup, from that of its result and the `rows` that were looked up.

@@ -343,6 +343,7 @@ pub(crate) fn gather<E: Element>(table: &[E], row_len: usize, ids: &[u32]) -> Ve
 }
 
 /// One row for each bag: the sum of its rows, each times its factor, in order, divided by `divisors`; zeros if empty.
+#[derive(Clone, Copy)]
 pub(crate) struct Pool<'x, E: Element> {
     pub(crate) table: &'x [E],
     pub(crate) row_len: usize,
@@ -356,8 +357,20 @@ pub(crate) struct Pool<'x, E: Element> {
 
 impl<E: Element> Pool<'_, E> {
     /// All bags, one after another.
-    pub(crate) fn pooled(self) -> Vec<E> {
-        Isa::detect().run(self)
+    pub(crate) fn pooled(self) -> candle_core::Result<Vec<E>> {
+        let (isa, bags) = (Isa::detect(), self.starts.len().saturating_sub(1));
+        let threads = threads_for(self.ids.len() * self.row_len).min(bags);
+        if threads <= 1 {
+            return Ok(isa.run(self));
+        }
+        let piece = bags.div_ceil(threads * PIECES_PER_THREAD);
+        let part = |from| Self { starts: &self.starts[from..=bags.min(from + piece)], ..self };
+        let mut parts: Vec<_> = (0..bags).step_by(piece).map(|from| (part(from), Vec::new())).collect();
+        Team::run(threads, |team| {
+            team.pieces(parts.iter_mut().collect(), |(part, pooled)| *pooled = isa.run(*part));
+            Ok(())
+        })?;
+        Ok(parts.into_iter().map(|(_, pooled)| pooled).collect::<Vec<_>>().concat())
     }
 }
 
