@@ -25,7 +25,7 @@ pub(crate) fn run(mut work: Work) -> Result<()> {
     counted(&mut work)
 }
 
-/// What callgrind counts. It is found by its name.
+/// The function that callgrind counts, by its name.
 #[unsafe(no_mangle)]
 #[inline(never)]
 fn counted(work: &mut Work) -> Result<()> {

@@ -13,7 +13,7 @@ use crate::callgrind;
 use crate::case::{Case, Growth};
 use crate::record::{Record, TOLERANCE, Verdict};
 
-/// What to do where the file is out of date.
+/// The remedy where the file is out of date.
 const RECORD: &str =
     "run `cargo bench --bench counts -- --record`, and commit the file together with what changed the count";
 /// The width of names.
@@ -99,7 +99,7 @@ pub(crate) fn record(cases: &[Case]) -> Result<()> {
     Ok(())
 }
 
-/// What is wrong with a count, if anything.
+/// The complaint about a count, if there is one.
 fn complaint(verdict: Verdict) -> Option<String> {
     let (percent, allowed) = (|ratio: f64| 100.0 * (ratio - 1.0).abs(), 100.0 * TOLERANCE);
     match verdict {

@@ -17,7 +17,7 @@ const F32: Dense =
     Dense { tensors: 1, elements: 65_536, dtype: DType::F32, state: StateDType::F32, rounding: Rounding::Nearest };
 const SMALL: Dense = Dense { tensors: 1000, elements: 64, ..F32 };
 
-/// Of a table, and of what is looked up in it.
+/// The sizes of a table and of its lookups.
 const ROWS: usize = 16_384;
 const DIM: usize = 64;
 const IDS: usize = 2048;

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 /// How much a count may differ from the file's, as a share of that.
 pub(crate) const TOLERANCE: f64 = 0.03;
 
-/// What was counted, and with which compiler.
+/// The counts, and the compiler that made the program.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Record {
     pub(crate) compiler: String,
@@ -18,7 +18,7 @@ pub(crate) struct Record {
     pub(crate) counts: BTreeMap<String, u64>,
 }
 
-/// What is said of a count beside that of the file; the number is its ratio to that.
+/// The verdict on a count beside the file's; the number is the ratio of the two.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Verdict {
     Same(f64),
