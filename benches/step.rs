@@ -93,7 +93,7 @@ fn sparse(criterion: &mut Criterion) {
             };
             let (mut optimizer, table, grads) = make().expect("a table that fits into memory");
             let mut grads = grads.iter().cycle();
-            bencher.iter(|| grads.next().map(|grad| black_box(optimizer.apply_gradients([(&table, grad)]))));
+            bencher.iter(|| grads.next().map(|grad| black_box(optimizer.apply_gradients([(&table, grad)]).map(drop))));
         });
         group.bench_function(BenchmarkId::new("memory", &name), |bencher| {
             let mut memory = Rows::new(rows, DIM).expect("arrays that fit into memory");

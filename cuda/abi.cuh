@@ -48,19 +48,10 @@ struct Chunk {
     u32 first;
 };
 
-// What the device knows before the host does.
+// Results of an update that the device knows before the host.
 struct Control {
     double total_norm;
-    u64 skipped; // calls so far
-    u32 skip;    // whether this one is
-    u32 padding;
-};
-
-// Which of several possible orders hold: those for as many skipped calls as the host has not heard of.
-struct Late {
-    const Control* control; // null: the host knows everything
-    u64 heard;              // skipped calls that the host knows of
-    u32 orders;             // how many there are for each number of others
+    u32 skip; // whether the update is skipped
     u32 padding;
 };
 
@@ -68,15 +59,10 @@ struct UpdateArgs {
     const Tensor* tensors;
     const Orders* orders;
     const Chunk* chunks;
-    Late late;
+    const Control* control; // null if nothing is skipped
 };
 
-DEVICE bool is_skipped(const Late& late) { return late.control != nullptr && late.control->skip != 0; }
-
-DEVICE const Orders& pick(const Orders* orders, const Late& late, u32 index) {
-    u64 unheard = late.control != nullptr ? late.control->skipped - late.heard : 0;
-    return orders[unheard * late.orders + index];
-}
+DEVICE bool is_skipped(const Control* control) { return control != nullptr && control->skip != 0; }
 
 DEVICE const Coefficients<float>& coefficients(const Orders& orders, float) { return orders.narrow; }
 DEVICE const Coefficients<double>& coefficients(const Orders& orders, double) { return orders.wide; }

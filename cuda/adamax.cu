@@ -161,10 +161,10 @@ template <typename F, typename P, typename G> struct Unit : Stored<F, P> {
 
 template <typename F, typename P, typename G, bool ROWWISE> DEVICE void update_chunk(const UpdateArgs& args) {
     typedef typename Element<P>::Acc A;
-    if (is_skipped(args.late)) return;
+    if (is_skipped(args.control)) return;
     Chunk chunk = args.chunks[blockIdx.x];
     const Tensor& t = args.tensors[chunk.tensor];
-    const Orders& orders = pick(args.orders, args.late, t.orders);
+    const Orders& orders = args.orders[t.orders];
     const Coefficients<A> c = coefficients(orders, A());
     u64 units = t.count != 0 ? *reinterpret_cast<const u32*>(t.count) : (t.len + t.unit - 1) / t.unit;
     u64 end = u64(chunk.first) + t.chunk;

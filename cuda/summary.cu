@@ -177,15 +177,13 @@ enum Clip { CLIP_NONE = 0, CLIP_EACH = 1, CLIP_GLOBAL = 2, CLIP_TORCH = 3 };
 struct JoinArgs {
     const double* norms;
     double* squares; // two rows, each as long as the norms
-    Orders* orders;  // those of tensor i are i, and in every `n` further ones
+    Orders* orders;  // of each tensor
     Control* control;
     double limit; // of clipping
     u32 n;
-    u32 orders_n; // how many orders there are in all
     u32 norm;
     u32 clip;
     u32 skips; // whether a call that is not finite is skipped
-    u32 padding;
 };
 
 DEVICE double keras_factor(double norm, double limit) { return norm <= limit ? 1.0 : limit / norm; }
@@ -234,15 +232,13 @@ DEVICE double join_norms(const JoinArgs& args) {
 
 KERNEL(summary_join, JoinArgs) {
     double total = join_norms(args);
-    for (u32 i = threadIdx.x; i < args.orders_n; i += THREADS) {
+    for (u32 i = threadIdx.x; i < args.n; i += THREADS) {
         Coefficients<double>& wide = args.orders[i].wide;
-        wide.grad_scale = clipped(args.clip, args.limit, wide.grad_scale, args.norms[i % args.n], total);
+        wide.grad_scale = clipped(args.clip, args.limit, wide.grad_scale, args.norms[i], total);
         args.orders[i].narrow.grad_scale = float(wide.grad_scale);
     }
     if (threadIdx.x == 0) {
-        bool skip = args.skips != 0 && !is_finite(total);
         args.control->total_norm = total;
-        args.control->skip = skip ? 1 : 0;
-        args.control->skipped += skip ? 1 : 0;
+        args.control->skip = args.skips != 0 && !is_finite(total) ? 1 : 0;
     }
 }

@@ -6,7 +6,7 @@
 
 use candle_adamax::{Adamax, ParamsAdamax};
 use candle_core::{DType, Device, Result, Tensor};
-use candle_nn::{Module, Optimizer, VarBuilder, VarMap, linear, loss};
+use candle_nn::{Module, VarBuilder, VarMap, linear, loss};
 
 fn main() -> Result<()> {
     let device = Device::Cpu;

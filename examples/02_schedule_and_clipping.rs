@@ -9,7 +9,6 @@
 
 use candle_adamax::{Adamax, CosineDecay, ParamsAdamax};
 use candle_core::{Device, Result, Tensor, Var};
-use candle_nn::Optimizer;
 
 const STEPS: u64 = 2_000;
 

@@ -6,7 +6,7 @@
 
 use candle_adamax::{Adamax, GroupLr, ParamGroup, ParamsAdamax, WeightDecay};
 use candle_core::{DType, Device, Result, Tensor};
-use candle_nn::{Module, Optimizer, VarBuilder, VarMap, embedding, linear, loss};
+use candle_nn::{Module, VarBuilder, VarMap, embedding, linear, loss};
 
 fn main() -> Result<()> {
     let device = Device::Cpu;

@@ -9,7 +9,7 @@
 use anyhow::ensure;
 use candle_adamax::{Adamax, CosineDecay, Ema, ParamsAdamax};
 use candle_core::{DType, Device, Tensor};
-use candle_nn::{Linear, Module, Optimizer, VarBuilder, VarMap, linear, loss};
+use candle_nn::{Linear, Module, VarBuilder, VarMap, linear, loss};
 
 const HALF: usize = 50;
 

@@ -14,7 +14,7 @@ use candle_adamax::{
     Adamax, Bags, Embedding, EmbeddingBag, ParamsAdamax, Pooling, TouchedRows, embedding, embedding_bag,
 };
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_nn::{Module, Optimizer, VarBuilder, VarMap};
+use candle_nn::{Module, VarBuilder, VarMap};
 
 /// candle allocates every intermediate result anew, and the system's allocator gives large ones back at once.
 #[global_allocator]

@@ -413,12 +413,12 @@ fn gradients_that_do_not_fit() {
             (tensor(&noise(5, 6), &[2, 3], DType::F16), "gradient dtype mismatch for `last`: expected F32, got F16"),
         ] {
             let pairs: Pairs<'_> = vec![(&vars[0].1, &good), (&vars[1].1, &bad)];
-            let step = |optimizer: &mut Adamax| Ok(optimizer.apply_gradients(pairs)?);
+            let step = |optimizer: &mut Adamax| Ok(optimizer.apply_gradients(pairs).map(drop)?);
             assert_step_fails(&mut optimizer, &vars, step, text);
             let mut store = GradStore::default();
             store.insert(&vars[0].1, good.clone());
             store.insert(&vars[1].1, bad);
-            assert_step_fails(&mut optimizer, &vars, |optimizer| optimizer.step(&store), text);
+            assert_step_fails(&mut optimizer, &vars, |optimizer| Ok(optimizer.step(&store).map(drop)?), text);
         }
     }
     let half = var(&[1.0], &[1], DType::F16);
@@ -464,12 +464,12 @@ fn gradients_in_the_memory_of_a_variable() {
                      such as `grad.copy()`"
                 );
                 let pairs: Pairs<'_> = vec![(&first, &good), (&last, grad)];
-                let step = |optimizer: &mut Adamax| Ok(optimizer.apply_gradients(pairs)?);
+                let step = |optimizer: &mut Adamax| Ok(optimizer.apply_gradients(pairs).map(drop)?);
                 assert_step_fails(&mut optimizer, &vars, step, &text);
                 let mut store = GradStore::default();
                 store.insert(&first, good.clone());
                 store.insert(&last, grad.clone());
-                assert_step_fails(&mut optimizer, &vars, |optimizer| optimizer.step(&store), &text);
+                assert_step_fails(&mut optimizer, &vars, |optimizer| Ok(optimizer.step(&store).map(drop)?), &text);
             }
             // Two variables may have the same tensor as their gradient.
             optimizer.apply_gradients([(&first, &good), (&last, &good)]).unwrap();
@@ -484,11 +484,11 @@ fn pairs_that_do_not_fit() {
     for (mut optimizer, vars) in trained(1) {
         let (first, last) = (&vars[0].1, &vars[1].1);
         let pairs: Pairs<'_> = vec![(first, &good), (&stranger, &good)];
-        let step = |optimizer: &mut Adamax| Ok(optimizer.apply_gradients(pairs)?);
+        let step = |optimizer: &mut Adamax| Ok(optimizer.apply_gradients(pairs).map(drop)?);
         let text = "the var of pair 1, of shape [2, 3], is not one of this optimizer's; add it first";
         assert_step_fails(&mut optimizer, &vars, step, text);
         let pairs: Pairs<'_> = vec![(last, &good), (first, &good), (last, &good)];
-        let step = |optimizer: &mut Adamax| Ok(optimizer.apply_gradients(pairs)?);
+        let step = |optimizer: &mut Adamax| Ok(optimizer.apply_gradients(pairs).map(drop)?);
         let text = "two gradients for `last`; give their sum";
         assert_step_fails(&mut optimizer, &vars, step, text);
     }
@@ -499,13 +499,13 @@ fn no_gradient_at_all() {
     let text = "none of the 2 vars had a gradient: is the loss computed from them, through operations that have a \
                 backward pass?";
     for (mut optimizer, vars) in trained(3) {
-        let step = |optimizer: &mut Adamax| optimizer.step(&GradStore::default());
+        let step = |optimizer: &mut Adamax| Ok(optimizer.step(&GradStore::default()).map(drop)?);
         assert_step_fails(&mut optimizer, &vars, step, text);
-        let step = |optimizer: &mut Adamax| Ok(optimizer.apply_gradients([] as [(&Var, &Tensor); 0])?);
+        let step = |optimizer: &mut Adamax| Ok(optimizer.apply_gradients([] as [(&Var, &Tensor); 0]).map(drop)?);
         assert_step_fails(&mut optimizer, &vars, step, text);
         // A loss that knows nothing of the variables.
         let loss = var(&[1.0], &[1], DType::F32).sqr().unwrap().sum_all().unwrap();
-        let step = |optimizer: &mut Adamax| optimizer.backward_step(&loss);
+        let step = |optimizer: &mut Adamax| Ok(optimizer.backward_step(&loss).map(drop)?);
         assert_step_fails(&mut optimizer, &vars, step, text);
         let params = ParamsAdamax { missing_gradients: MissingGradients::Allow, ..optimizer.params().clone() };
         optimizer.set_params(params).unwrap();
@@ -546,7 +546,7 @@ fn learning_rates_of_a_step() {
             optimizer.set_learning_rate(lr);
             assert!(optimizer.learning_rate().is_nan());
             let text = format!("invalid `lr`: expected {NOT_NEGATIVE}, got {got}");
-            let step = |optimizer: &mut Adamax| Ok(optimizer.apply_gradients(pairs())?);
+            let step = |optimizer: &mut Adamax| Ok(optimizer.apply_gradients(pairs()).map(drop)?);
             assert_step_fails(&mut optimizer, &vars, step, &text);
         }
         // It is the next step's error alone: a good rate mends it.
@@ -569,7 +569,7 @@ fn learning_rates_of_a_step() {
     let pairs = || -> Pairs<'_> { vars.iter().map(|(_, var)| (var, &good)).collect() };
     optimizer.apply_gradients(pairs()).unwrap();
     optimizer.apply_gradients(pairs()).unwrap();
-    let step = |optimizer: &mut Adamax| Ok(optimizer.apply_gradients(pairs())?);
+    let step = |optimizer: &mut Adamax| Ok(optimizer.apply_gradients(pairs()).map(drop)?);
     let text = format!("invalid `lr`: expected {NOT_NEGATIVE}, got NaN");
     assert_step_fails(&mut optimizer, &vars, step, &text);
 }

@@ -11,7 +11,7 @@ use candle_adamax::{
     ParamGroup, ParamsAdamax, Rounding, SparseGrad, SparseUpdate, StateDType, TouchedRows,
 };
 use candle_core::{DType, Device, Tensor, Var};
-use candle_nn::{Module, Optimizer};
+use candle_nn::Module;
 use common::{DTYPES, Fingerprint, noise, tensor, values, var};
 use serde_json::Value;
 
@@ -262,7 +262,7 @@ fn a_backward_pass_of_ones_own_is_the_same() {
             grad[2] = if call == 5 { f64::NAN } else { grad[2] };
             let loss = loss(&vars[0].1, &tensor(&grad, &[9], DType::F32));
             match (own, call % 2) {
-                (false, _) => optimizer.backward_step(&loss).unwrap(),
+                (false, _) => optimizer.backward_step(&loss).map(drop).unwrap(),
                 (true, 0) => {
                     let grads = optimizer.scale(&loss).unwrap().backward().unwrap();
                     optimizer.step(&grads).unwrap();
@@ -368,7 +368,9 @@ fn settings_carry_on_or_begin_anew() {
     let w = var(&[0.0], &[1], DType::F32);
     let mut optimizer = Adamax::from_named([("w", w.clone())], ParamsAdamax::default()).unwrap();
     let state = |optimizer: &Adamax| optimizer.snapshot().unwrap().grad_scaler.map(|s| (s.scale, s.growth_tracker));
-    let good = |optimizer: &mut Adamax| optimizer.backward_step(&loss(&w, &tensor(&[1.0], &[1], DType::F32))).unwrap();
+    let good = |optimizer: &mut Adamax| {
+        optimizer.backward_step(&loss(&w, &tensor(&[1.0], &[1], DType::F32))).map(drop).unwrap();
+    };
     good(&mut optimizer);
     assert_eq!((state(&optimizer), optimizer.loss_scale()), (None, 1.0));
 

@@ -254,7 +254,8 @@ fn an_accumulated_sum_that_overflows_is_dropped() -> Result<()> {
     let w = Var::new(&[8f32], &Device::Cpu)?;
     let params = ParamsAdamax { gradient_accumulation_steps: 2, skip_nonfinite: true, ..plain(1.0) };
     let mut adamax = Adamax::from_named([("w", w.clone())], params)?;
-    let step = |adamax: &mut Adamax, grad: f32| adamax.apply_gradients([(&w, &Tensor::new(&[grad], &Device::Cpu)?)]);
+    let step =
+        |adamax: &mut Adamax, grad: f32| adamax.apply_gradients([(&w, &Tensor::new(&[grad], &Device::Cpu)?)]).map(drop);
     step(&mut adamax, 3e38)?;
     step(&mut adamax, 3e38)?;
     assert!(adamax.report().skipped());

@@ -6,7 +6,7 @@
 use candle_adamax::{Adamax, Embedding, MissingGradients, ParamsAdamax};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_nn::{Module, Optimizer};
+use candle_nn::Module;
 
 const IDS: u32 = 512;
 

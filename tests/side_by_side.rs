@@ -20,7 +20,6 @@ use candle_adamax::{
     Adamax, Bags, Ema, EmbeddingBag, ParamsAdamax, Pooling, Rounding, SparseUpdate, StateDType, Table, WeightDecay,
 };
 use candle_core::{DType, Device, Tensor, Var};
-use candle_nn::Optimizer as _;
 use common::noise;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 

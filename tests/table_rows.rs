@@ -10,7 +10,7 @@ use candle_adamax::{
     Pooling, SparseGrad, Table, TouchedRows,
 };
 use candle_core::{DType, Device, Tensor, Var};
-use candle_nn::{Module as _, Optimizer as _};
+use candle_nn::Module as _;
 use common::{DTYPES, Fingerprint, bits, noise, tensor, values, var};
 
 const CPU: &Device = &Device::Cpu;

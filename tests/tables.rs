@@ -10,7 +10,7 @@ mod common;
 use candle_adamax::{Adamax, Embedding, EmbeddingBag, MissingGradients, ParamsAdamax, Pooling, Table, TouchedRows};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_nn::{Module, Optimizer, VarBuilder, VarMap};
+use candle_nn::{Module, VarBuilder, VarMap};
 use common::{bits, noise, tensor};
 
 const ROWS: usize = 20;

@@ -7,7 +7,7 @@ mod common;
 
 use candle_adamax::{Adamax, Ema, Embedding, ParamsAdamax, Rounding, SparseUpdate, Table};
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_nn::{Module, Optimizer, VarMap};
+use candle_nn::{Module, VarMap};
 use common::{bits, tensor, values};
 
 const HALVES: [DType; 2] = [DType::BF16, DType::F16];
@@ -71,7 +71,7 @@ impl Twins {
         let grads: Vec<f32> = (0..n).map(|i| ((i * 31 + seed * 17) as f32 * 0.37).sin()).collect();
         let grads = Tensor::from_vec(grads, self.full.shape(), &Device::Cpu)?;
         self.optimizers[0].apply_gradients([(&self.half, &grads)])?;
-        Ok(self.optimizers[1].apply_gradients([(&self.full, &grads)])?)
+        Ok(self.optimizers[1].apply_gradients([(&self.full, &grads)]).map(drop)?)
     }
 
     /// Writes to both.

@@ -47,7 +47,7 @@ fn clipping() -> Vec<Case> {
             let (vars, grads) = case.vars_and_grads()?;
             let params = ParamsAdamax { clip_global_norm: Some(1.0), ..ParamsAdamax::default() };
             let mut optimizer = Adamax::new(vars, params)?;
-            again(move || optimizer.step(&grads))
+            again(move || optimizer.step(&grads).map(drop))
         })
     };
     vec![clipped("dense f32", F32), clipped("1000 tensors of 64", SMALL)]
@@ -71,13 +71,13 @@ fn tables() -> Vec<Case> {
             let weight = weight()?;
             let (bag, bags) = bags(&weight)?;
             let mut optimizer = Adamax::new(vec![weight], ParamsAdamax::default())?;
-            again(move || optimizer.backward_step(&bag.pool(&bags)?.sqr()?.sum_all()?))
+            again(move || optimizer.backward_step(&bag.pool(&bags)?.sqr()?.sum_all()?).map(drop))
         }),
         Case::cost("sparse step", || {
             let weight = weight()?;
             let mut optimizer = Adamax::new(vec![weight.clone()], ParamsAdamax::default())?;
             let grad = SparseGrad { indices: ids(0)?, values: Tensor::full(0.5f32, (IDS, DIM), &Device::Cpu)? };
-            again(move || optimizer.apply_gradients([(&weight, &grad)]))
+            again(move || optimizer.apply_gradients([(&weight, &grad)]).map(drop))
         }),
         Case::cost("exact forward, backward and step", || {
             let weight = weight()?;
@@ -88,7 +88,7 @@ fn tables() -> Vec<Case> {
             let mut batches = [ids(0)?, ids(1)?].into_iter().cycle();
             again(move || {
                 let Some(ids) = batches.next() else { return Ok(()) };
-                optimizer.backward_step(&table.lookup(&ids)?.sqr()?.sum_all()?)
+                optimizer.backward_step(&table.lookup(&ids)?.sqr()?.sum_all()?).map(drop)
             })
         }),
     ]

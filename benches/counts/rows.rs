@@ -81,17 +81,17 @@ fn updated() -> Vec<Case> {
     let sparse = of_ids("sparse step", SORTS, |n, rows| {
         let (mut optimizer, weight) = optimizer(rows, ParamsAdamax::default())?;
         let grad = gradient(ids(n, rows)?)?;
-        again(move || optimizer.apply_gradients([(&weight, &grad)]))
+        again(move || optimizer.apply_gradients([(&weight, &grad)]).map(drop))
     });
     let training = of_ids("lookup, backward and step", SORTS, |n, rows| {
         let (mut optimizer, weight) = optimizer(rows, ParamsAdamax::default())?;
         let (table, ids) = (Table::new(&weight)?, ids(n, rows)?);
-        again(move || optimizer.backward_step(&table.lookup(&ids)?.sqr()?.sum_all()?))
+        again(move || optimizer.backward_step(&table.lookup(&ids)?.sqr()?.sum_all()?).map(drop))
     });
     let exact = of_ids("exact lookup, backward and step", SORTS, |n, rows| {
         let (mut optimizer, weight) = optimizer(rows, EXACT())?;
         let (table, ids) = (Table::new(&weight)?, ids(n, rows)?);
-        again(move || optimizer.backward_step(&table.lookup(&ids)?.sqr()?.sum_all()?))
+        again(move || optimizer.backward_step(&table.lookup(&ids)?.sqr()?.sum_all()?).map(drop))
     });
     let missed = Case::growth("exact lookup, updates missed", 256, NONE, |n| {
         let (mut optimizer, weight) = optimizer(ROWS, EXACT())?;
@@ -102,7 +102,7 @@ fn updated() -> Vec<Case> {
             optimizer.backward_step(&table.lookup(&ids)?.sqr()?.sum_all()?)?;
             waiting.push(ids);
         }
-        (0..n).try_for_each(|_| optimizer.apply_gradients([(&weight, &one)]))?;
+        (0..n).try_for_each(|_| optimizer.apply_gradients([(&weight, &one)]).map(drop))?;
         Ok(Box::new(move || Ok(table.lookup(&waiting.pop().context("a call too many")?).map(drop)?)))
     });
     let rows = of_ids("step_rows", SORTS, |n, rows| {
@@ -110,7 +110,7 @@ fn updated() -> Vec<Case> {
         let ids = ids(n, rows)?;
         let mut grads = GradStore::default();
         grads.insert(&weight, Tensor::ones((rows, DIM), DType::F32, &Device::Cpu)?);
-        again(move || optimizer.step_rows(&grads, [(&weight, TouchedRows::Ids(&ids))]))
+        again(move || optimizer.step_rows(&grads, [(&weight, TouchedRows::Ids(&ids))]).map(drop))
     });
     let touched = of_ids("touched_rows", SORTS, |n, rows| {
         let (grad, ids) = (weight(rows)?, ids(n, rows)?);
@@ -146,7 +146,7 @@ fn set() -> Vec<Case> {
         let (mut optimizer, weight) = optimizer(rows, EXACT())?;
         let grads = [gradient(ids(rows, rows)?)?, gradient(ids(1, rows)?)?];
         again(move || {
-            grads.iter().try_for_each(|grad| optimizer.apply_gradients([(&weight, grad)]))?;
+            grads.iter().try_for_each(|grad| optimizer.apply_gradients([(&weight, grad)]).map(drop))?;
             optimizer.catch_up()
         })
     });
@@ -166,7 +166,7 @@ fn graphs() -> Vec<Case> {
                 let mut losses = tables.iter().map(|table| Ok(table.lookup(&ids)?.sqr()?.sum_all()?));
                 let first = losses.next().context("no table")??;
                 let loss = losses.try_fold(first, |sum, loss: Result<_>| anyhow::Ok((sum + loss?)?))?;
-                anyhow::Ok(optimizer.backward_step(&loss)?)
+                anyhow::Ok(optimizer.backward_step(&loss).map(drop)?)
             })
         })
     };
@@ -179,7 +179,7 @@ fn graphs() -> Vec<Case> {
             let ids = (0..n).map(|i| Ok(all.narrow(0, 4 * i, 4)?)).collect::<Result<Vec<_>>>()?;
             again(move || {
                 let looked_up = ids.iter().map(|ids| Ok(table.lookup(ids)?)).collect::<Result<Vec<_>>>()?;
-                anyhow::Ok(optimizer.backward_step(&loss(&looked_up)?)?)
+                anyhow::Ok(optimizer.backward_step(&loss(&looked_up)?).map(drop)?)
             })
         }),
         Case::growth("lookups without a step", N, SORTS, move |n| {
@@ -202,7 +202,7 @@ fn graphs() -> Vec<Case> {
             let params = ParamsAdamax { gradient_accumulation_steps: n as u64, ..ParamsAdamax::default() };
             let (mut optimizer, weight) = optimizer(ROWS, params)?;
             let grad = gradient(ids(8, ROWS)?)?;
-            again(move || (0..n).try_for_each(|_| optimizer.apply_gradients([(&weight, &grad)])))
+            again(move || (0..n).try_for_each(|_| optimizer.apply_gradients([(&weight, &grad)]).map(drop)))
         }),
     ]
 }

@@ -111,7 +111,7 @@ fn stepped() -> Vec<Case> {
     let step = |name: &str, params: fn() -> ParamsAdamax| {
         of_vars(name, move |n| {
             let (mut optimizer, grads) = start(n, params())?;
-            again(move || optimizer.step(&grads))
+            again(move || optimizer.step(&grads).map(drop))
         })
     };
     vec![
@@ -123,7 +123,7 @@ fn stepped() -> Vec<Case> {
             let mut grads = GradStore::default();
             grads.insert(&var, Tensor::ones(n, DType::F32, &Device::Cpu)?);
             let mut optimizer = Adamax::new(vec![var], ParamsAdamax::default())?;
-            again(move || optimizer.step(&grads))
+            again(move || optimizer.step(&grads).map(drop))
         }),
         of_vars("step, groups", |n| {
             let mut optimizer = Adamax::from_groups(groups(n)?, ParamsAdamax::default())?;
@@ -132,18 +132,18 @@ fn stepped() -> Vec<Case> {
             let mut grads = GradStore::default();
             grads.insert(&var, gradient()?);
             optimizer.set_params(ParamsAdamax { missing_gradients: MissingGradients::Allow, ..Default::default() })?;
-            again(move || optimizer.step(&grads))
+            again(move || optimizer.step(&grads).map(drop))
         }),
         of_vars("apply_gradients, vars", |n| {
             let vars: Vec<Var> = named(n)?.into_iter().map(|(_, var)| var).collect();
             let mut optimizer = Adamax::new(vars.clone(), ParamsAdamax::default())?;
             let grad = gradient()?;
-            again(move || optimizer.apply_gradients(vars.iter().map(|var| (var, &grad))))
+            again(move || optimizer.apply_gradients(vars.iter().map(|var| (var, &grad))).map(drop))
         }),
         Case::growth("accumulation, calls", 64, LINEAR, |n| {
             let params = ParamsAdamax { gradient_accumulation_steps: n as u64, ..Default::default() };
             let (mut optimizer, grads) = start(4, params)?;
-            again(move || (0..n).try_for_each(|_| optimizer.step(&grads)))
+            again(move || (0..n).try_for_each(|_| optimizer.step(&grads).map(drop)))
         }),
         of_vars("accumulation and flush, tensors", |n| {
             let params = ParamsAdamax { gradient_accumulation_steps: 2, ..Default::default() };

@@ -56,7 +56,7 @@ impl Case {
         let (vars, grads) = self.vars_and_grads()?;
         let params = ParamsAdamax { state_dtype: self.state, rounding: self.rounding, ..ParamsAdamax::default() };
         let mut optimizer = Adamax::new(vars, params)?;
-        Ok(Box::new(move || optimizer.step(&grads)))
+        Ok(Box::new(move || Ok(optimizer.step(&grads).map(drop)?)))
     }
 
     /// The memory's own speed: the bytes of a step over one row of [`total`](Self::total) elements, without arithmetic.

@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use candle_adamax::{Adamax, CosineDecay, ParamsAdamax, StateDType};
 use candle_core::{DType, Device, Tensor, Var};
-use candle_nn::{Optimizer, loss};
+use candle_nn::loss;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use crate::Moments;

@@ -190,7 +190,6 @@ impl Weights<'_> {
 mod tests {
     use candle_adamax::{Adamax, ParamsAdamax};
     use candle_core::Var;
-    use candle_nn::Optimizer;
 
     use super::*;
 

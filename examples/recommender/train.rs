@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use candle_adamax::Adamax;
 use candle_core::{Device, Tensor};
-use candle_nn::{Optimizer, VarMap, loss};
+use candle_nn::{VarMap, loss};
 use rand::{rngs::StdRng, seq::SliceRandom};
 
 use crate::bar::Bar;

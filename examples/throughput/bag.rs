@@ -80,7 +80,7 @@ impl Ours {
 
     fn whole(&mut self, ids: &Tensor) -> candle_core::Result<()> {
         let loss = self.bag.forward(ids)?.sqr()?.mean_all()?;
-        self.optimizer.backward_step(&loss)
+        Ok(self.optimizer.backward_step(&loss).map(drop)?)
     }
 }
 

@@ -78,7 +78,7 @@ impl Work {
         let (vars, grads) = self.vars_and_grads(device)?;
         let params = ParamsAdamax { state_dtype, rounding: self.rounding, ..ParamsAdamax::default() };
         let mut optimizer = Adamax::new(vars, params)?;
-        Ok(Box::new(move || optimizer.step(&grads)))
+        Ok(Box::new(move || Ok(optimizer.step(&grads).map(drop)?)))
     }
 
     /// A step of candle-nn's optimizer, on variables of its own.

@@ -8,7 +8,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
 
 use super::Adamax;
-use super::collect::{Found, Grad, collect};
+use super::grads::{DenseGrad, Grad, Grads};
 use crate::error::{Result, listed};
 use crate::gradient::sparse::nonzero;
 use crate::kernel::{RowGrad, SummedRows};
@@ -205,20 +205,17 @@ impl Adamax {
     /// more.
     pub fn audit(&self, grads: &GradStore) -> Result<Audit> {
         let audit = || {
-            let mut lookups = self.lookups(grads)?;
-            let found = |param: &super::Param| Found {
-                dense: grads.get(&param.var),
-                lookups: lookups.take(param.var.id()),
-                ..Found::default()
-            };
-            let collected = collect(&self.vars, &self.storages, found)?;
-            let vars = self.vars.iter().enumerate().map(|(index, param)| {
-                let unreached = match collected.get(index) {
+            let collected = Grads::collect(&self.vars, self.found(grads)?)?;
+            let mut collected = collected.iter().peekable();
+            let vars = self.vars.iter().enumerate().map(|(index, info)| {
+                let grad = collected.next_if(|(of, _)| *of == index).map(|(_, grad)| grad);
+                let unreached = match grad {
                     None => Unreached::Missing,
-                    Some(Grad::Dense(grad)) => unreached(&param.var, zero_slices(grad)?),
-                    Some(Grad::Rows(grad)) => unreached(&param.var, zero_rows(grad, param.var.dtype())?),
+                    Some(Grad::Dense(DenseGrad::Call(grad))) => unreached(&info.var, zero_slices(grad)?),
+                    Some(Grad::Dense(DenseGrad::Sum(_))) => unreachable!("gradients of one call"),
+                    Some(Grad::Rows(grad)) => unreached(&info.var, zero_rows(grad, info.var.dtype())?),
                 };
-                Ok((param.name.clone(), unreached))
+                Ok((info.name.clone(), unreached))
             });
             Ok(Audit { vars: vars.collect::<Result<_>>()? })
         };

@@ -3,8 +3,9 @@
 
 use candle_core::{DType, Tensor};
 
-use super::held::Held;
-use super::{Accumulated, Adamax, Param, Sum};
+use super::Adamax;
+use super::state::StateCell;
+use super::sums::Sum;
 use crate::error::Result;
 use crate::state::{Buffer, Master};
 
@@ -33,29 +34,6 @@ impl StateBytes {
     pub fn total(&self) -> usize {
         let Self { moments, units, masters, averages, accumulated, debts } = *self;
         moments + units + masters + averages + accumulated + debts
-    }
-
-    fn add(&mut self, param: &Param) {
-        let state = param.state.get();
-        let units = state.moments.unit_bytes();
-        self.moments += state.moments.bytes() - units;
-        self.units += units;
-        self.masters += state.master.as_ref().map_or(0, Master::bytes);
-        drop(state);
-        self.averages += param.ema.as_ref().map_or(0, Buffer::bytes);
-        self.accumulated += param.accumulated.as_ref().map_or(0, Accumulated::bytes);
-        if let Held::Shared(debts) = &param.state {
-            self.debts += debts.lock().bytes_owed();
-        }
-    }
-}
-
-impl Accumulated {
-    fn bytes(&self) -> usize {
-        match &self.sum {
-            Sum::Dense(sum) => sum.bytes(),
-            Sum::Rows(sum) => sum.bytes(),
-        }
     }
 }
 
@@ -140,7 +118,19 @@ impl Adamax {
     /// ```
     pub fn bytes(&self) -> StateBytes {
         let mut bytes = StateBytes::default();
-        self.vars.iter().for_each(|param| bytes.add(param));
+        for ((cell, sum), average) in self.states.iter().zip(&self.sums.0).zip(&self.averages) {
+            cell.read(|state| {
+                let units = state.moments.unit_bytes();
+                bytes.moments += state.moments.bytes() - units;
+                bytes.units += units;
+                bytes.masters += state.master.as_ref().map_or(0, Master::bytes);
+            });
+            bytes.averages += average.as_ref().map_or(0, Buffer::bytes);
+            bytes.accumulated += sum.sum.as_ref().map_or(0, Sum::bytes);
+            if let StateCell::Table(table) = &**cell {
+                bytes.debts += table.lock().bytes_owed();
+            }
+        }
         bytes
     }
 
@@ -152,8 +142,8 @@ impl Adamax {
     ///
     /// No variable has this name; a device whose memory cannot be read.
     pub fn moment_statistics(&self, name: &str) -> Result<MomentStatistics> {
-        let param = &self.vars[self.index_of(name)?];
-        let moments = param.state.moments(&param.var).map_err(|error| self.own(error))?;
+        let index = self.index_of(name)?;
+        let moments = self.states[index].moments(&self.vars[index].var).map_err(|error| self.own(error))?;
         let values = |tensor: &Tensor| tensor.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>();
         let (m, u) = (values(&moments.0)?, values(&moments.1)?);
         let ratios = m.iter().zip(&u).filter(|&(m, u)| m.is_finite() && u.is_finite() && *u != 0.0);

@@ -6,9 +6,10 @@ use std::path::Path;
 
 use candle_core::DType;
 
-use super::held::GroupPlan;
-use super::snapshot::check_moments;
-use super::{Adamax, Param};
+use super::Adamax;
+use super::restore::check_moments;
+use super::settings::ResolvedGroup;
+use super::vars::VarInfo;
 use crate::checkpoint::names::hint;
 use crate::checkpoint::{Snapshot, VarSnapshot};
 use crate::error::{Error, Result, listed};
@@ -110,15 +111,14 @@ impl Adamax {
 
     fn try_restore_matching(&mut self, snapshot: &Snapshot) -> Result<Restored> {
         self.check_convention(&snapshot.params)?;
-        let plans = self.plans(&self.params, &self.groups, self.kernel)?;
         let (mut vars, mut report) = (BTreeMap::new(), Restored::default());
-        for param in &self.vars {
-            let name = &param.name;
+        for info in self.vars.iter() {
+            let name = &info.name;
             let Some(theirs) = snapshot.vars.get(name) else {
                 report.not_in_snapshot.push(name.clone());
                 continue;
             };
-            if let Some(reason) = param.mismatch(theirs) {
+            if let Some(reason) = info.mismatch(theirs) {
                 report.mismatched.push((name.clone(), reason));
                 continue;
             }
@@ -126,14 +126,14 @@ impl Adamax {
                 let expected = "one of the groups of the snapshot";
                 return Err(Error::checkpoint(format!("{name}.group"), expected, format!("`{}`", theirs.group)));
             };
-            let there = GroupPlan::of(&snapshot.params, group)?;
-            let mut var = param.carried(theirs, &there, &plans[param.group])?;
-            var.group.clone_from(&self.groups[param.group].name);
+            let there = ResolvedGroup::of(&snapshot.params, group)?;
+            let mut var = info.carried(theirs, &there, &self.resolved[info.group])?;
+            var.group.clone_from(&self.groups[info.group].name);
             var.ema = var.ema.filter(|_| self.params.ema.is_some());
             vars.insert(name.clone(), var);
             report.restored.push(name.clone());
         }
-        let is_known = |name: &&String| self.vars.binary_search_by(|param| param.name.cmp(name)).is_ok();
+        let is_known = |name: &&String| self.vars.position(name).is_ok();
         report.not_in_optimizer = snapshot.vars.keys().filter(|name| !is_known(name)).cloned().collect();
         if let (true, Some(first), false) = (vars.is_empty(), self.vars.first(), snapshot.vars.is_empty()) {
             let got = match report.mismatched.first() {
@@ -156,7 +156,7 @@ impl Adamax {
     }
 }
 
-impl Param {
+impl VarInfo {
     /// The reason for which the state of a variable of this name is not one of this variable.
     fn mismatch(&self, theirs: &VarSnapshot) -> Option<String> {
         let (here, there) = (self.var.dims(), theirs.exp_avg.dims());
@@ -170,7 +170,7 @@ impl Param {
     }
 
     /// Converts state that is kept by the plan `there` to the plan `here`.
-    fn carried(&self, theirs: &VarSnapshot, there: &GroupPlan, here: &GroupPlan) -> Result<VarSnapshot> {
+    fn carried(&self, theirs: &VarSnapshot, there: &ResolvedGroup, here: &ResolvedGroup) -> Result<VarSnapshot> {
         let var = self.var.as_tensor();
         let (from, to) = (there.layout(var, theirs.by_rows), here.layout(var, theirs.by_rows));
         check_moments(&self.name, theirs, var, &from)?;

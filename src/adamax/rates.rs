@@ -1,54 +1,11 @@
-//! The learning rates of an optimizer: of each call and group, by schedules and by what a metric has made of them.
+//! Learning rates of an optimizer: by schedules, and as a metric has lowered them.
 
 use super::Adamax;
-use super::held::GroupPlan;
 use crate::error::{Error, Result};
-use crate::rule::Coefficients;
-
-/// The learning rate of one call, for the optimizer and for each group, with the group's other numbers.
-pub(super) struct Rates {
-    pub(super) base: f64,
-    pub(super) groups: Vec<GroupRates>,
-}
-
-pub(super) struct GroupRates {
-    pub(super) lr: f64,
-    pub(super) plan: GroupPlan,
-    /// `-log2(beta2)`.
-    pub(super) octaves: f64,
-}
-
-/// The coefficients that were asked for last, and for what.
-pub(super) type Last = Option<((usize, bool, u64), Coefficients<f64>)>;
-
-impl Rates {
-    /// The coefficients of update `t` in a group. Neighbors mostly ask for the same, which `last` remembers.
-    pub(super) fn coefficients(&self, group: usize, decays: bool, t: u64, last: &mut Last) -> Coefficients<f64> {
-        let key = (group, decays, t);
-        if let Some((of, coefficients)) = *last
-            && of == key
-        {
-            return coefficients;
-        }
-        let GroupRates { lr, plan, .. } = &self.groups[group];
-        let coefficients = Coefficients::of_update(&plan.hyper(decays), *lr, t);
-        *last = Some((key, coefficients));
-        coefficients
-    }
-}
+use crate::params::ParamsAdamax;
+use crate::schedule::{LearningRateSchedule, Schedule};
 
 impl Adamax {
-    /// The learning rates of call `call`.
-    pub(super) fn rates(&self, call: u64) -> Result<Rates> {
-        let base = self.params.lr.at(call)?;
-        let groups = self.groups.iter().map(|group| {
-            let plan = GroupPlan::of(&self.params, group)?;
-            let octaves = -plan.hyper.beta2.log2();
-            Ok(GroupRates { lr: self.reduced(group.lr(base, call)?), plan, octaves })
-        });
-        Ok(Rates { base: self.reduced(base), groups: groups.collect::<Result<_>>()? })
-    }
-
     /// The learning rate of call `call`, before groups.
     pub(super) fn rate(&self, call: u64) -> Result<f64> {
         Ok(self.reduced(self.params.lr.at(call)?))
@@ -79,7 +36,7 @@ impl Adamax {
     /// No group has this name; a learning rate that the next step would refuse.
     pub fn group_learning_rate(&self, name: &str) -> Result<f64> {
         let group = &self.groups[self.group_index(name)?];
-        let call = self.settled_counters().calls;
+        let call = self.resolved().counters.calls;
         let lr = self.params.lr.at(call).and_then(|base| group.lr(base, call));
         lr.map(|lr| self.reduced(lr)).map_err(|error| self.own(error))
     }
@@ -96,7 +53,54 @@ impl Adamax {
             let expected = "the settings of a plateau, for a metric to be observed";
             return Err(self.own(Error::invalid("plateau", expected, "none")));
         };
-        let scheduled = self.params.lr.at(self.settled_counters().calls).map_err(|error| self.own(error))?;
+        let scheduled = self.params.lr.at(self.resolved().counters.calls).map_err(|error| self.own(error))?;
         Ok(self.plateau.get_or_insert_default().observe(&settings, metric, scheduled))
+    }
+
+    /// Sets a schedule whose step 0 is the next call, whatever number that call has: for a second stage of training.
+    ///
+    /// The learning rate becomes `schedule` [starting at](Schedule::starting_at) the current number of
+    /// [calls](Self::calls), which is plain data, so that checkpoints carry it. (A schedule in
+    /// [`set_params`](Self::set_params) counts all calls of the optimizer: a cosine of 100 steps that is set after 100
+    /// calls is over.) What a [plateau](ParamsAdamax::plateau) has lowered learning rates by is forgotten, as in
+    /// [`set_learning_rate`](candle_nn::Optimizer::set_learning_rate). Groups with learning rates of their own keep them.
+    ///
+    /// ```
+    /// use candle_adamax::{Adamax, CosineDecay, ParamsAdamax};
+    /// use candle_core::{Device, Var};
+    /// use candle_nn::Optimizer;
+    ///
+    /// let w = Var::new(&[3.0f32, -2.0], &Device::Cpu)?;
+    /// let params = ParamsAdamax { lr: CosineDecay::new(0.5, 100).into(), ..Default::default() };
+    /// let mut optimizer = Adamax::from_named([("w", w.clone())], params)?;
+    /// for _ in 0..100 {
+    ///     optimizer.backward_step(&w.sqr()?.sum_all()?)?;
+    /// }
+    /// assert_eq!(optimizer.learning_rate(), 0.0);
+    ///
+    /// optimizer.start_schedule(CosineDecay::new(0.25, 50))?; // the second stage
+    /// assert_eq!(optimizer.learning_rate(), 0.25);
+    /// for _ in 0..25 {
+    ///     optimizer.backward_step(&w.sqr()?.sum_all()?)?;
+    /// }
+    /// assert_eq!(optimizer.learning_rate(), 0.125);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// A setting of the schedule that is not allowed; a device that does not answer. Nothing has changed then.
+    pub fn start_schedule(&mut self, schedule: impl Into<Schedule>) -> Result<()> {
+        let schedule = schedule.into();
+        self.named(|adamax| {
+            schedule.validate().map_err(|error| error.within("lr"))?;
+            adamax.sync()?;
+            let lr = schedule.starting_at(adamax.progress.counters.calls).into();
+            adamax.set_params(ParamsAdamax { lr, ..adamax.params.clone() })?;
+            if let Some(plateau) = &mut adamax.plateau {
+                plateau.lr_factor = 1.0;
+            }
+            Ok(())
+        })
     }
 }

@@ -2,40 +2,51 @@
 
 use std::fmt;
 
-use super::rates::Rates;
-use super::{Adamax, Param};
+use super::Adamax;
+use super::call::Call;
+use super::grads::Grads;
+use super::vars::Vars;
 use crate::group::GroupSettings;
-use crate::kernel::Context;
+use crate::kernel::Backends;
 
-/// What became of a call.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+/// Outcome of a call.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Outcome {
-    /// There was none yet.
-    #[default]
-    None,
     /// It had no gradient at all.
     NoGradients,
     /// The gradients of so many variables wait for the calls to come; it is call number `call` of `of`.
     Accumulated { vars: usize, call: u64, of: u64 },
     /// So many variables were updated.
-    Updated { vars: usize, total_norm: Option<f64> },
-    /// The same by a GPU, which knows the total norm, and whether it `skips` the call.
-    UpdatedOnGpu { vars: usize, skips: bool },
+    Updated { vars: usize, norm: TotalNorm },
     /// Something was not finite; nothing has changed.
     Skipped,
+    /// The sum of the gradients of several calls was not finite, and was dropped.
+    Overflowed,
+    /// A GPU updates so many variables or skips the call, and only it knows which.
+    InFlight { vars: usize },
+}
+
+/// Norm of all gradients of an update together.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum TotalNorm {
+    /// Nothing asks for it.
+    NotMeasured,
+    Known(f64),
+    /// A GPU has measured it.
+    OnDevice,
 }
 
 impl Outcome {
     /// Whether variables were updated, unless a GPU has skipped the call.
     pub(super) fn updates(self) -> bool {
-        matches!(self, Self::Updated { .. } | Self::UpdatedOnGpu { .. })
+        matches!(self, Self::Updated { .. } | Self::InFlight { .. })
     }
 
-    /// Whether the call was skipped, if only the host decides that.
+    /// Whether the call was skipped, if the host knows.
     pub(super) fn known_skipped(self) -> Option<bool> {
         match self {
-            Self::UpdatedOnGpu { skips: true, .. } => None,
-            outcome => Some(outcome == Self::Skipped),
+            Self::InFlight { .. } => None,
+            outcome => Some(matches!(outcome, Self::Skipped | Self::Overflowed)),
         }
     }
 }
@@ -52,33 +63,41 @@ pub(super) enum History {
     Trained,
 }
 
-impl History {
-    /// After one more call, with or without a gradient.
-    pub(super) fn after(self, has_gradient: bool) -> Self {
-        match self {
-            Self::New | Self::Untrained if !has_gradient => Self::Untrained,
-            _ => Self::Trained,
-        }
-    }
-}
-
-/// What the last call did, by indices of variables.
+/// Report of the last call, by indices of variables.
 #[derive(Debug, Default)]
 pub(super) struct Report {
     pub(super) lr: f64,
-    /// That of each group, if they are known.
-    pub(super) group_lrs: Vec<f64>,
-    pub(super) outcome: Outcome,
+    /// Learning rate of each group.
+    group_lrs: Vec<f64>,
+    /// `None` before the first call.
+    pub(super) outcome: Option<Outcome>,
     /// How many variables the optimizer had.
-    pub(super) vars: usize,
+    vars: usize,
     pub(super) missing: Vec<usize>,
 }
 
 impl Report {
-    /// Of a call with these learning rates, in which nothing is missing.
-    pub(super) fn of(rates: &Rates, outcome: Outcome, vars: usize) -> Self {
-        let group_lrs = rates.groups.iter().map(|group| group.lr).collect();
-        Self { lr: rates.base, group_lrs, outcome, vars, missing: Vec::new() }
+    /// Report of a call in which nothing is missing.
+    pub(super) fn new(call: Call, outcome: Outcome, vars: usize) -> Self {
+        Self { lr: call.lr, group_lrs: call.group_lrs, outcome: Some(outcome), vars, missing: Vec::new() }
+    }
+
+    /// Notes the variables without a gradient, but for those that have taken part before and never had one.
+    pub(super) fn note_missing(&mut self, histories: &mut [History], grads: &Grads<'_>) {
+        let mut with_gradient = grads.indices().peekable();
+        for (index, history) in histories.iter_mut().enumerate() {
+            match with_gradient.next_if_eq(&index) {
+                Some(_) => *history = History::Trained,
+                None => {
+                    if *history != History::Untrained {
+                        self.missing.push(index);
+                    }
+                    if *history == History::New {
+                        *history = History::Untrained;
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -86,9 +105,10 @@ impl Report {
 #[derive(Clone, Copy)]
 pub struct StepReport<'a> {
     report: &'a Report,
-    vars: &'a [Box<Param>],
+    vars: &'a Vars,
+    histories: &'a [History],
     groups: &'a [GroupSettings],
-    context: &'a Context,
+    backends: &'a Backends,
 }
 
 impl<'a> StepReport<'a> {
@@ -98,21 +118,16 @@ impl<'a> StepReport<'a> {
     }
 
     /// Whether variables were updated: not if the gradients were only accumulated, nor if the call was skipped or had no
-    /// gradient at all.
+    /// gradient at all. Where a GPU decides, this waits for it.
     pub fn updated(&self) -> bool {
-        match self.report.outcome {
-            Outcome::Updated { .. } => true,
-            Outcome::UpdatedOnGpu { .. } => !self.skipped(),
-            _ => false,
-        }
+        matches!(self.outcome(), Some(Outcome::Updated { .. }))
     }
 
     /// How many variables the call updated: those that had a gradient in it or, with accumulation, in one of the calls
     /// that it is the last of. 0 if there was no update. Where a GPU decides about that, this waits for it.
     pub fn trained(&self) -> usize {
-        match self.report.outcome {
-            Outcome::Updated { vars, .. } => vars,
-            Outcome::UpdatedOnGpu { vars, .. } if !self.skipped() => vars,
+        match self.outcome() {
+            Some(Outcome::Updated { vars, .. }) => vars,
             _ => 0,
         }
     }
@@ -121,22 +136,28 @@ impl<'a> StepReport<'a> {
     ///
     /// Where a GPU decides that, this waits for it.
     pub fn skipped(&self) -> bool {
-        match self.report.outcome {
-            Outcome::Skipped => true,
-            Outcome::UpdatedOnGpu { skips: true, .. } => self.context.was_skipped().unwrap_or(false),
-            _ => false,
-        }
+        matches!(self.outcome(), Some(Outcome::Skipped | Outcome::Overflowed))
     }
 
     /// The norm of all gradients together before clipping, in the norm that clipping asks for (L2 for each variable's
     /// own norm, and for [`measure_norm`](crate::ParamsAdamax::measure_norm)). `None` if nothing asks for one or if there
     /// was no update. Where a GPU has measured it, this waits for the GPU; `None` if its memory cannot be read.
     pub fn total_norm(&self) -> Option<f64> {
-        match self.report.outcome {
-            Outcome::Updated { total_norm, .. } => total_norm,
-            Outcome::UpdatedOnGpu { .. } if self.skipped() => None,
-            Outcome::UpdatedOnGpu { .. } => self.context.total_norm().ok().flatten(),
+        match self.outcome() {
+            Some(Outcome::Updated { norm: TotalNorm::Known(norm), .. }) => Some(norm),
+            Some(Outcome::Updated { norm: TotalNorm::OnDevice, .. }) => self.backends.total_norm().ok().flatten(),
             _ => None,
+        }
+    }
+
+    /// The outcome, once a GPU that decides has done so.
+    fn outcome(&self) -> Option<Outcome> {
+        match self.report.outcome {
+            Some(Outcome::InFlight { vars }) => Some(match self.backends.was_skipped() {
+                Ok(true) => Outcome::Skipped,
+                _ => Outcome::Updated { vars, norm: TotalNorm::OnDevice },
+            }),
+            outcome => outcome,
         }
     }
 
@@ -145,7 +166,7 @@ impl<'a> StepReport<'a> {
     /// shows at once. After [`flush_gradients`](Adamax::flush_gradients) there are none.
     pub fn missing(&self) -> impl Iterator<Item = &'a str> + use<'a> {
         let vars = self.vars;
-        self.report.missing.iter().filter_map(move |&index| vars.get(index)).map(|param| param.name.as_str())
+        self.report.missing.iter().filter_map(move |&index| vars.get(index)).map(|info| info.name.as_str())
     }
 
     /// How many variables [`missing`](Self::missing) names.
@@ -176,8 +197,8 @@ impl<'a> StepReport<'a> {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     pub fn untrained(&self) -> impl Iterator<Item = &'a str> + use<'a> {
-        let vars = self.vars.iter().filter(|param| param.history != History::Trained);
-        vars.map(|param| param.name.as_str())
+        let vars = self.vars.iter().zip(self.histories).filter(|(_, history)| **history != History::Trained);
+        vars.map(|(info, _)| info.name.as_str())
     }
 }
 
@@ -198,16 +219,16 @@ impl<'a> StepReport<'a> {
 impl fmt::Display for StepReport<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let all = self.report.vars;
-        match self.report.outcome {
-            Outcome::None => return f.write_str("no call yet"),
-            Outcome::NoGradients => write!(f, "no gradient for {all} vars")?,
-            Outcome::Accumulated { vars, call, of } => {
+        match self.outcome() {
+            None => return f.write_str("no call yet"),
+            Some(Outcome::NoGradients) => write!(f, "no gradient for {all} vars")?,
+            Some(Outcome::Accumulated { vars, call, of }) => {
                 write!(f, "accumulated {vars} of {all} vars in call {call} of {of}")?;
             }
-            _ if self.skipped() => f.write_str("skipped: not finite")?,
-            Outcome::Skipped | Outcome::Updated { .. } | Outcome::UpdatedOnGpu { .. } => {
-                write!(f, "updated {} of {all} vars", self.trained())?;
+            Some(Outcome::Updated { vars, .. } | Outcome::InFlight { vars }) => {
+                write!(f, "updated {vars} of {all} vars")?;
             }
+            Some(Outcome::Skipped | Outcome::Overflowed) => f.write_str("skipped: not finite")?,
         }
         self.write_lrs(f)?;
         match self.total_norm() {
@@ -221,7 +242,7 @@ impl StepReport<'_> {
     /// The learning rates of the groups that have variables: one if they are equal, else by name, or the range of many.
     fn write_lrs(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const SHOWN: usize = 3;
-        let is_used = |&(index, _): &(usize, &f64)| self.vars.iter().any(|param| param.group == index);
+        let is_used = |&(index, _): &(usize, &f64)| self.vars.iter().any(|info| info.group == index);
         let lrs: Vec<_> = self.report.group_lrs.iter().enumerate().filter(is_used).collect();
         let all = || lrs.iter().map(|(_, lr)| **lr);
         let (min, max) = (all().fold(f64::INFINITY, f64::min), all().fold(0.0, f64::max));
@@ -285,6 +306,7 @@ impl Adamax {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     pub fn report(&self) -> StepReport<'_> {
-        StepReport { report: &self.report, vars: &self.vars, groups: &self.groups, context: &self.context }
+        let Self { report, vars, histories, groups, backends, .. } = self;
+        StepReport { report, vars, histories, groups, backends }
     }
 }

@@ -2,7 +2,5 @@
 //! and those of rows are brought into order.
 
 pub(crate) mod sparse;
-mod summary;
 
 pub use sparse::{Gradient, SparseGrad, TouchedRows};
-pub(crate) use summary::Summary;

@@ -4,8 +4,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::element::Arithmetic;
 use crate::error::{Error, ErrorKind, Result};
-use crate::kernel::{RowGrad, RowValues, SummedRows};
-use crate::pages::Pages;
+use crate::kernel::{RowGrad, SummedRows};
 use crate::rule;
 use crate::state::{Buffer, arithmetic};
 
@@ -120,63 +119,115 @@ pub enum TouchedRows<'a> {
     NonZero,
 }
 
-/// Adds `unscale` times `grad` to an accumulated sum: a merge of two ascending lists of rows.
-pub(crate) fn accumulate(
-    sum: Option<&RowGrad<'_>>,
-    grad: &RowGrad<'_>,
-    unscale: f64,
-    dtype: DType,
-) -> Result<RowGrad<'static>> {
-    let row_len = grad.row_len;
-    let grads = grad.summed(dtype)?;
-    let before = match sum {
-        Some(sum) => sum.summed(dtype)?,
-        None => SummedRows { rows: Vec::new(), values: grads.values.empty() },
-    };
-    let (rows, values) = match (&before.values, &grads.values) {
-        (Buffer::F32(sums), Buffer::F32(values)) => {
-            let (rows, values) = merge((&before.rows, sums), (&grads.rows, values), row_len, unscale as f32);
-            (rows, Buffer::F32(values))
-        }
-        (Buffer::F64(sums), Buffer::F64(values)) => {
-            let (rows, values) = merge((&before.rows, sums), (&grads.rows, values), row_len, unscale);
-            (rows, Buffer::F64(values))
-        }
-        _ => unreachable_dtype()?,
-    };
-    Ok(RowGrad { row_len, values: RowValues::Summed(SummedRows { rows, values }) })
-}
-
-fn unreachable_dtype<T>() -> candle_core::Result<T> {
-    candle_core::bail!("rows of a table are summed in one type of arithmetic")
-}
-
-/// Rows and values of `sums + unscale * grads`.
-fn merge<A: Arithmetic + bytemuck::Pod>(
-    (summed, sums): (&[u32], &[A]),
-    (rows, grads): (&[u32], &[A]),
+/// Sum of the gradients of rows of several calls, in the order of the calls.
+///
+/// The last calls are kept beside the sum until they have more rows than it, and are merged then. So the work of a call is
+/// that of its own rows, whichever these are.
+pub(crate) struct RowSum {
     row_len: usize,
-    unscale: A,
-) -> (Vec<u32>, Pages<A>) {
-    let mut merged: Vec<u32> = [summed, rows].concat();
-    merged.sort();
-    merged.dedup();
-    let mut values = Pages::zeros(merged.len() * row_len);
-    let (mut of_sum, mut of_grad) = (0, 0);
-    for (k, &row) in merged.iter().enumerate() {
-        let value = &mut values[k * row_len..][..row_len];
-        if summed.get(of_sum) == Some(&row) {
-            value.copy_from_slice(&sums[of_sum * row_len..][..row_len]);
-            of_sum += 1;
+    sum: SummedRows,
+    later: Vec<SummedRows>,
+}
+
+impl RowSum {
+    /// A sum of these rows alone.
+    pub(crate) fn new(row_len: usize, sum: SummedRows) -> Self {
+        Self { row_len, sum, later: Vec::new() }
+    }
+
+    /// A sum without rows, of the type of the arithmetic on `dtype`.
+    pub(crate) fn empty(row_len: usize, dtype: DType) -> Self {
+        Self::new(row_len, SummedRows { rows: Vec::new(), values: Buffer::zeros_host(dtype, 0) })
+    }
+
+    /// `unscale` times the rows of a gradient, to be [added](Self::add).
+    pub(crate) fn scaled(grad: &RowGrad<'_>, unscale: f64, dtype: DType) -> Result<SummedRows> {
+        let mut rows = grad.summed(dtype)?;
+        match &mut rows.values {
+            Buffer::F32(values) => values.iter_mut().for_each(|x| *x *= unscale as f32),
+            Buffer::F64(values) => values.iter_mut().for_each(|x| *x *= unscale),
+            Buffer::Tensor(_) => unreachable!("rows are summed in host memory"),
         }
-        if rows.get(of_grad) == Some(&row) {
-            for (sum, &grad) in value.iter_mut().zip(&grads[of_grad * row_len..][..row_len]) {
-                *sum = rule::accumulate(unscale, *sum, grad);
-            }
-            of_grad += 1;
+        Ok(rows)
+    }
+
+    /// Adds the rows of one more call.
+    pub(crate) fn add(&mut self, rows: SummedRows) {
+        self.later.push(rows);
+        if self.later.iter().map(|rows| rows.rows.len()).sum::<usize>() > self.sum.rows.len() {
+            self.merge();
         }
     }
-    (merged, values)
+
+    /// All rows and their sums.
+    pub(crate) fn merge(&mut self) -> &SummedRows {
+        let later = std::mem::take(&mut self.later);
+        let merged = union(std::iter::once(&self.sum).chain(&later));
+        if merged.len() > self.sum.rows.len() {
+            self.sum = self.sum.in_rows(merged, self.row_len);
+        }
+        later.iter().for_each(|later| self.sum.add(later, self.row_len));
+        &self.sum
+    }
+
+    /// A copy of all rows and their sums.
+    pub(crate) fn merged(&self) -> SummedRows {
+        let mut merged = self.sum.in_rows(union(std::iter::once(&self.sum).chain(&self.later)), self.row_len);
+        self.later.iter().for_each(|later| merged.add(later, self.row_len));
+        merged
+    }
+
+    /// Takes rows out, which are ascending.
+    pub(crate) fn remove(&mut self, rows: &[u32]) {
+        self.merge();
+        let kept = self.sum.rows.iter().copied().filter(|row| rows.binary_search(row).is_err()).collect();
+        self.sum = self.sum.in_rows(kept, self.row_len);
+    }
+
+    /// How many bytes it takes.
+    pub(crate) fn bytes(&self) -> usize {
+        let bytes = |rows: &SummedRows| size_of_val::<[u32]>(&rows.rows) + rows.values.bytes();
+        bytes(&self.sum) + self.later.iter().map(bytes).sum::<usize>()
+    }
+}
+
+impl SummedRows {
+    /// These sums in other rows, which are ascending; those that it does not have are zero.
+    fn in_rows(&self, rows: Vec<u32>, row_len: usize) -> Self {
+        let mut other = Self { values: self.values.zeros_like(rows.len() * row_len), rows };
+        other.add(self, row_len);
+        other
+    }
+
+    /// Adds the sums of the rows that both have.
+    fn add(&mut self, from: &Self, row_len: usize) {
+        fn add<A: Arithmetic>((rows, sums): (&[u32], &mut [A]), (from, values): (&[u32], &[A]), row_len: usize) {
+            let mut k = 0;
+            for (nth, row) in from.iter().enumerate() {
+                while rows.get(k).is_some_and(|own| own < row) {
+                    k += 1;
+                }
+                if rows.get(k) == Some(row) {
+                    let sums = &mut sums[k * row_len..][..row_len];
+                    sums.iter_mut().zip(&values[nth * row_len..]).for_each(|(sum, value)| *sum = *sum + *value);
+                }
+            }
+        }
+        match (&mut self.values, &from.values) {
+            (Buffer::F32(sums), Buffer::F32(values)) => add((&self.rows, sums), (&from.rows, values), row_len),
+            (Buffer::F64(sums), Buffer::F64(values)) => add((&self.rows, sums), (&from.rows, values), row_len),
+            _ => unreachable!("the rows of a variable are summed in the type of its arithmetic"),
+        }
+    }
+}
+
+/// The rows that any of these has, ascending.
+fn union<'s>(sums: impl Iterator<Item = &'s SummedRows>) -> Vec<u32> {
+    let mut rows: Vec<u32> = sums.flat_map(|sums| &sums.rows).copied().collect();
+    // The standard library's stable sort merges ascending runs.
+    rows.sort();
+    rows.dedup();
+    rows
 }
 
 /// `base + unscale * grad` as a dense tensor in host memory, of the type of the arithmetic; `base` is zero if none.
@@ -206,13 +257,13 @@ pub(crate) fn densify(base: Option<&Tensor>, grad: &RowGrad<'_>, unscale: f64, v
             add(&mut dense, &rows, &values, grad.row_len, unscale as f32);
             Tensor::from_vec(dense, var.shape(), &Device::Cpu)?
         }
-        Buffer::Tensor(_) => unreachable_dtype()?,
+        Buffer::Tensor(_) => unreachable!("rows are summed in host memory"),
     })
 }
 
-/// Accumulated rows as tensors in host memory.
-pub(crate) fn to_sparse(rows: &RowGrad<'_>, var: &Tensor) -> Result<SparseGrad> {
-    let SummedRows { rows, values } = rows.summed(var.dtype())?;
+/// Rows and their sums as tensors in host memory.
+pub(crate) fn to_sparse(sums: SummedRows, var: &Tensor) -> Result<SparseGrad> {
+    let SummedRows { rows, values } = sums;
     let mut dims = var.dims().to_vec();
     dims[0] = rows.len();
     let indices = Tensor::from_slice(&rows, rows.len(), &Device::Cpu)?;

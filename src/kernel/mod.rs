@@ -72,43 +72,41 @@ pub(crate) fn is_supported(dtype: DType) -> bool {
     matches!(dtype, DType::F64 | DType::F32 | DType::F16 | DType::BF16)
 }
 
-/// What kernels keep from one call to the next, of one optimizer.
+/// Memory of kernels from one call of an optimizer to the next.
 #[derive(Default)]
-pub(crate) struct Context {
+pub(crate) struct Backends {
     cuda: cuda::Runtimes,
 }
 
-/// Norms that an update measures by itself, on the GPU, and what it makes of them.
-#[derive(Clone, Debug)]
+/// A measurement of norms that an update makes by itself, on the GPU, to clip and skip by.
+#[derive(Clone, Copy, Debug)]
 #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "read by the CUDA kernels"))]
-pub(crate) struct Measured {
+pub(crate) struct Measure {
     pub(crate) norm: NormType,
-    /// Whether it is one that was asked for.
-    pub(crate) reported: bool,
+    /// Whether the norm was asked for, and not only the check that all is finite.
+    pub(crate) is_reported: bool,
     pub(crate) clip: Clip,
-    /// What gradients are multiplied with to be the true ones.
+    /// Factor that makes norms those of the true gradients.
     pub(crate) unscale: f64,
     /// Whether a call that is not finite is skipped.
     pub(crate) skips: bool,
-    /// The orders that hold if 1, 2, .. of the calls have been skipped that were counted as if they had not.
-    pub(crate) late: Vec<Vec<Orders>>,
 }
 
-impl Context {
-    /// Updates variables and moments in place: whole ones, and the touched rows of tables. `measured` is for gradients
+impl Backends {
+    /// Updates variables and moments in place: whole ones, and the touched rows of tables. `measure` is for gradients
     /// that are [all on one GPU](all_on_one_gpu), in the order of their tasks' numbers.
     pub(crate) fn update(
         &mut self,
         tasks: Vec<Task<'_, Update<'_>>>,
         rows: Vec<RowTask<'_>>,
-        measured: Option<Measured>,
+        measure: Option<&Measure>,
     ) -> Result<()> {
         let [host, device, gpu] = split(tasks, |task| task.place);
         let [host_rows, device_rows, gpu_rows] = split(rows, |task| task.state.place());
         // What can fail for want of memory goes first, so that a failure finds nothing changed: tensor operations, whose
         // results are not written yet, and what comes before launches. A pass over slices cannot fail.
         let by_operations = portable::update(device, device_rows)?;
-        self.cuda.update(gpu, gpu_rows, measured)?;
+        self.cuda.update(gpu, gpu_rows, measure)?;
         by_operations.write()?;
         cpu::run(host)?;
         cpu::update_rows(host_rows)?;
@@ -146,18 +144,7 @@ impl Context {
         of_each.collect()
     }
 
-    /// Whether the GPU has skipped the first call of those that are not settled; `None` if it does not know yet, and
-    /// nobody is to `wait`.
-    pub(crate) fn settle(&mut self, wait: bool) -> Result<Option<bool>> {
-        self.cuda.settle(wait)
-    }
-
-    /// How many calls the GPU has skipped that are not settled; waits for it.
-    pub(crate) fn unheard(&self) -> Result<u64> {
-        self.cuda.unheard()
-    }
-
-    /// Whether the GPU has skipped the last call; waits for it.
+    /// Whether the GPU has skipped the last update, which could be; waits for it.
     pub(crate) fn was_skipped(&self) -> Result<bool> {
         self.cuda.was_skipped()
     }

@@ -4,6 +4,7 @@
 //! occurred, in the type of the arithmetic. Nothing here is as large as the table.
 
 use std::borrow::Cow;
+use std::ops::Deref;
 
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
@@ -37,7 +38,24 @@ pub(crate) enum RowValues<'g> {
     /// Sorted by row, and not summed up yet.
     Coalesced(Coalesced<'g>),
     /// In host memory.
-    Summed(SummedRows),
+    Summed(Sums<'g>),
+}
+
+/// Sums of rows, made for this gradient or kept elsewhere.
+pub(crate) enum Sums<'g> {
+    Own(SummedRows),
+    Of(&'g SummedRows),
+}
+
+impl Deref for Sums<'_> {
+    type Target = SummedRows;
+
+    fn deref(&self) -> &SummedRows {
+        match self {
+            Self::Own(sums) => sums,
+            Self::Of(sums) => sums,
+        }
+    }
 }
 
 /// Which rows, and of what each is the sum.
@@ -69,13 +87,19 @@ impl<'g> RowGrad<'g> {
     pub(crate) fn coalesced(parts: &[Part<'g>], row_len: usize) -> Result<Self> {
         Ok(Self { row_len, values: RowValues::Coalesced(coalesce(parts)?) })
     }
+
+    /// Sums that are kept elsewhere.
+    pub(crate) fn summed_up(sums: &'g SummedRows, row_len: usize) -> Self {
+        Self { row_len, values: RowValues::Summed(Sums::Of(sums)) }
+    }
 }
 
 impl RowGrad<'_> {
     /// Which rows it has, if the host knows them.
     pub(crate) fn rows(&self) -> Option<&[u32]> {
         match &self.values {
-            RowValues::Coalesced(Coalesced { rows, .. }) | RowValues::Summed(SummedRows { rows, .. }) => Some(rows),
+            RowValues::Coalesced(coalesced) => Some(&coalesced.rows),
+            RowValues::Summed(sums) => Some(&sums.rows),
             RowValues::Unsorted(_) => None,
         }
     }
@@ -83,12 +107,21 @@ impl RowGrad<'_> {
     /// Which rows it has, of a variable on `device`.
     pub(crate) fn touched(&self, device: &Device) -> Result<Touched<'_>> {
         match &self.values {
-            RowValues::Coalesced(Coalesced { rows, .. }) | RowValues::Summed(SummedRows { rows, .. }) => {
-                Ok(Touched::Rows(rows))
-            }
+            RowValues::Coalesced(coalesced) => Ok(Touched::Rows(&coalesced.rows)),
+            RowValues::Summed(sums) => Ok(Touched::Rows(&sums.rows)),
             RowValues::Unsorted(parts) => {
                 let rows = parts.iter().map(|part| GpuRows::trained(&part.occurrences, device));
                 Ok(Touched::OnGpu(rows.collect::<Result<_>>()?))
+            }
+        }
+    }
+
+    /// The sums, which have been [made](Self::sum).
+    pub(crate) fn sums(&self) -> &Buffer {
+        match &self.values {
+            RowValues::Summed(sums) => &sums.values,
+            RowValues::Unsorted(_) | RowValues::Coalesced(_) => {
+                unreachable!("rows are summed before they are measured")
             }
         }
     }
@@ -99,17 +132,8 @@ impl RowGrad<'_> {
             RowValues::Coalesced(Coalesced { parts, .. }) => {
                 parts.iter().map(|part| Source::Tensor(part).borrow()).collect()
             }
-            RowValues::Summed(SummedRows { values, .. }) => Ok(vec![Source::Buffer(values).borrow()?]),
+            RowValues::Summed(sums) => Ok(vec![Source::Buffer(&sums.values).borrow()?]),
             RowValues::Unsorted(_) => candle_core::bail!("the rows are not in host memory"),
-        }
-    }
-
-    /// How many bytes it keeps of its own.
-    pub(crate) fn bytes(&self) -> usize {
-        match &self.values {
-            RowValues::Summed(SummedRows { rows, values }) => size_of_val::<[u32]>(rows) + values.bytes(),
-            // What is kept from call to call is always summed.
-            RowValues::Coalesced(_) | RowValues::Unsorted(_) => 0,
         }
     }
 
@@ -120,30 +144,10 @@ impl RowGrad<'_> {
             RowValues::Coalesced(Coalesced { rows, starts, contributions, .. }) => {
                 (rows, Some((starts.as_slice(), contributions.as_slice())))
             }
-            RowValues::Summed(SummedRows { rows, .. }) => (rows, None),
+            RowValues::Summed(sums) => (&sums.rows, None),
             RowValues::Unsorted(_) => candle_core::bail!("the rows are not in host memory"),
         };
         Ok(RowsView { rows, row_len: self.row_len, sums, parts })
-    }
-
-    /// Takes rows out, which are ascending; of sums that have been made.
-    pub(crate) fn remove(&mut self, rows: &[u32]) {
-        fn keep<A: bytemuck::Pod>(values: &Pages<A>, kept: &[usize], row_len: usize) -> Pages<A> {
-            let mut pages = Pages::zeros(kept.len() * row_len);
-            for (to, &from) in kept.iter().enumerate() {
-                pages[to * row_len..][..row_len].copy_from_slice(&values[from * row_len..][..row_len]);
-            }
-            pages
-        }
-        // Accumulated rows are always summed, and in host memory.
-        let RowValues::Summed(SummedRows { rows: own, values }) = &mut self.values else { return };
-        let kept: Vec<usize> = (0..own.len()).filter(|&k| rows.binary_search(&own[k]).is_err()).collect();
-        match values {
-            Buffer::F32(values) => *values = keep(values, &kept, self.row_len),
-            Buffer::F64(values) => *values = keep(values, &kept, self.row_len),
-            Buffer::Tensor(_) => return,
-        }
-        *own = kept.iter().map(|&k| own[k]).collect();
     }
 
     /// The same with all sums made, in the type of the arithmetic on `dtype`, in host memory; waits for a GPU that has it.
@@ -171,7 +175,7 @@ impl RowGrad<'_> {
     /// Makes all sums, unless they are made.
     pub(crate) fn sum(&mut self, dtype: DType) -> Result<()> {
         if !matches!(self.values, RowValues::Summed(_)) {
-            self.values = RowValues::Summed(self.summed(dtype)?);
+            self.values = RowValues::Summed(Sums::Own(self.summed(dtype)?));
         }
         Ok(())
     }

@@ -93,11 +93,11 @@ impl Buffer {
         })
     }
 
-    /// No values, in host memory, of the same type.
-    pub(crate) fn empty(&self) -> Self {
+    /// Zeros in host memory, of the same type.
+    pub(crate) fn zeros_like(&self, n: usize) -> Self {
         match self {
-            Self::F64(_) => Self::F64(Pages::zeros(0)),
-            _ => Self::F32(Pages::zeros(0)),
+            Self::F64(_) => Self::F64(Pages::zeros(n)),
+            _ => Self::F32(Pages::zeros(n)),
         }
     }
 
@@ -192,6 +192,17 @@ impl ParamState {
         let none = || Buffer::F32(Pages::zeros(0));
         let stored = Stored::Full { exp_avg: none(), exp_inf: none() };
         Self { moments: Moments { layout: *layout, stored }, master: None, step: 0 }
+    }
+
+    /// A copy in another place.
+    pub(crate) fn moved(&self, var: &Tensor, place: Place) -> Result<Self> {
+        let tensors = self.moments.to_stored(var.shape())?;
+        let master = self.master.as_ref().map(|master| master.to_tensor(var.shape())).transpose()?;
+        Ok(Self {
+            moments: Moments::from_stored(&tensors, var, place, &self.moments.layout)?,
+            master: master.map(|master| Master::from_tensor(&master, var, place)).transpose()?,
+            step: self.step,
+        })
     }
 
     /// How many bytes it takes, once all of it has been written.

@@ -110,15 +110,14 @@ impl Marks {
 pub(crate) struct Owner(Arc<Debts>);
 
 impl Owner {
-    /// A table that owes nothing, with this state, which is taken.
+    /// A table that owes nothing, for a state that it [adopts](Self::adopt) later.
     ///
     /// # Errors
     ///
-    /// Another optimizer has it; no memory for the marks. Nothing has changed then.
+    /// Another optimizer has it; no memory for the marks.
     pub(crate) fn new(
         var: &Tensor,
-        row_len: usize,
-        state: &mut ParamState,
+        state: &ParamState,
         hyper: &Hyperparameters,
         rounding: Rounding,
         key: u64,
@@ -133,7 +132,7 @@ impl Owner {
         let nothing = ParamState::nothing(&state.moments.layout);
         let (ledger, checksums) = (Ledger::new(hyper), Vec::new());
         let account = Account { state: nothing, ledger, marks, checksums, rounding, key, is_released: false };
-        let debts = Arc::new(Debts { var: var.clone(), row_len, account: Mutex::new(account) });
+        let debts = Arc::new(Debts { var: var.clone(), row_len: row_len(var), account: Mutex::new(account) });
         let mut all = lock(&DEBTS);
         check_free(&all, var.id())?;
         all.insert(var.id(), Arc::downgrade(&debts));
@@ -141,9 +140,13 @@ impl Owner {
         let owner = Self(debts);
         let mut account = owner.lock();
         records::paddings(var.id()).into_iter().try_for_each(|row| account.marks.pad(row))?;
-        std::mem::swap(&mut account.state, state);
         drop(account);
         Ok(owner)
+    }
+
+    /// Takes the state, and leaves nothing in its place.
+    pub(crate) fn adopt(&self, state: &mut ParamState) {
+        std::mem::swap(&mut self.lock().state, state);
     }
 }
 

@@ -327,7 +327,8 @@ impl Table {
         if parts.is_empty() {
             return Ok(None);
         }
-        let SparseGrad { indices, values } = to_sparse(&RowGrad::coalesced(&parts, self.0.row_len)?, weight)?;
+        let SparseGrad { indices, values } =
+            to_sparse(RowGrad::coalesced(&parts, self.0.row_len)?.summed(weight.dtype())?, weight)?;
         let device = weight.device();
         Ok(Some(match values.elem_count() {
             // Nothing cannot be copied to a GPU.

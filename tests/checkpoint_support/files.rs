@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use candle_adamax::{Adamax, ErrorKind, ParamsAdamax, SparseUpdate, Table};
 use candle_core::{DType, Device, Tensor, Var};
-use candle_nn::Optimizer;
 
 #[cfg(unix)]
 use crate::kill::through_shell;

@@ -11,7 +11,6 @@ use anyhow::{Context, Result, ensure};
 use candle_adamax::{Adamax, ParamsAdamax};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_nn::Optimizer;
 use rand::Rng;
 
 use crate::files::listing;
@@ -63,7 +62,7 @@ fn step(vars: &[Var], optimizer: &mut Adamax) -> Result<()> {
     for var in vars {
         grads.insert(var, Tensor::full(value, ELEMENTS, &Device::Cpu)?);
     }
-    Ok(optimizer.step(&grads)?)
+    Ok(optimizer.step(&grads).map(drop)?)
 }
 
 /// What the process does that is killed.

@@ -343,7 +343,7 @@ fn tables_take_their_rows() -> Result<()> {
     };
     let step = |vars: &Vars, table: &Table, optimizer: &mut Adamax, row: u32| -> Result<()> {
         let rows = table.lookup(&Tensor::new(&[row, 7], &Device::Cpu)?)?;
-        Ok(optimizer.backward_step(&(rows.sqr()?.sum_all()? + vars[1].1.sqr()?.sum_all()?)?)?)
+        Ok(optimizer.backward_step(&(rows.sqr()?.sum_all()? + vars[1].1.sqr()?.sum_all()?)?).map(drop)?)
     };
     for state_dtype in [StateDType::F32, StateDType::BF16, StateDType::Q8] {
         for sparse_update in [SparseUpdate::Lazy, SparseUpdate::Exact] {

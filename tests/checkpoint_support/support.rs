@@ -8,7 +8,6 @@ use anyhow::Result;
 use candle_adamax::{Adamax, Counters, GradScalerState, ParamGroup, ParamsAdamax, Plateau, Snapshot};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_nn::Optimizer;
 
 pub(crate) const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
 

@@ -12,7 +12,7 @@
 // Sizes of the structures that both sides have, in the order of src/kernel/cuda/abi.rs.
 extern "C" __attribute__((visibility("default"))) void host_sizes(uint64_t* sizes) {
     const uint64_t all[] = {sizeof(Tensor),   sizeof(Coefficients<double>), sizeof(Coefficients<float>), sizeof(Orders),
-                            sizeof(Chunk),    sizeof(Control),              sizeof(Late),                sizeof(UpdateArgs),
+                            sizeof(Chunk),    sizeof(Control),              sizeof(UpdateArgs),
                             sizeof(Gradient), sizeof(LeavesArgs),           sizeof(NormsArgs),           sizeof(JoinArgs),
                             sizeof(Pair),     sizeof(PairArgs),             sizeof(GatherArgs),          sizeof(IdsArgs),
                             sizeof(Part),     sizeof(Sorting),              sizeof(SortArgs),            sizeof(Entry),

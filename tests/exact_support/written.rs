@@ -6,7 +6,7 @@ use candle_adamax::{
     Adamax, Embedding, ErrorKind, ParamGroup, ParamsAdamax, Rounding, StateDType, Table, WeightDecay, embedding,
 };
 use candle_core::{DType, IndexOp, Result, Tensor, Var};
-use candle_nn::{Module, Optimizer, VarBuilder, VarMap};
+use candle_nn::{Module, VarBuilder, VarMap};
 
 use super::{CPU, exact, ones, table};
 use crate::common::{bits, values};
@@ -151,7 +151,7 @@ fn the_crates_own_writes() -> Result<()> {
         match k {
             20 => optimizer.reset_rows("w", &Tensor::new(&[1u32, 2], CPU)?)?,
             25 => optimizer.set_params(ParamsAdamax { beta1: 0.8, ..params.clone() })?,
-            30 => optimizer.apply_gradients([(&w, &Tensor::ones((12, 5), DType::F32, CPU)?)])?,
+            30 => optimizer.apply_gradients([(&w, &Tensor::ones((12, 5), DType::F32, CPU)?)]).map(drop)?,
             40 => {
                 let snapshot = optimizer.snapshot()?;
                 optimizer.restore(&snapshot)?;
@@ -171,7 +171,7 @@ fn loading_stands() -> Result<()> {
         let layer = embedding(6, 3, VarBuilder::from_varmap(&varmap, DType::F32, CPU))?;
         let mut optimizer = Adamax::from_varmap(&varmap, exact())?;
         let step = |optimizer: &mut Adamax, row: u32| -> Result<()> {
-            optimizer.backward_step(&layer.forward(&Tensor::new(&[row], CPU)?)?.sum_all()?)
+            Ok(optimizer.backward_step(&layer.forward(&Tensor::new(&[row], CPU)?)?.sum_all()?).map(drop)?)
         };
         (0..4).try_for_each(|row| step(&mut optimizer, row))?;
         let snapshot = optimizer.snapshot()?;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context as _, Result, bail, ensure};
 use candle_adamax::{Adamax, Embedding, TouchedRows};
 use candle_core::{DType, Tensor, Var};
-use candle_nn::{Module, Optimizer as _, loss};
+use candle_nn::{Module, loss};
 
 use super::Case;
 use super::compare::check;
@@ -89,9 +89,9 @@ impl Model {
             ensure!(dense == (self.shape == Shape::Tied), "a dense gradient of the table: {dense}");
         }
         if self.layer == Layer::Dense && self.shape != Shape::Tied {
-            return Ok(optimizer.step_rows(&grads, [(table, TouchedRows::Ids(&ids))])?);
+            return Ok(optimizer.step_rows(&grads, [(table, TouchedRows::Ids(&ids))]).map(drop)?);
         }
-        Ok(optimizer.step(&grads)?)
+        Ok(optimizer.step(&grads).map(drop)?)
     }
 }
 

@@ -120,7 +120,7 @@ impl Recording<'_> {
         let untouched = Untouched::before(optimizer, vars, &grads)?;
         match self.model {
             Some(model) => model.call(self.case, optimizer, vars, k)?,
-            None => optimizer.apply_gradients(grads.iter().map(|(name, grad)| (&vars[name], grad)))?,
+            None => optimizer.apply_gradients(grads.iter().map(|(name, grad)| (&vars[name], grad))).map(drop)?,
         }
         untouched.check(optimizer, vars).with_context(|| format!("call {k}"))
     }

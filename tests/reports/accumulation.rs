@@ -2,7 +2,6 @@
 
 use candle_adamax::{Adamax, ClipGradNorm, NormType, ParamsAdamax, StepCount, WeightDecay};
 use candle_core::{DType, Tensor, Var};
-use candle_nn::Optimizer;
 
 use crate::common::{noise, tensor, values, var};
 

@@ -2,7 +2,7 @@
 
 use candle_adamax::{Adamax, Ema, ParamsAdamax, Rounding};
 use candle_core::{DType, Device, Tensor, Var};
-use candle_nn::{ModuleT, Optimizer, VarBuilder, VarMap, batch_norm};
+use candle_nn::{ModuleT, VarBuilder, VarMap, batch_norm};
 
 use crate::common::{tensor, values, var};
 

@@ -4,7 +4,7 @@ use candle_adamax::{
     Adamax, ClipGradNorm, GradScaler, MissingGradients, NormType, ParamsAdamax, StepCount, WeightDecay,
 };
 use candle_core::{DType, Tensor};
-use candle_nn::{Optimizer, VarMap};
+use candle_nn::VarMap;
 
 use crate::common::{DTYPES, tensor, values, var};
 

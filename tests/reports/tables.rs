@@ -4,7 +4,7 @@ use candle_adamax::{
     Adamax, Bags, Embedding, EmbeddingBag, ParamsAdamax, Pooling, SparseUpdate, StateDType, WeightDecay,
 };
 use candle_core::{DType, Device, Tensor, Var};
-use candle_nn::{Module, Optimizer};
+use candle_nn::Module;
 
 use crate::common::{bits, tensor, values, var};
 

@@ -2,7 +2,7 @@
 
 use candle_adamax::{Adamax, Embedding, ParamsAdamax, Rounding, SparseUpdate, Table};
 use candle_core::{DType, Device, Tensor, Var};
-use candle_nn::{Init, Module, Optimizer, VarMap};
+use candle_nn::{Init, Module, VarMap};
 
 use crate::common::{bits, tensor, values, var};
 

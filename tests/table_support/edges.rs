@@ -144,7 +144,9 @@ fn steps_and_lookups_that_write_take_turns() {
         for _ in 0..2 {
             scope.spawn(|| (0..2_000).for_each(|i| drop(layer.forward(&ids(&[i % 20, 7])).unwrap())));
         }
-        (0..500).for_each(|seed| optimizer.apply_gradients([(&w, &noisy(&[7, 3], seed, &[3], DType::F32))]).unwrap());
+        (0..500).for_each(|seed| {
+            optimizer.apply_gradients([(&w, &noisy(&[7, 3], seed, &[3], DType::F32))]).map(drop).unwrap();
+        });
     });
     layer.forward(&ids(&[7])).unwrap();
     let norm = values(layer.embeddings())[21..24].iter().map(|x| x * x).sum::<f64>().sqrt();

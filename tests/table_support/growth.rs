@@ -4,7 +4,7 @@ use candle_adamax::{
     AccumulatedGrad, Adamax, Ema, Embedding, Kernel, MissingGradients, ParamsAdamax, StepCount, TouchedRows,
 };
 use candle_core::{DType, Var};
-use candle_nn::{Module as _, Optimizer as _, VarMap};
+use candle_nn::{Module as _, VarMap};
 
 use crate::common::{DTYPES, Fingerprint, bits, noise, tensor, values, var};
 use crate::table_support::{ID_DTYPES, KERNELS, coarse, ids, ids_of, noisy, sparse};

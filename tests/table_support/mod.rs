@@ -7,7 +7,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use candle_adamax::{Adamax, Epsilon, Gradient, Kernel, MissingGradients, ParamGroup, ParamsAdamax, SparseGrad};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_nn::Optimizer as _;
 
 use crate::common::gradients::{Grad, Whole, row_len};
 use crate::common::{Fingerprint, bits, formulas, noise, tensor, values};

@@ -6,7 +6,7 @@ use candle_adamax::{
     SparseGrad, Table, WeightDecay,
 };
 use candle_core::{DType, Tensor};
-use candle_nn::{Module as _, Optimizer as _};
+use candle_nn::Module as _;
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, RngSeed};
 

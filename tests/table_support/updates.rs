@@ -5,7 +5,7 @@ use candle_adamax::{
     StepCount, WeightDecay,
 };
 use candle_core::{DType, Tensor, Var};
-use candle_nn::{Module as _, Optimizer as _};
+use candle_nn::Module as _;
 
 use crate::common::gradients::Grad;
 use crate::common::{DTYPES, Fingerprint, bits, noise, tensor, values, var};

@@ -10,7 +10,7 @@ use anyhow::Result;
 use candle_adamax::{Adamax, ParamsAdamax};
 use candle_adapters::{Error, Lora, LoraConfig};
 use candle_core::{DType, Tensor, safetensors};
-use candle_nn::{Optimizer, VarBuilder};
+use candle_nn::VarBuilder;
 use common::{Attention, CPU, DIM, base, bits, config, distance, shake, tokens, values, weights};
 
 /// A folder that is removed.

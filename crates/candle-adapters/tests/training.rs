@@ -8,7 +8,7 @@ use anyhow::Result;
 use candle_adamax::{Adamax, ParamGroup, ParamsAdamax};
 use candle_adapters::{Error, InitLora, Lora, LoraConfig};
 use candle_core::{DType, Tensor, Var};
-use candle_nn::{Linear, Module, Optimizer, VarBuilder, VarMap, linear};
+use candle_nn::{Linear, Module, VarBuilder, VarMap, linear};
 use common::{Attention, CPU, DIM, WORDS, base, bits, config, distance, shake, tokens, values, weights};
 
 /// Adapters with values that are nowhere 0, and their model.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use candle_adamax::{Adamax, ErrorKind, MissingGradients, ParamsAdamax};
 use candle_core::{DType, Device, Tensor};
-use candle_nn::{Module, Optimizer, VarBuilder, VarMap, linear, loss};
+use candle_nn::{Module, VarBuilder, VarMap, linear, loss};
 use candle_transformers::models::bert::{BertModel, Config, HiddenAct};
 
 /// A BERT with as many variables as MiniLM, which are smaller, and a linear head.

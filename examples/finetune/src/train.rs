@@ -8,7 +8,7 @@ use anyhow::{Result, bail, ensure};
 use candle_adamax::Adamax;
 use candle_core::Tensor;
 use candle_core::backprop::GradStore;
-use candle_nn::{Optimizer, VarMap, loss};
+use candle_nn::{VarMap, loss};
 use rand::rngs::StdRng;
 use serde::{Deserialize, Serialize};
 

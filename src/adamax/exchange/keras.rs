@@ -5,7 +5,6 @@ use std::path::Path;
 use candle_core::Device;
 
 use super::super::Adamax;
-use super::super::late::without;
 use crate::checkpoint::keras::{self, Extras, KerasState};
 use crate::checkpoint::plain::is_zero;
 use crate::checkpoint::{AtomicFile, Counters};
@@ -111,11 +110,10 @@ impl Adamax {
         self.require_epsilon(Epsilon::Outside, "Keras")?;
         self.require_keras_settings()?;
         self.groups.iter().enumerate().try_for_each(|(index, group)| self.require_no_numbers(index, group))?;
-        let late = self.late();
-        let counters = without(&self.counters, late);
+        let counters = self.resolved().counters;
         let Counters { calls, updates, .. } = counters;
-        for param in &self.vars {
-            let (name, step) = (&param.name, self.settled_step(&param.name, param.state.get().step, late));
+        for (index, info) in self.vars.iter().enumerate() {
+            let (name, step) = (&info.name, self.step_of(index));
             if self.params.step_count == StepCount::PerVar && step != updates {
                 let expected = format!("{updates}, since Keras counts for all variables together");
                 return Err(Error::checkpoint(format!("{name}.step"), expected, step));
@@ -186,7 +184,7 @@ impl Adamax {
 
     /// Makes sure that a group has no numbers of its own, unless it has no variables.
     fn require_no_numbers(&self, index: usize, group: &GroupSettings) -> Result<()> {
-        if self.vars.iter().all(|param| param.group != index) {
+        if self.vars.iter().all(|info| info.group != index) {
             return Ok(());
         }
         let GroupSettings { name, lr, beta1, beta2, eps, weight_decay, .. } = group;

@@ -7,15 +7,17 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 
-use super::held::GroupPlan;
-use super::late::without;
-use super::{Adamax, Param, Sum};
+use super::Adamax;
+use super::settings::ResolvedGroup;
+use super::sums::Sum;
+use super::vars::VarInfo;
 use crate::checkpoint::plain::{PlainVar, check_norm, widened};
 use crate::checkpoint::{Counters, Snapshot, VarSnapshot};
 use crate::codec::{Encoding, StateDType};
 use crate::error::{Error, Result};
-use crate::gradient::sparse::densify;
+use crate::gradient::sparse::{densify, row_len};
 use crate::group::GroupSettings;
+use crate::kernel::RowGrad;
 use crate::params::ParamsAdamax;
 use crate::rule::Epsilon;
 use crate::schedule::Plateau;
@@ -25,26 +27,26 @@ impl Adamax {
     /// The state of every variable with m and u as they are, decoded where they are encoded, and the counters. With
     /// `SparseUpdate::Exact` all rows pay what they owe.
     fn plain(&self) -> Result<(Counters, BTreeMap<String, PlainVar>)> {
-        let late = self.late();
+        let counters = self.resolved().counters;
         self.scale_down()?;
-        let plain = self.vars.iter().map(|param| {
-            param.state.pay_all()?;
-            let (state, shape) = (param.state.get(), param.var.shape());
-            let (exp_avg, exp_inf) = state.moments.to_tensors(shape)?;
-            let ema = param.ema.as_ref().map(|ema| ema.to_tensor(shape)).transpose()?;
-            let accumulated = param.accumulated.as_ref().filter(|accumulated| accumulated.calls > 0);
-            let accumulated = accumulated.map(|accumulated| {
-                let sum = match &accumulated.sum {
-                    Sum::Dense(sum) => sum.to_tensor(shape)?,
-                    Sum::Rows(rows) => densify(None, rows, 1.0, &param.var)?,
-                };
-                Ok::<_, Error>((sum, accumulated.calls))
-            });
-            let step = self.settled_step(&param.name, state.step, late);
-            let plain = PlainVar { exp_avg, exp_inf, step, ema, accumulated: accumulated.transpose()? };
-            Ok((param.name.clone(), plain))
+        let plain = self.vars.iter().enumerate().map(|(index, info)| {
+            let (cell, shape) = (&self.states[index], info.var.shape());
+            cell.catch_up()?;
+            let (exp_avg, exp_inf) = cell.read(|state| state.moments.to_tensors(shape))?;
+            let sum = &self.sums.0[index];
+            let accumulated = match sum.get() {
+                None => None,
+                Some(Sum::Dense(dense)) => Some((dense.to_tensor(shape)?, sum.calls)),
+                Some(Sum::Rows(rows)) => {
+                    let rows = rows.merged();
+                    let dense = densify(None, &RowGrad::summed_up(&rows, row_len(&info.var)), 1.0, &info.var)?;
+                    Some((dense, sum.calls))
+                }
+            };
+            let (step, ema) = (self.step_of(index), self.average(index)?);
+            Ok((info.name.clone(), PlainVar { exp_avg, exp_inf, step, ema, accumulated }))
         });
-        Ok((without(&self.counters, late), plain.collect::<Result<_>>()?))
+        Ok((counters, plain.collect::<Result<_>>()?))
     }
 
     /// Takes state from elsewhere, with these settings, as [`restore`](Self::restore) does.
@@ -56,15 +58,15 @@ impl Adamax {
         vars: &BTreeMap<String, PlainVar>,
     ) -> Result<()> {
         params.validate()?;
-        let plans = self.plans(&params, &groups, self.kernel)?;
-        let vars = self.vars.iter().map(|param| {
-            let Some(plain) = vars.get(&param.name) else {
-                return Err(Error::checkpoint(&param.name, "the state of this var", "none"));
+        let resolved = self.resolve(&params, &groups, self.kernel)?;
+        let vars = self.vars.iter().map(|info| {
+            let Some(plain) = vars.get(&info.name) else {
+                return Err(Error::checkpoint(&info.name, "the state of this var", "none"));
             };
-            let mut var = param.stored(plain, &plans[param.group], groups[param.group].name.clone())?;
+            let mut var = info.stored(plain, &resolved[info.group], groups[info.group].name.clone())?;
             // Before the first call an average is nothing yet, whatever stands for it elsewhere.
             var.ema = var.ema.filter(|_| counters.calls > 0);
-            Ok((param.name.clone(), var))
+            Ok((info.name.clone(), var))
         });
         let vars = vars.collect::<Result<_>>()?;
         // Loss scale and plateau belong to the training loop there, and begin anew: what metrics have made of a learning rate
@@ -88,16 +90,16 @@ impl Adamax {
     }
 }
 
-impl Param {
+impl VarInfo {
     /// State from elsewhere as a snapshot has it for this variable.
-    fn stored(&self, plain: &PlainVar, plan: &GroupPlan, group: String) -> Result<VarSnapshot> {
+    fn stored(&self, plain: &PlainVar, resolved: &ResolvedGroup, group: String) -> Result<VarSnapshot> {
         let (name, var) = (self.name.as_str(), self.var.as_tensor());
         let widened = |what: &'static str, tensor: &Tensor| widened(name, what, tensor, var);
         let exp_inf = widened("exp_inf", &plain.exp_inf)?;
         check_norm(&format!("{name}.exp_inf"), &exp_inf)?;
         let tensors = MomentTensors { exp_avg: widened("exp_avg", &plain.exp_avg)?, exp_inf, units: None };
-        let as_they_are = Layout::of(var, StateDType::F32, false, false, Encoding::of(&plan.hyper));
-        let layout = plan.layout(var, false);
+        let as_they_are = Layout::of(var, StateDType::F32, false, false, Encoding::of(&resolved.hyper));
+        let layout = resolved.layout(var, false);
         let MomentTensors { exp_avg, exp_inf, units } = if layout == as_they_are {
             tensors
         } else {
@@ -105,7 +107,7 @@ impl Param {
             moments.converted(&layout)?.to_stored(var.shape())?
         };
         // The weights come from elsewhere, so that a master copy begins as they are.
-        let master = Master::zeros(var, Place::Host, plan.keeping.rounding)?;
+        let master = Master::zeros(var, Place::Host, resolved.keeping.rounding)?;
         let accumulated = plain.accumulated.as_ref().map(|(sum, calls)| {
             let sum = widened("accumulated", sum)?;
             Ok::<_, Error>((sum.into(), *calls))

@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use super::super::Adamax;
-use super::super::late::without;
 use crate::checkpoint::torch::{self, PARAM_GROUPS, TorchGroup, TorchOptions, TorchState};
 use crate::checkpoint::{AtomicFile, Counters};
 use crate::error::{Error, Result};
@@ -124,10 +123,10 @@ impl Adamax {
     /// The groups that PyTorch has for this optimizer, if its state can hold all of this one's; and the counters.
     fn torch_groups(&self) -> Result<(Vec<TorchGroup>, Counters)> {
         self.require_epsilon(Epsilon::Inside, "PyTorch")?;
-        let late = self.late();
-        let counters = without(&self.counters, late);
-        if let Some(param) = self.vars.iter().find(|param| param.ema.is_some()) {
-            return Err(Error::checkpoint(format!("{}.ema", param.name), NONE_FITS, "a moving average"));
+        let counters = self.resolved().counters;
+        if let Some(index) = self.averages.iter().position(Option::is_some) {
+            let entry = format!("{}.ema", self.vars[index].name);
+            return Err(Error::checkpoint(entry, NONE_FITS, "a moving average"));
         }
         if counters.pending > 0 {
             let got = format!("gradients of {} calls that wait for their update", counters.pending);
@@ -149,8 +148,8 @@ impl Adamax {
             };
             let lr = self.reduced(group.lr(base, counters.calls)?);
             for decays in [true, false] {
-                let params = self.vars.iter().filter(|param| param.group == index && param.decays == decays);
-                let params: Vec<_> = params.map(|param| param.name.clone()).collect();
+                let params = self.vars.iter().filter(|info| info.group == index && info.decays == decays);
+                let params: Vec<_> = params.map(|info| info.name.clone()).collect();
                 if !params.is_empty() {
                     let decay = if decays { decay } else { 0.0 };
                     let betas = [hyper.beta1, hyper.beta2];
@@ -158,12 +157,12 @@ impl Adamax {
                 }
             }
         }
-        let steps = self.vars.iter().map(|param| {
+        let steps = self.vars.iter().enumerate().map(|(index, info)| {
             let step = match self.params.step_count {
                 StepCount::Shared => counters.updates,
-                StepCount::PerVar => self.settled_step(&param.name, param.state.get().step, late),
+                StepCount::PerVar => self.step_of(index),
             };
-            (param.name.as_str(), step)
+            (info.name.as_str(), step)
         });
         torch::check(steps, &groups)?;
         Ok((groups, counters))
@@ -227,18 +226,18 @@ impl Adamax {
     /// What PyTorch's groups say about the variables of group `index`; they have to agree.
     fn torch_numbers(&self, index: usize, of: &HashMap<&str, &TorchGroup>) -> Result<Option<Numbers>> {
         let mut numbers: Option<(&str, Numbers)> = None;
-        for param in self.vars.iter().filter(|param| param.group == index) {
-            let name = param.name.as_str();
+        for info in self.vars.iter().filter(|info| info.group == index) {
+            let name = info.name.as_str();
             let Some(group) = of.get(name) else {
                 return Err(Error::checkpoint(PARAM_GROUPS, format!("a group of `{name}`"), "none"));
             };
-            if !param.decays && group.weight_decay != 0.0 {
+            if !info.decays && group.weight_decay != 0.0 {
                 let (entry, expected) =
                     (format!("{PARAM_GROUPS}.weight_decay"), format!("0 for `{name}`, which `no_decay` spares"));
                 return Err(Error::checkpoint(entry, expected, group.weight_decay));
             }
             let [beta1, beta2] = group.betas;
-            let weight_decay = param.decays.then_some(group.weight_decay);
+            let weight_decay = info.decays.then_some(group.weight_decay);
             let new = Numbers { lr: group.lr, beta1, beta2, eps: group.eps, weight_decay };
             let Some((first, known)) = &mut numbers else {
                 numbers = Some((name, new));

@@ -106,29 +106,14 @@ pub(crate) struct Chunk {
     pub(crate) first: u32,
 }
 
-/// What the device knows before the host does.
+/// Results of an update that the device knows before the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct Control {
     /// As [`Norm`](crate::reduce::Norm) stores it.
     pub(crate) total_norm: f64,
-    /// Calls so far.
-    pub(crate) skipped: u64,
-    /// Whether this one is.
+    /// Whether the update is skipped.
     pub(crate) skip: u32,
-    pub(crate) padding: u32,
-}
-
-/// Which of several possible orders hold: those for as many skipped calls as the host has not heard of.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
-#[repr(C)]
-pub(crate) struct Late {
-    /// None if the host knows everything.
-    pub(crate) control: Address,
-    /// Skipped calls that the host knows of.
-    pub(crate) heard: u64,
-    /// How many orders there are for each number of others.
-    pub(crate) orders: u32,
     pub(crate) padding: u32,
 }
 
@@ -139,7 +124,8 @@ pub(crate) struct UpdateArgs {
     pub(crate) tensors: Address,
     pub(crate) orders: Address,
     pub(crate) chunks: Address,
-    pub(crate) late: Late,
+    /// Null if nothing is skipped.
+    pub(crate) control: Address,
 }
 
 /// One gradient that is measured.
@@ -191,11 +177,9 @@ pub(crate) struct JoinArgs {
     pub(crate) control: Address,
     pub(crate) limit: f64,
     pub(crate) n: u32,
-    pub(crate) orders_n: u32,
     pub(crate) norm: u32,
     pub(crate) clip: u32,
     pub(crate) skips: u32,
-    pub(crate) padding: u32,
 }
 
 /// A norm's number.

@@ -4,7 +4,7 @@ use candle_core::{Device, Tensor};
 
 use crate::error::Result;
 use crate::kernel::{
-    Accumulate, Average, Listed, Measured, Occurrences, PayTask, RowTask, Source, Task, Touched, Update,
+    Accumulate, Average, Listed, Measure, Occurrences, PayTask, RowTask, Source, Task, Touched, Update,
 };
 use crate::reduce::{Norm, NormType};
 
@@ -17,9 +17,9 @@ impl Runtimes {
         &mut self,
         tasks: Vec<Task<'_, Update<'_>>>,
         rows: Vec<RowTask<'_>>,
-        measured: Option<Measured>,
+        measure: Option<&Measure>,
     ) -> Result<()> {
-        debug_assert!(tasks.is_empty() && rows.is_empty() && measured.is_none());
+        debug_assert!(tasks.is_empty() && rows.is_empty() && measure.is_none());
         Ok(())
     }
 
@@ -35,14 +35,6 @@ impl Runtimes {
 
     pub(crate) fn measure(&mut self, _: Source<'_>, _: NormType) -> Result<Norm> {
         absent()
-    }
-
-    pub(crate) fn settle(&mut self, wait: bool) -> Result<Option<bool>> {
-        Ok(wait.then_some(false))
-    }
-
-    pub(crate) fn unheard(&self) -> Result<u64> {
-        Ok(0)
     }
 
     pub(crate) fn was_skipped(&self) -> Result<bool> {

@@ -3,12 +3,12 @@
 //! Invariant: everything that can fail for want of memory or of a compiler comes before the first launch; nothing here
 //! waits for the device but what says so.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 
 use candle_core::{CudaDevice, DType, Device, Tensor, TensorId};
 use cudarc::driver::{CudaEvent, CudaSlice, DevicePtr, PinnedHostSlice};
 
-use super::abi::{self, Address, Control, Gradient, JoinArgs, Late, Pair, PairArgs, UpdateArgs};
+use super::abi::{self, Address, Control, Gradient, JoinArgs, Pair, PairArgs, UpdateArgs};
 use super::launcher::Launcher;
 use super::norms::{Norms, Scratch};
 use super::plan::{LEAVES, units_of_chunk};
@@ -18,7 +18,7 @@ use super::staging::{Place, Room, Staging};
 use super::work::{Grad, Kernel, Prepared, RowPlaces, RowsAt, Work, tensor_of};
 use crate::error::Result;
 use crate::kernel::lend::gpu::{Held, address_to_write, written};
-use crate::kernel::{self, Accumulate, Average, Measured, RowTask, Source, Task};
+use crate::kernel::{self, Accumulate, Average, Measure, RowTask, Source, Task};
 use crate::reduce::{LEAF, Norm, NormType};
 use crate::rounding::Rounding;
 use crate::state::Buffer;
@@ -39,12 +39,8 @@ struct Runtime {
     has_measured: bool,
     /// Whether the last update may have been skipped.
     last_skips: bool,
-    /// Skipped calls that the host knows of.
-    heard: u64,
-    /// What the control was behind each of the calls that are not settled.
-    unsettled: VecDeque<(PinnedHostSlice<u8>, CudaEvent)>,
-    /// Memory for more of them.
-    spare: Vec<(PinnedHostSlice<u8>, CudaEvent)>,
+    /// Copy of the control of the last update that may have been skipped, and the event behind the copy.
+    decision: Option<(PinnedHostSlice<u8>, CudaEvent)>,
 }
 
 impl Runtimes {
@@ -81,7 +77,7 @@ impl Runtimes {
         &mut self,
         tasks: Vec<Task<'_, kernel::Update<'_>>>,
         rows: Vec<RowTask<'_>>,
-        measured: Option<Measured>,
+        measure: Option<&Measure>,
     ) -> Result<()> {
         // What is asked of the last update is asked of the GPU that made it.
         for runtime in &mut self.0 {
@@ -96,10 +92,10 @@ impl Runtimes {
         // A GPU that has no memory left is to be heard of before another one has changed anything.
         if by_device.len() > 1 {
             for (device, work) in &by_device {
-                self.of(device)?.prepare(work, measured.as_ref())?;
+                self.of(device)?.prepare(work, measure)?;
             }
         }
-        by_device.iter().try_for_each(|(device, work)| self.of(device)?.update(work, measured.as_ref()))
+        by_device.iter().try_for_each(|(device, work)| self.of(device)?.update(work, measure))
     }
 
     pub(crate) fn accumulate(&mut self, tasks: Vec<Task<'_, Accumulate<'_>>>) -> Result<()> {
@@ -167,33 +163,16 @@ impl Runtimes {
         }
     }
 
-    /// The runtime whose calls may be skipped: there is one, since that needs all variables on one GPU.
-    fn skipping(&self) -> Option<&Runtime> {
-        self.0.iter().find(|runtime| !runtime.unsettled.is_empty())
-    }
-
-    pub(crate) fn settle(&mut self, wait: bool) -> Result<Option<bool>> {
-        match self.0.iter_mut().find(|runtime| !runtime.unsettled.is_empty()) {
-            Some(runtime) => runtime.settle(wait),
-            None => Ok(None),
-        }
-    }
-
-    pub(crate) fn unheard(&self) -> Result<u64> {
-        self.skipping().map_or(Ok(0), |runtime| Ok(runtime.control()?.skipped - runtime.heard))
-    }
-
+    /// Whether the last update was skipped, if it could be; waits for the GPU to decide.
     pub(crate) fn was_skipped(&self) -> Result<bool> {
-        let has_skipped = |runtime: &Runtime| Ok(runtime.control()?.skip != 0);
-        // The last call may have been settled since.
-        self.0.iter().find(|runtime| runtime.last_skips).map_or(Ok(false), has_skipped)
+        self.0.iter().find(|runtime| runtime.last_skips).map_or(Ok(false), Runtime::was_skipped)
     }
 }
 
 /// An update, of which everything is there but the addresses of tensors.
 struct Update<'w> {
     tasks: Vec<Prepared<'w>>,
-    /// First those of the tasks, in their order.
+    /// In the order of the tasks.
     orders: Vec<abi::Orders>,
     /// Each with the tasks that are its own.
     kernels: Vec<(Kernel, String, Vec<usize>)>,
@@ -245,24 +224,19 @@ impl Runtime {
             addresses: HashMap::new(),
             has_measured: false,
             last_skips: false,
-            heard: 0,
-            unsettled: VecDeque::new(),
-            spare: Vec::new(),
+            decision: None,
         })
     }
 
     /// Everything of an update that can fail: kernels are loaded, and all memory is there.
-    fn prepare<'w>(&mut self, work: &'w [Work<'_>], measured: Option<&Measured>) -> Result<Update<'w>> {
+    fn prepare<'w>(&mut self, work: &'w [Work<'_>], measure: Option<&Measure>) -> Result<Update<'w>> {
         self.launcher.begin()?;
         let tasks = work.iter().map(Prepared::new).collect::<Result<Vec<_>>>()?;
         // Those of states that have been replaced, by another encoding for instance, are of no more use.
         if self.addresses.len() > 8 * (tasks.len() + 64) {
             self.addresses.clear();
         }
-        let mut orders: Vec<abi::Orders> = work.iter().map(Work::orders).collect();
-        if let Some(Measured { late, .. }) = measured {
-            orders.extend(late.iter().flatten().map(abi::Orders::new));
-        }
+        let orders: Vec<abi::Orders> = work.iter().map(Work::orders).collect();
         let mut kernels: Vec<(Kernel, String, Vec<usize>)> = Vec::new();
         for (index, task) in tasks.iter().enumerate().filter(|(_, task)| task.units() > 0) {
             match kernels.iter_mut().find(|(kernel, ..)| *kernel == task.kernel) {
@@ -278,7 +252,7 @@ impl Runtime {
         let sorts = self.sorter.prepare(&mut self.launcher, &tasks)?;
         let lens: Vec<(DType, u64)> =
             tasks.iter().map(|task| (task.grad.dtype(task.var), task.grad.elements())).collect();
-        let norms = measured.map(|_| self.scratch.prepare(&mut self.launcher, &lens)).transpose()?;
+        let norms = measure.map(|_| self.scratch.prepare(&mut self.launcher, &lens)).transpose()?;
 
         let mut room = Room::default();
         let places = Places {
@@ -289,16 +263,14 @@ impl Runtime {
             sorts: room.of::<abi::Sorting>(sorts.tables.len()),
         };
         self.staging.prepare(&room)?;
+        if let (None, Some(Measure { skips: true, .. })) = (&self.decision, measure) {
+            self.decision = Some(self.memory_for_decision()?);
+        }
         Ok(Update { tasks, orders, kernels, sorts, lens, norms, room, places })
     }
 
-    fn update(&mut self, work: &[Work<'_>], measured: Option<&Measured>) -> Result<()> {
-        let Update { tasks, orders, kernels, mut sorts, lens, norms, room, places } = self.prepare(work, measured)?;
-        let n = work.len() as u32;
-        let mut told = match measured {
-            Some(Measured { skips: true, .. }) => Some(self.prepare_telling()?),
-            _ => None,
-        };
+    fn update(&mut self, work: &[Work<'_>], measure: Option<&Measure>) -> Result<()> {
+        let Update { tasks, orders, kernels, mut sorts, lens, norms, room, places } = self.prepare(work, measure)?;
         let mut filling = self.staging.fill(&room)?;
 
         // From here on the gradients are locked against writing, until everything is launched.
@@ -363,50 +335,43 @@ impl Runtime {
         filling.copy()?;
 
         sorts.launch(&self.launcher, sorts_at)?;
-        let mut late = Late::default();
-        if let (Some(measured), Some(norms)) = (measured, &norms) {
-            norms.launch(&self.launcher, &lens, gradients_at, measured.norm, measured.unscale)?;
-            let (clip, limit) = abi::clip(measured.clip);
-            let control = self.control.device_ptr(&self.launcher.stream).0;
+        let skips = measure.is_some_and(|measure| measure.skips);
+        if let (Some(measure), Some(norms)) = (measure, &norms) {
+            norms.launch(&self.launcher, &lens, gradients_at, measure.norm, measure.unscale)?;
+            let (clip, limit) = abi::clip(measure.clip);
             let args = JoinArgs {
                 norms: norms.norms,
                 squares: norms.squares,
                 orders: orders_at,
-                control,
+                control: self.control.device_ptr(&self.launcher.stream).0,
                 limit,
-                n,
-                orders_n: orders.len() as u32,
-                norm: abi::norm(measured.norm),
+                n: work.len() as u32,
+                norm: abi::norm(measure.norm),
                 clip,
-                skips: u32::from(measured.skips),
-                padding: 0,
+                skips: u32::from(skips),
             };
             self.launcher.launch("summary_join", 1, args)?;
-            if let Some((memory, copied)) = &mut told {
-                late = Late { control, heard: self.heard, orders: n, padding: 0 };
+            if let (true, Some((memory, copied))) = (skips, &mut self.decision) {
                 self.launcher.stream.memcpy_dtoh(&self.control, memory).map_err(candle_core::Error::wrap)?;
                 copied.record(&self.launcher.stream).map_err(candle_core::Error::wrap)?;
             }
         }
+        let control = if skips { self.control.device_ptr(&self.launcher.stream).0 } else { 0 };
         for ((_, kernel, _), tensors) in kernels.iter().zip(tensors_at) {
             let (chunks, blocks) = self.launcher.planned(kernel);
-            self.launcher.launch(kernel, blocks, UpdateArgs { tensors, orders: orders_at, chunks, late })?;
+            self.launcher.launch(kernel, blocks, UpdateArgs { tensors, orders: orders_at, chunks, control })?;
         }
         drop(guards);
         self.launcher.end()?;
         tasks.iter().try_for_each(|task| written(task.var, &self.launcher.stream))?;
         drop(held);
-        self.has_measured = measured.is_some_and(|measured| measured.reported);
-        self.last_skips = told.is_some();
-        self.unsettled.extend(told);
+        self.has_measured = measure.is_some_and(|measure| measure.is_reported);
+        self.last_skips = skips;
         Ok(())
     }
 
-    /// Memory for what the device tells of a call.
-    fn prepare_telling(&mut self) -> Result<(PinnedHostSlice<u8>, CudaEvent)> {
-        if let Some(spare) = self.spare.pop() {
-            return Ok(spare);
-        }
+    /// Memory for the copy of the control.
+    fn memory_for_decision(&self) -> Result<(PinnedHostSlice<u8>, CudaEvent)> {
         let context = self.launcher.stream.context();
         #[expect(unsafe_code, reason = "memory that is not set yet")]
         // SAFETY: bytes, which the copy of the control sets before they are read.
@@ -415,18 +380,13 @@ impl Runtime {
         Ok((memory.map_err(candle_core::Error::wrap)?, event))
     }
 
-    /// Whether the first call of those that are not settled was skipped, if it is known, or to be waited for.
-    fn settle(&mut self, wait: bool) -> Result<Option<bool>> {
-        let Some((memory, copied)) = self.unsettled.front() else { return Ok(None) };
+    /// Whether the last update was skipped; waits for the copy of the control, which comes before the update itself.
+    fn was_skipped(&self) -> Result<bool> {
+        let Some((memory, copied)) = &self.decision else { return Ok(false) };
         copied.context().bind_to_thread().map_err(candle_core::Error::wrap)?;
-        if !wait && !copied.try_is_complete().map_err(candle_core::Error::wrap)? {
-            return Ok(None);
-        }
         copied.synchronize().map_err(candle_core::Error::wrap)?;
         let control: Control = bytemuck::pod_read_unaligned(memory.as_slice().map_err(candle_core::Error::wrap)?);
-        self.spare.extend(self.unsettled.pop_front());
-        self.heard = control.skipped;
-        Ok(Some(control.skip != 0))
+        Ok(control.skip != 0)
     }
 
     /// What the device knows behind the last call; waits for it.

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use candle_adamax::{Adamax, ParamsAdamax};
 use candle_core::{Device, Var};
-use candle_nn::{Optimizer, VarBuilder, loss};
+use candle_nn::{VarBuilder, loss};
 use candle_transformers::models::bert::{self, BertModel};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, ensure};
 use candle_adamax::{Adamax, ParamsAdamax};
 use candle_core::{DType, Device, Tensor};
-use candle_nn::{Module, Optimizer, VarBuilder, VarMap, linear, loss};
+use candle_nn::{Module, VarBuilder, VarMap, linear, loss};
 use candle_transformers::models::bert::{BertModel, Config};
 use clap::Parser;
 use tokenizers::{PaddingParams, Tokenizer, TruncationParams};

@@ -19,7 +19,7 @@ use candle_adamax::{Adamax, ParamGroup, ParamsAdamax};
 use candle_adapters::{Lora, LoraConfig};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var, safetensors};
-use candle_nn::{Linear, Module, Optimizer, VarBuilder, VarMap, linear, loss};
+use candle_nn::{Linear, Module, VarBuilder, VarMap, linear, loss};
 use candle_transformers::models::bert::{BertModel, Config};
 use clap::Parser;
 use tokenizers::Tokenizer;

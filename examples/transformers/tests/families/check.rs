@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use candle_adamax::{Adamax, ParamsAdamax};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_nn::{Optimizer, VarBuilder, VarMap};
+use candle_nn::{VarBuilder, VarMap};
 
 /// A loss of one batch, computed anew at each call.
 pub(crate) type Loss = Box<dyn FnMut() -> Result<Tensor>>;

@@ -254,7 +254,6 @@ fn structures_are_laid_out_alike() {
         size_of::<abi::Orders>(),
         size_of::<abi::Chunk>(),
         size_of::<abi::Control>(),
-        size_of::<abi::Late>(),
         size_of::<abi::UpdateArgs>(),
         size_of::<abi::Gradient>(),
         size_of::<abi::LeavesArgs>(),
@@ -276,7 +275,7 @@ fn structures_are_laid_out_alike() {
         size_of::<abi::LargestArgs>(),
         size_of::<abi::BagsArgs>(),
     ];
-    let mut got = [0u64; 27];
+    let mut got = [0u64; 26];
     type Sizes = unsafe extern "C" fn(*mut u64);
     // SAFETY: `host.cpp` has this function, of this type.
     let host_sizes: Symbol<'_, Sizes> = unsafe { library().get(b"host_sizes") }.expect("host_sizes");

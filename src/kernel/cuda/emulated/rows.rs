@@ -3,7 +3,7 @@
 use candle_core::{DType, Result, Tensor, Var};
 
 use super::*;
-use crate::kernel::cuda::abi::{Late, UpdateArgs};
+use crate::kernel::cuda::abi::UpdateArgs;
 use crate::kernel::cuda::plan::{blocks_of_rows, chunks, units_of_chunk};
 use crate::kernel::rows::{Coalesced, Contribution};
 use crate::kernel::{RowGrad, RowTask, RowValues, cpu};
@@ -82,7 +82,7 @@ fn touched_rows_have_the_bits_of_the_cpu() -> Result<()> {
             let (mut tensors, mut orders) = (Memory::of(&[tensor], 0), Memory::of(&[abi::Orders::new(&orders)], 0));
             let (blocks, mut chunks) = (chunks.len(), Memory::of(&chunks, 0));
             let (tensors, orders) = (tensors.address(), orders.address());
-            let args = UpdateArgs { tensors, orders, chunks: chunks.address(), late: Late::default() };
+            let args = UpdateArgs { tensors, orders, chunks: chunks.address(), control: 0 };
             launch(&kernel_of(&keep), blocks, &args, t == 3);
 
             for (i, (got, expected)) in devices.iter().zip(&arrays(&var, &own, 0)?).enumerate() {

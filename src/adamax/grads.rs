@@ -1,19 +1,18 @@
-//! Gradients found and checked. After this nothing about them can fail any more, and nothing has been written yet.
+//! Gradients of one call: found and checked. After this nothing about them can fail any more, and nothing has been
+//! written yet.
 
 use std::borrow::Cow;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::Param;
-use super::report::History;
+use super::vars::{VarInfo, Vars};
 use crate::error::{ErrorKind, Result};
 use crate::gradient::sparse::{IdsOf, densify, nonzero, read_ids, row_len, rows_of};
 use crate::gradient::{SparseGrad, TouchedRows};
 use crate::kernel::lend::storage_address;
-use crate::kernel::{Listed, Occurrences, Part, RowGrad, RowValues, total};
-use crate::maps::IdMap;
-use crate::state::{Place, arithmetic};
+use crate::kernel::{Listed, Occurrences, Part, RowGrad, RowValues, Source, all_on_one_gpu, total};
+use crate::state::{Buffer, Place, arithmetic};
 
 /// What a call has for one variable.
 #[derive(Default)]
@@ -28,87 +27,128 @@ pub(super) struct Found<'g> {
     pub(super) sparse: Option<&'g SparseGrad>,
 }
 
-/// A gradient, checked.
+/// The gradient of one variable, checked.
 pub(super) enum Grad<'g> {
-    /// Contiguous, in the variable's shape.
-    Dense(Cow<'g, Tensor>),
+    /// In the variable's shape.
+    Dense(DenseGrad<'g>),
     /// Of some rows.
     Rows(Box<RowGrad<'g>>),
 }
 
-/// The gradients of one call: one for each variable, or none.
-pub(super) struct Collected<'g>(Vec<Option<Grad<'g>>>);
+/// A gradient in the shape of its variable.
+pub(super) enum DenseGrad<'g> {
+    /// Of one call, contiguous.
+    Call(Cow<'g, Tensor>),
+    /// Of several.
+    Sum(&'g Buffer),
+}
 
-impl<'g> Collected<'g> {
-    /// The gradient of variable `index`.
-    pub(super) fn get(&self, index: usize) -> Option<&Grad<'g>> {
-        self.0.get(index)?.as_ref()
+impl DenseGrad<'_> {
+    /// The memory that kernels read.
+    pub(super) fn source(&self) -> Source<'_> {
+        match self {
+            Self::Call(grad) => Source::Tensor(grad),
+            Self::Sum(sum) => Source::Buffer(sum),
+        }
+    }
+}
+
+/// Gradients of one call or of one update: of each variable that has one, with its index, in the order of names.
+pub(super) struct Grads<'g>(pub(super) Vec<(usize, Grad<'g>)>);
+
+impl<'g> Grads<'g> {
+    /// Looks up the gradient of every variable.
+    pub(super) fn collect(vars: &Vars, mut find: impl FnMut(&VarInfo) -> Found<'g>) -> Result<Self> {
+        let mut grads = Vec::with_capacity(vars.len());
+        for (index, info) in vars.iter().enumerate() {
+            if let Some(grad) = (Checker { info, vars }).check(find(info))? {
+                grads.push((index, grad));
+            }
+        }
+        Ok(Self(grads))
+    }
+
+    /// No gradients.
+    pub(super) fn none() -> Self {
+        Self(Vec::new())
     }
 
     /// Whether no variable has one.
     pub(super) fn is_empty(&self) -> bool {
-        self.0.iter().all(Option::is_none)
+        self.0.is_empty()
     }
 
     /// How many variables have one.
-    pub(super) fn count(&self) -> usize {
-        self.0.iter().flatten().count()
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
     }
 
-    /// The indices of the variables without one, but for those that have taken part before and never had one.
-    pub(super) fn missing(&self, params: &[Box<Param>]) -> Vec<usize> {
-        let is_missing = |&index: &usize| self.get(index).is_none() && params[index].history != History::Untrained;
-        (0..self.0.len()).filter(is_missing).collect()
+    pub(super) fn iter(&self) -> std::slice::Iter<'_, (usize, Grad<'g>)> {
+        self.0.iter()
+    }
+
+    /// The indices of their variables.
+    pub(super) fn indices(&self) -> impl Iterator<Item = usize> {
+        self.0.iter().map(|(index, _)| *index)
+    }
+
+    /// Each with the item of its variable, of one item for each variable.
+    pub(super) fn with<'s, T>(&'s self, items: &'s mut [T]) -> impl Iterator<Item = (usize, &'s Grad<'g>, &'s mut T)> {
+        let mut items = items.iter_mut().enumerate();
+        self.0.iter().filter_map(move |(index, grad)| {
+            let (_, item) = items.find(|(of, _)| of == index)?;
+            Some((*index, grad, item))
+        })
     }
 
     /// The first variable whose gradient is of some rows.
-    pub(super) fn first_sparse(&self) -> Option<usize> {
-        self.0.iter().position(|grad| matches!(grad, Some(Grad::Rows(_))))
+    pub(super) fn first_of_rows(&self) -> Option<usize> {
+        self.0.iter().find(|(_, grad)| matches!(grad, Grad::Rows(_))).map(|(index, _)| *index)
     }
 
     /// Sums up the rows' contributions, which norms are measured from; otherwise the update does it on its way.
-    pub(super) fn sum_rows(&mut self, params: &[Box<Param>]) -> Result<()> {
-        for (grad, param) in self.0.iter_mut().zip(params) {
-            if let Some(Grad::Rows(rows)) = grad {
-                rows.sum(param.var.dtype())?;
+    pub(super) fn sum_rows(&mut self, vars: &Vars) -> Result<()> {
+        for (index, grad) in &mut self.0 {
+            if let Grad::Rows(rows) = grad {
+                rows.sum(vars[*index].var.dtype())?;
             }
         }
         Ok(())
     }
-}
 
-/// Looks up the gradient of every variable.
-pub(super) fn collect<'g>(
-    params: &[Box<Param>],
-    storages: &IdMap<usize, String>,
-    mut lookup: impl FnMut(&Param) -> Found<'g>,
-) -> Result<Collected<'g>> {
-    let grads = params.iter().map(|param| Checker { param, storages }.check(lookup(param)));
-    grads.collect::<Result<_>>().map(Collected)
+    /// The memory that norms are measured from, with its place. Rows have been [summed](Self::sum_rows).
+    pub(super) fn sources(&self, vars: &Vars) -> Vec<(Source<'_>, Place)> {
+        let sources = self.0.iter().map(|(index, grad)| match grad {
+            Grad::Dense(grad) => (grad.source(), vars[*index].place),
+            Grad::Rows(rows) => (Source::Buffer(rows.sums()), Place::Host),
+        });
+        sources.collect()
+    }
+
+    /// Whether all of them are measured and used on one GPU.
+    pub(super) fn are_on_one_gpu(&self, vars: &Vars) -> bool {
+        all_on_one_gpu(self.0.iter().map(|(index, _)| (vars[*index].var.as_tensor(), vars[*index].place)))
+    }
 }
 
 /// A gradient of some rows, checked and summed up by rows.
-pub(super) fn check_sparse<'g>(
-    param: &Param,
-    storages: &IdMap<usize, String>,
-    grad: &'g SparseGrad,
-) -> Result<RowGrad<'g>> {
-    RowGrad::coalesced(&[Checker { param, storages }.sparse(grad)?], row_len(&param.var))
+pub(super) fn check_sparse<'g>(info: &VarInfo, vars: &Vars, grad: &'g SparseGrad) -> Result<RowGrad<'g>> {
+    RowGrad::coalesced(&[Checker { info, vars }.sparse(grad)?], row_len(&info.var))
 }
 
 /// Checks the gradients of one variable.
 struct Checker<'p> {
-    param: &'p Param,
-    storages: &'p IdMap<usize, String>,
+    info: &'p VarInfo,
+    vars: &'p Vars,
 }
 
 impl Checker<'_> {
     fn check<'g>(&self, found: Found<'g>) -> Result<Option<Grad<'g>>> {
         let Found { dense, touched, lookups, sparse } = found;
         let mut dense = dense.map(|grad| self.dense(grad)).transpose()?;
-        let var = &self.param.var;
+        let var = &self.info.var;
         if lookups.is_empty() && sparse.is_none() && touched.is_none() {
-            return Ok(dense.map(Grad::Dense));
+            return Ok(dense.map(|grad| Grad::Dense(DenseGrad::Call(grad))));
         }
         let mut parts = Vec::with_capacity(lookups.len() + 1);
         for Part { grad, occurrences } in lookups {
@@ -127,7 +167,7 @@ impl Checker<'_> {
         if parts.is_empty() {
             return Ok(None);
         }
-        let rows = match self.param.place() {
+        let rows = match self.info.place {
             Place::Cuda => {
                 total(&parts)?;
                 RowGrad { row_len: row_len(var), values: RowValues::Unsorted(parts) }
@@ -137,13 +177,16 @@ impl Checker<'_> {
         Ok(Some(match dense {
             None => Grad::Rows(Box::new(rows)),
             // A weight that is used both ways gets the sum of both, and that has all rows.
-            Some(grad) => Grad::Dense(Cow::Owned(densify(Some(&grad), &rows, 1.0, var)?.to_device(var.device())?)),
+            Some(grad) => {
+                let sum = densify(Some(&grad), &rows, 1.0, var)?.to_device(var.device())?;
+                Grad::Dense(DenseGrad::Call(Cow::Owned(sum)))
+            }
         }))
     }
 
     /// A gradient in the shape of the variable.
     fn dense<'g>(&self, grad: &'g Tensor) -> Result<Cow<'g, Tensor>> {
-        let (var, name) = (&self.param.var, || self.param.name.clone());
+        let (var, name) = (&self.info.var, || self.info.name.clone());
         if grad.shape() != var.shape() {
             let (expected, got) = (var.dims().to_vec(), grad.dims().to_vec());
             return Err(ErrorKind::ShapeMismatch { what: "gradient", name: name(), expected, got }.into());
@@ -153,23 +196,21 @@ impl Checker<'_> {
 
     /// A gradient of some rows, as a caller gave it.
     fn sparse<'g>(&self, grad: &'g SparseGrad) -> Result<Part<'g>> {
-        let (SparseGrad { indices, values }, var) = (grad, &self.param.var);
-        let rows = rows_of(&self.param.name, var)?;
+        let (SparseGrad { indices, values }, var) = (grad, &self.info.var);
+        let rows = rows_of(&self.info.name, var)?;
         if indices.rank() != 1 {
             let (expected, got) = (vec![indices.elem_count()], indices.dims().to_vec());
             return Err(
-                ErrorKind::ShapeMismatch { what: "indices", name: self.param.name.clone(), expected, got }.into()
+                ErrorKind::ShapeMismatch { what: "indices", name: self.info.name.clone(), expected, got }.into()
             );
         }
         let mut expected = var.dims().to_vec();
         expected[0] = indices.elem_count();
         if values.dims() != expected {
             let got = values.dims().to_vec();
-            return Err(
-                ErrorKind::ShapeMismatch { what: "values", name: self.param.name.clone(), expected, got }.into()
-            );
+            return Err(ErrorKind::ShapeMismatch { what: "values", name: self.info.name.clone(), expected, got }.into());
         }
-        let ids = read_ids(IdsOf { what: "indices", of: &self.param.name }, indices, rows)?;
+        let ids = read_ids(IdsOf { what: "indices", of: &self.info.name }, indices, rows)?;
         let grad = self.tensor("values", Cow::Borrowed(values))?;
         Ok(Part {
             grad: self.where_summed(grad)?,
@@ -181,12 +222,12 @@ impl Checker<'_> {
     fn touched<'g>(&self, touched: TouchedRows<'_>, grad: Cow<'g, Tensor>) -> Result<Part<'g>> {
         let rows = match touched {
             TouchedRows::NonZero => {
-                rows_of(&self.param.name, &grad)?;
+                rows_of(&self.info.name, &grad)?;
                 nonzero(&grad)?
             }
             TouchedRows::Ids(ids) => {
-                let what = IdsOf { what: "touched rows", of: &self.param.name };
-                let mut rows = read_ids(what, ids, rows_of(&self.param.name, &grad)?)?;
+                let what = IdsOf { what: "touched rows", of: &self.info.name };
+                let mut rows = read_ids(what, ids, rows_of(&self.info.name, &grad)?)?;
                 rows.sort_unstable();
                 rows.dedup();
                 rows
@@ -198,7 +239,7 @@ impl Checker<'_> {
 
     /// Rows are summed where a kernel does it, and in host memory for tensor operations.
     fn where_summed<'g>(&self, grad: Cow<'g, Tensor>) -> Result<Cow<'g, Tensor>> {
-        Ok(match self.param.place() {
+        Ok(match self.info.place {
             Place::Device => Cow::Owned(grad.to_device(&Device::Cpu)?),
             Place::Host | Place::Cuda => grad,
         })
@@ -206,7 +247,7 @@ impl Checker<'_> {
 
     /// What holds for every tensor of gradients; contiguous.
     fn tensor<'g>(&self, what: &'static str, grad: Cow<'g, Tensor>) -> Result<Cow<'g, Tensor>> {
-        let (var, name) = (&self.param.var, || self.param.name.clone());
+        let (var, name) = (&self.info.var, || self.info.name.clone());
         if grad.dtype() != var.dtype() && grad.dtype() != arithmetic(var.dtype()) {
             let expected = match var.dtype() {
                 own @ (DType::F16 | DType::BF16) => format!("{own:?} or F32"),
@@ -218,7 +259,7 @@ impl Checker<'_> {
             let (expected, got) = (var.device().location(), grad.device().location());
             return Err(ErrorKind::DeviceMismatch { what, name: name(), expected, got }.into());
         }
-        if let Some(owner) = self.storages.get(&storage_address(&grad)) {
+        if let Some(owner) = self.vars.owner_of(storage_address(&grad)) {
             return Err(ErrorKind::SharedStorage { name: name(), owner: owner.clone() }.into());
         }
         // candle's own gradients are contiguous; those that a caller made need not be.

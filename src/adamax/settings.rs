@@ -1,0 +1,261 @@
+//! Settings of an optimizer and of its groups: resolved and checked when they are set.
+
+use candle_core::Tensor;
+
+use super::Adamax;
+use crate::codec::Encoding;
+use crate::error::{Error, ErrorKind, Result};
+use crate::group::GroupSettings;
+use crate::kernel::Kernel;
+use crate::params::{Keeping, ParamsAdamax};
+use crate::rule::{Hyperparameters, WeightDecay};
+use crate::state::{Layout, Place};
+
+/// Settings of one group: the optimizer's, with what the group overrides.
+pub(super) struct ResolvedGroup {
+    pub(super) hyper: Hyperparameters,
+    pub(super) keeping: Keeping,
+    /// `-log2(beta2)`.
+    pub(super) neg_log2_beta2: f64,
+}
+
+impl ResolvedGroup {
+    pub(super) fn of(params: &ParamsAdamax, group: &GroupSettings) -> Result<Self> {
+        let hyper = group.hyperparameters(params);
+        Ok(Self { hyper, keeping: group.keeping(params)?, neg_log2_beta2: -hyper.beta2.log2() })
+    }
+
+    /// The layout of one variable's moments.
+    pub(super) fn layout(&self, var: &Tensor, by_rows: bool) -> Layout {
+        let Keeping { state_dtype, rowwise_norm, .. } = self.keeping;
+        Layout::of(var, state_dtype, by_rows, rowwise_norm, Encoding::of(&self.hyper))
+    }
+
+    /// The numbers of a variable that decays or not.
+    pub(super) fn hyper(&self, decays: bool) -> Hyperparameters {
+        let weight_decay = if decays { self.hyper.weight_decay } else { WeightDecay::None };
+        Hyperparameters { weight_decay, ..self.hyper }
+    }
+
+    /// Whether the kernel of `place` can keep state in this way.
+    pub(super) fn check(&self, place: Place) -> Result<()> {
+        let Keeping { state_dtype, rowwise_norm, rounding, sparse_update } = self.keeping;
+        let plain = ParamsAdamax::default().keeping();
+        let is_operations = place == Place::Device;
+        let got: [(&str, &dyn std::fmt::Debug, bool); 4] = [
+            ("state_dtype", &state_dtype, state_dtype == plain.state_dtype),
+            ("rowwise_norm", &rowwise_norm, rowwise_norm == plain.rowwise_norm),
+            ("rounding", &rounding, rounding == plain.rounding),
+            ("sparse_update", &sparse_update, sparse_update == plain.sparse_update),
+        ];
+        match got.into_iter().find(|(_, _, is_plain)| is_operations && !is_plain) {
+            Some((field, got, _)) => {
+                let expected = "the default for variables that candle's tensor operations update, on this device";
+                Err(Error::invalid(field, expected, format!("{got:?}")))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+impl Adamax {
+    /// The names of the variables, in alphabetical order; "var.I" for the I-th of those without one.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.vars.iter().map(|param| param.name.as_str())
+    }
+
+    /// The settings.
+    pub fn params(&self) -> &ParamsAdamax {
+        &self.params
+    }
+
+    /// The settings of the groups. The first one is "default", unless it has no variables and overrides nothing while
+    /// there are others.
+    pub fn groups(&self) -> &[GroupSettings] {
+        let [default, others @ ..] = &self.groups[..] else { return &[] };
+        let is_used = default.overrides_any() || self.vars.iter().any(|info| info.group == 0);
+        if is_used || others.is_empty() { &self.groups } else { others }
+    }
+
+    /// The names of the variables that [`no_decay`](ParamsAdamax::no_decay) spares from decay, in alphabetical order.
+    ///
+    /// ```
+    /// use candle_adamax::{Adamax, ParamsAdamax, WeightDecay};
+    /// use candle_core::{DType, Device};
+    /// use candle_nn::{VarBuilder, VarMap, linear};
+    ///
+    /// let varmap = VarMap::new();
+    /// linear(4, 2, VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu))?;
+    /// let params = ParamsAdamax {
+    ///     weight_decay: WeightDecay::Decoupled(0.01),
+    ///     no_decay: vec!["bias".into()],
+    ///     ..Default::default()
+    /// };
+    /// let optimizer = Adamax::from_varmap(&varmap, params)?;
+    /// assert_eq!(optimizer.spared_names().collect::<Vec<_>>(), ["bias"]);
+    /// assert!(optimizer.to_string().contains("no decay: 1 of 2 vars"));
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn spared_names(&self) -> impl Iterator<Item = &str> {
+        self.vars.iter().filter(|param| !param.decays).map(|param| param.name.as_str())
+    }
+
+    /// Replaces the settings, from the next call on. Moments are converted into another encoding, to its nearest values
+    /// or, for u in [`StateDType::Q8`], up. What came from Q8 keeps its bits on its way back there, but for a table
+    /// that has had gradients of rows, whose rows come back in blocks of 1,024 elements: its u is rounded up once more.
+    ///
+    /// Loss scale and plateau stay what they have come to; another `grad_scaler.init_scale` is the scale of the next call.
+    ///
+    /// # Errors
+    ///
+    /// A setting that is not allowed; another [`epsilon`](ParamsAdamax::epsilon) after the first update, since u holds
+    /// something else then; another number of accumulation steps while gradients [wait](Self::pending); a part of
+    /// [`no_decay`](ParamsAdamax::no_decay) that spares no variable. Nothing has changed then.
+    pub fn set_params(&mut self, params: ParamsAdamax) -> Result<()> {
+        params.validate()?;
+        self.named(|adamax| {
+            adamax.sync()?;
+            adamax.check_changes(&params)?;
+            let resolved = adamax.resolve(&params, &adamax.groups, adamax.kernel)?;
+            // Parts that were accepted before stay so, even if the variables that they spared have been removed.
+            let known = if decays_any(&adamax.params, &adamax.groups) { &adamax.params.no_decay[..] } else { &[] };
+            adamax.check_parts(&params, &adamax.groups, known)?;
+            let converted = adamax.converted(&resolved)?;
+            for info in adamax.vars.iter_mut() {
+                info.decays = params.decays(&info.name);
+            }
+            if params.ema.is_none() {
+                adamax.averages.iter_mut().for_each(|average| *average = None);
+            }
+            let scaler = &mut adamax.progress.scaler;
+            *scaler = match (&params.grad_scaler, &adamax.params.grad_scaler, *scaler) {
+                (Some(scaler), Some(before), Some(state)) => Some(scaler.carried(before, state)),
+                (scaler, ..) => scaler.map(|scaler| scaler.start()),
+            };
+            adamax.plateau = params.plateau.map(|_| adamax.plateau.unwrap_or_default());
+            adamax.params = params;
+            adamax.take_converted(converted, resolved);
+            Ok(())
+        })
+    }
+
+    /// Refuses settings that the state does not allow any more.
+    fn check_changes(&self, params: &ParamsAdamax) -> Result<()> {
+        if params.epsilon != self.params.epsilon && self.progress.counters.updates > 0 {
+            let expected = format!("{:?} as before, since u is made for it", self.params.epsilon);
+            return Err(Error::invalid("epsilon", expected, format!("{:?}", params.epsilon)));
+        }
+        let (steps, got) = (self.params.gradient_accumulation_steps, params.gradient_accumulation_steps);
+        if got != steps && self.progress.counters.pending > 0 {
+            let expected = format!(
+                "{steps} until `flush_gradients` has used the gradients that wait, or `discard_gradients` dropped them"
+            );
+            return Err(Error::invalid("gradient_accumulation_steps", expected, got));
+        }
+        Ok(())
+    }
+
+    /// Replaces the settings of the group of the same name.
+    ///
+    /// # Errors
+    ///
+    /// No group has this name, or a setting is not allowed; it is the first one with a decay, and a part of
+    /// [`no_decay`](ParamsAdamax::no_decay) spares no variable. Nothing has changed then.
+    pub fn set_group(&mut self, settings: GroupSettings) -> Result<()> {
+        self.named(|adamax| {
+            settings.validate()?;
+            adamax.sync()?;
+            let index = adamax.group_index(&settings.name)?;
+            let mut groups = adamax.groups.clone();
+            groups[index] = settings;
+            let resolved = adamax.resolve(&adamax.params, &groups, adamax.kernel)?;
+            if !decays_any(&adamax.params, &adamax.groups) {
+                adamax.check_parts(&adamax.params, &groups, &[])?;
+            }
+            let converted = adamax.converted(&resolved)?;
+            adamax.groups = groups;
+            adamax.take_converted(converted, resolved);
+            Ok(())
+        })
+    }
+
+    /// The settings of all groups, checked against the variables in them.
+    pub(super) fn resolve(
+        &self,
+        params: &ParamsAdamax,
+        groups: &[GroupSettings],
+        kernel: Kernel,
+    ) -> Result<Vec<ResolvedGroup>> {
+        let resolved = groups.iter().map(|group| ResolvedGroup::of(params, group)).collect::<Result<Vec<_>>>()?;
+        self.vars.iter().try_for_each(|info| resolved[info.group].check(kernel.place(&info.var)))?;
+        Ok(resolved)
+    }
+
+    /// Refuses parts of `no_decay` that spare no variable.
+    pub(super) fn check_no_decay(&self) -> Result<()> {
+        self.check_parts(&self.params, &self.groups, &[]).map_err(|error| self.own(error))
+    }
+
+    /// Checks settings to come in this way, but for parts that are `known`.
+    fn check_parts(&self, params: &ParamsAdamax, groups: &[GroupSettings], known: &[String]) -> Result<()> {
+        if self.vars.is_empty() || !decays_any(params, groups) {
+            return Ok(());
+        }
+        let spares = |part: &String| self.vars.iter().any(|param| param.name.contains(part.as_str()));
+        match params.no_decay.iter().find(|part| !known.contains(part) && !spares(part)) {
+            None => Ok(()),
+            Some(part) => {
+                let expected = format!("parts of the names of vars, which are {}", some_of(self.names()));
+                Err(Error::invalid("no_decay", expected, format!("`{part}`, which is part of none")))
+            }
+        }
+    }
+
+    /// The variable of this name.
+    pub(super) fn index_of(&self, name: &str) -> Result<usize> {
+        self.vars.position(name).map_err(|_| self.unknown_var(name))
+    }
+
+    /// The index of the group of this name.
+    pub(super) fn group_index(&self, name: &str) -> Result<usize> {
+        self.group_indices.get(name).copied().ok_or_else(|| self.unknown_group(name))
+    }
+
+    pub(super) fn unknown_var(&self, name: &str) -> Error {
+        self.own(unknown("var", name, self.names()))
+    }
+
+    pub(super) fn unknown_group(&self, name: &str) -> Error {
+        self.own(unknown("group", name, self.groups.iter().map(|group| group.name.as_str())))
+    }
+
+    /// The error, as one of this optimizer.
+    pub(super) fn own(&self, error: Error) -> Error {
+        error.of_optimizer(&self.params.name)
+    }
+
+    /// Runs a method, whose errors become those of this optimizer.
+    pub(super) fn named<T>(&mut self, run: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        run(self).map_err(|error| self.own(error))
+    }
+}
+
+/// Whether there is any decay.
+pub(super) fn decays_any(params: &ParamsAdamax, groups: &[GroupSettings]) -> bool {
+    let mut decays = groups.iter().filter_map(|group| group.weight_decay).chain([params.weight_decay]);
+    decays.any(|decay| !matches!(decay, WeightDecay::None | WeightDecay::L2(0.0) | WeightDecay::Decoupled(0.0)))
+}
+
+fn unknown<'a>(what: &'static str, name: &str, known: impl Iterator<Item = &'a str>) -> Error {
+    ErrorKind::Unknown { what, name: name.to_owned(), known: some_of(known) }.into()
+}
+
+/// The first few of some names.
+fn some_of<'a>(names: impl Iterator<Item = &'a str>) -> String {
+    const SHOWN: usize = 5;
+    let mut names: Vec<&str> = names.take(SHOWN + 1).collect();
+    if names.len() > SHOWN {
+        names[SHOWN] = "...";
+    }
+    if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+}
