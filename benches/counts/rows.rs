@@ -198,13 +198,18 @@ fn graphs() -> Vec<Case> {
             let weights = (0..n).map(|_| weight(16)).collect::<Result<Vec<_>>>()?;
             again(move || weights.iter().map(|weight| Table::new(weight)).collect::<Result<Vec<_>, _>>().map(drop))
         }),
-        Case::growth("accumulation of the same rows, calls", N, LINEAR, |n| {
-            let params = ParamsAdamax { gradient_accumulation_steps: n as u64, ..ParamsAdamax::default() };
-            let (mut optimizer, weight) = optimizer(ROWS, params)?;
-            let grad = gradient(ids(8, ROWS)?)?;
-            again(move || (0..n).try_for_each(|_| optimizer.apply_gradients([(&weight, &grad)]).map(drop)))
-        }),
+        Case::growth("accumulation of the same rows, calls", N, LINEAR, |n| accumulation(n, |_| 0)),
+        Case::growth("accumulation of other rows, calls", N, LINEAR, |n| accumulation(n, |call| 8 * call)),
     ]
+}
+
+/// `n` calls of an accumulation, each with eight rows from `first` on.
+fn accumulation(n: usize, first: impl Fn(u32) -> u32) -> Result<Work> {
+    let params = ParamsAdamax { gradient_accumulation_steps: n as u64, ..ParamsAdamax::default() };
+    let (mut optimizer, weight) = optimizer(ROWS.max(8 * n), params)?;
+    let rows = |call| Tensor::from_vec((first(call)..first(call) + 8).collect::<Vec<u32>>(), 8, &Device::Cpu);
+    let grads = (0..n as u32).map(|call| gradient(rows(call)?)).collect::<Result<Vec<_>>>()?;
+    again(move || grads.iter().try_for_each(|grad| optimizer.apply_gradients([(&weight, grad)]).map(drop)))
 }
 
 const EXACT: fn() -> ParamsAdamax = || ParamsAdamax { sparse_update: SparseUpdate::Exact, ..ParamsAdamax::default() };

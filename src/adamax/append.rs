@@ -8,7 +8,7 @@ use candle_nn::VarMap;
 use super::Adamax;
 use super::state::StateCell;
 use super::sums::Sum;
-use super::vars::VarInfo;
+use super::vars::{Param, VarInfo};
 use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::sparse::{RowSum, row_len, rows_of};
 use crate::state::{Buffer, ParamState};
@@ -47,9 +47,8 @@ impl Adamax {
             let index = adamax.index_of(name)?;
             adamax.sync()?;
             let Grown { var, state, sum, average } = adamax.grown(index, rows)?;
-            *adamax.states[index] = StateCell::Own(state);
-            adamax.sums.0[index].sum = sum;
-            adamax.averages[index] = average;
+            let param = &mut adamax.vars[index];
+            (param.state, param.sum.sum, param.average) = (StateCell::Own(state), sum, average);
             adamax.vars.replace(index, var.clone());
             Ok(var)
         })
@@ -95,10 +94,9 @@ impl Adamax {
     }
 
     fn grown(&self, index: usize, rows: &Tensor) -> Result<Grown> {
-        let info = &self.vars[index];
+        let Param { info, state: cell, sum, average, .. } = &*self.vars[index];
         let var = grown_shape(info, rows)?;
         let (old, before) = (&info.var, info.var.dims()[0]);
-        let cell = &self.states[index];
         cell.catch_up()?;
         limits::scale_down(old)?;
         let var = Var::zeros(var, old.dtype(), old.device())?;
@@ -112,13 +110,13 @@ impl Adamax {
             let master = state.master.as_ref().map(|master| master.grown(&var)).transpose()?;
             Ok::<_, Error>(ParamState { moments: state.moments.grown(&var)?, master, step: state.step })
         })?;
-        let sum = match &self.sums.0[index].sum {
+        let sum = match &sum.sum {
             None => None,
             Some(Sum::Dense(sum)) => Some(Sum::Dense(sum.grown(&var)?)),
             Some(Sum::Rows(sum)) => Some(Sum::Rows(RowSum::new(row_len(&var), sum.merged()))),
         };
         // An average begins as a copy of the weights.
-        let average = match &self.averages[index] {
+        let average = match average {
             None => None,
             Some(average) => {
                 let old = average.to_tensor(old.shape())?;

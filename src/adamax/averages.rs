@@ -5,6 +5,7 @@ use candle_core::DType;
 use super::Adamax;
 use super::call::Turn;
 use super::grads::Grads;
+use super::vars::Param;
 use crate::checkpoint::Counters;
 use crate::error::{Error, Result};
 use crate::kernel::{Average, Task};
@@ -20,8 +21,8 @@ pub(super) struct Averages {
 impl Averages {
     /// `trains` tells which variables have a gradient in an update of this call: an average begins with the first one.
     pub(super) fn prepare(adamax: &Adamax, trains: impl Fn(usize) -> bool) -> Result<Self> {
-        let Adamax { params, vars, averages, .. } = adamax;
-        let begins = |&index: &usize| params.ema.is_some() && averages[index].is_none() && trains(index);
+        let Adamax { params, vars, .. } = adamax;
+        let begins = |&index: &usize| params.ema.is_some() && vars[index].average.is_none() && trains(index);
         let fresh = (0..vars.len()).filter(begins).map(|index| {
             let info = &vars[index];
             Ok((index, Buffer::zeros(&info.var, info.place)?))
@@ -43,7 +44,7 @@ impl Averages {
         };
         let mut begins = vec![updates == 0; adamax.vars.len()];
         for (index, fresh) in self.fresh {
-            (adamax.averages[index], begins[index]) = (Some(fresh), true);
+            (adamax.vars[index].average, begins[index]) = (Some(fresh), true);
         }
         adamax.move_averages(write, overwrite, |index, dtype| if begins[index] { 0.0 } else { exact(momentum, dtype) })
     }
@@ -65,11 +66,11 @@ impl Adamax {
     /// Moves averages towards their variables, of which they keep a share of `momentum`. Variables become their averages if
     /// they are to be overwritten; `write` makes the random numbers of that write differ from those of all others.
     fn move_averages(&mut self, write: u64, overwrite: bool, momentum: impl Fn(usize, DType) -> f64) -> Result<()> {
-        let Self { params, resolved, vars, states, averages, backends, .. } = self;
+        let Self { params, resolved, vars, backends, .. } = self;
         let mut moves = Vec::new();
-        for (index, (average, cell)) in averages.iter_mut().zip(states).enumerate() {
-            let (Some(average), info) = (average, &vars[index]) else { continue };
-            let mut state = cell.lock();
+        for (index, param) in vars.iter_mut().enumerate() {
+            let Param { info, state, average: Some(average), .. } = &mut **param else { continue };
+            let mut state = state.lock();
             // The average is one of all rows, as they would be.
             state.catch_up()?;
             moves.push((index, info, average, state));

@@ -8,11 +8,9 @@ use candle_nn::VarMap;
 
 use super::Adamax;
 use super::progress::Progress;
-use super::report::{History, Report};
+use super::report::Report;
 use super::settings::ResolvedGroup;
-use super::state::StateCell;
-use super::sums::{GradSum, GradSums};
-use super::vars::{VarInfo, Vars, permute};
+use super::vars::{Param, VarInfo, Vars};
 use crate::check;
 use crate::error::{Error, ErrorKind, Result};
 use crate::group::{DEFAULT_GROUP, GroupSettings, ParamGroup};
@@ -159,15 +157,10 @@ impl Adamax {
         self.named(|adamax| {
             let index = adamax.index_of(name)?;
             adamax.sync()?;
-            adamax.states[index].catch_up()?;
-            let info = adamax.vars.remove(index);
-            adamax.states.remove(index);
-            adamax.sums.0.remove(index);
-            adamax.averages.remove(index);
-            adamax.histories.remove(index);
+            adamax.vars[index].state.catch_up()?;
             // Its indices are no longer those of the variables.
             adamax.report.missing.clear();
-            Ok(info.var)
+            Ok(adamax.vars.remove(index))
         })
     }
 
@@ -182,10 +175,6 @@ impl Adamax {
             groups: vec![default],
             group_indices: HashMap::from([(DEFAULT_GROUP.to_owned(), 0)]),
             vars: Vars::default(),
-            states: Vec::new(),
-            sums: GradSums::default(),
-            averages: Vec::new(),
-            histories: Vec::new(),
             kernel: Kernel::Auto,
             backends: Backends::default(),
             report: Report::default(),
@@ -218,33 +207,12 @@ impl Adamax {
             let place = self.kernel.place(&var);
             resolved.check(place)?;
             let layout = resolved.layout(&var, false);
-            let state = StateCell::Own(ParamState::zeros(&var, place, &layout, resolved.keeping.rounding)?);
+            let state = ParamState::zeros(&var, place, &layout, resolved.keeping.rounding)?;
             let (decays, key) = (self.params.decays(&name), key_of(&name));
-            new.push((VarInfo { name, unnamed, group, decays, key, place, var }, Box::new(state)));
+            let info = VarInfo { name, unnamed, group, decays, key, place, var };
+            new.push(Box::new(Param::new(info, state)));
         }
-        // To sort costs a look at all of them, so a few are put where they belong.
-        const FEW: usize = 16;
-        if new.len() > FEW {
-            let (infos, states): (Vec<_>, Vec<_>) = new.into_iter().unzip();
-            self.states.extend(states);
-            let order = self.vars.extend_sorted(infos);
-            self.sums.0.resize_with(order.len(), GradSum::default);
-            self.averages.resize_with(order.len(), || None);
-            self.histories.resize(order.len(), History::New);
-            permute(&mut self.states, &order);
-            permute(&mut self.sums.0, &order);
-            permute(&mut self.averages, &order);
-            permute(&mut self.histories, &order);
-        } else {
-            for (info, state) in new {
-                let index = self.vars.position(&info.name).unwrap_or_else(|index| index);
-                self.vars.insert(index, info);
-                self.states.insert(index, state);
-                self.sums.0.insert(index, GradSum::default());
-                self.averages.insert(index, None);
-                self.histories.insert(index, History::New);
-            }
-        }
+        self.vars.extend(new);
         self.report.missing.clear();
         Ok(())
     }

@@ -1,12 +1,12 @@
 //! Plan of one call, as plain numbers. It is made before anything is written.
 
 use super::Adamax;
-use super::update::Setup;
+use super::settings::ResolvedGroup;
 use super::vars::VarInfo;
 use crate::codec::shrinkage;
 use crate::error::Result;
 use crate::kernel::Orders;
-use crate::params::StepCount;
+use crate::params::{ParamsAdamax, StepCount};
 use crate::rounding::derive;
 use crate::rule::Coefficients;
 use crate::state::ParamState;
@@ -68,23 +68,19 @@ impl Call {
 
 /// Makes the arguments of each variable's update.
 pub(super) struct ArgsOf<'c> {
-    setup: &'c Setup<'c>,
-    group_lrs: &'c [f64],
+    pub(super) params: &'c ParamsAdamax,
+    pub(super) resolved: &'c [ResolvedGroup],
+    pub(super) call: &'c Call,
     /// Number of this update, from 1.
-    update: u64,
+    pub(super) update: u64,
     /// Group, decay and t that coefficients were asked for last. Neighbors mostly ask for the same.
-    last: Option<((usize, bool, u64), Coefficients<f64>)>,
+    pub(super) last: Option<((usize, bool, u64), Coefficients<f64>)>,
 }
 
-impl<'c> ArgsOf<'c> {
-    pub(super) fn new(setup: &'c Setup<'c>, group_lrs: &'c [f64], update: u64) -> Self {
-        Self { setup, group_lrs, update, last: None }
-    }
-
+impl ArgsOf<'_> {
     /// The arguments for a variable whose gradient is multiplied by `scale` before it is clamped.
     pub(super) fn args(&mut self, info: &VarInfo, state: &ParamState, scale: f64) -> Orders {
-        let Setup { params, resolved, .. } = self.setup;
-        let group = &resolved[info.group];
+        let (params, group) = (self.params, &self.resolved[info.group]);
         let step = state.step + 1;
         let t = match params.step_count {
             StepCount::Shared => self.update,
@@ -93,7 +89,7 @@ impl<'c> ArgsOf<'c> {
         let of = (info.group, info.decays, t);
         let known = match self.last {
             Some((last, known)) if last == of => known,
-            _ => Coefficients::of_update(&group.hyper(info.decays), self.group_lrs[info.group], t),
+            _ => Coefficients::of_update(&group.hyper(info.decays), self.call.group_lrs[info.group], t),
         };
         self.last = Some((of, known));
         let coefficients = Coefficients {

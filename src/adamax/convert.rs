@@ -4,6 +4,7 @@ use super::Adamax;
 use super::settings::ResolvedGroup;
 use super::state::StateCell;
 use super::sums::Sum;
+use super::vars::Param;
 use crate::error::Result;
 use crate::kernel::Kernel;
 use crate::params::SparseUpdate;
@@ -24,14 +25,15 @@ impl Adamax {
             let moved = (0..adamax.vars.len()).map(|index| adamax.moved(index, kernel.place(&adamax.vars[index].var)));
             let moved = moved.collect::<Result<Vec<_>>>()?;
             for (index, Moved { place, state, sum, average }) in moved.into_iter().enumerate() {
-                adamax.vars[index].place = place;
+                let param = &mut adamax.vars[index];
+                param.info.place = place;
                 if let Some(state) = state {
-                    *adamax.states[index] = StateCell::Own(state);
+                    param.state = StateCell::Own(state);
                 }
                 if let Some(sum) = sum {
-                    adamax.sums.0[index].sum = Some(Sum::Dense(sum));
+                    param.sum.sum = Some(Sum::Dense(sum));
                 }
-                adamax.averages[index] = average;
+                param.average = average;
             }
             adamax.kernel = kernel;
             adamax.resolved = resolved;
@@ -40,22 +42,24 @@ impl Adamax {
     }
 
     fn moved(&self, index: usize, place: Place) -> Result<Moved> {
-        let var = self.vars[index].var.as_tensor();
+        let Param { info, state, sum, average, .. } = &*self.vars[index];
+        let var = info.var.as_tensor();
         let buffer = |buffer: &Buffer| Buffer::from_tensor(&buffer.to_tensor(var.shape())?, var, place);
         // A state that stays need not be copied.
-        let state = self.states[index].read(|state| (state.place() != place).then(|| state.moved(var, place)));
+        let state = state.read(|state| (state.place() != place).then(|| state.moved(var, place)));
         // Sums of rows are in host memory anyway.
-        let sum = match &self.sums.0[index].sum {
+        let sum = match &sum.sum {
             Some(Sum::Dense(sum)) => Some(buffer(sum)?),
             _ => None,
         };
-        let average = self.averages[index].as_ref().map(buffer).transpose()?;
+        let average = average.as_ref().map(buffer).transpose()?;
         Ok(Moved { place, state: state.transpose()?, sum, average })
     }
 
     /// The states of all variables as these settings want them, for those that have to change. Rows of tables catch up.
     pub(super) fn converted(&self, resolved: &[ResolvedGroup]) -> Result<Vec<Option<ParamState>>> {
-        let converted = self.vars.iter().zip(&self.states).map(|(info, cell)| {
+        let converted = self.vars.iter().map(|param| {
+            let Param { info, state: cell, .. } = &**param;
             cell.catch_up()?;
             let group = &resolved[info.group];
             let stays_table = !cell.is_table() || group.keeping.sparse_update == SparseUpdate::Exact;
@@ -78,9 +82,10 @@ impl Adamax {
 
     /// Takes over settings, and the states that are [converted](Self::converted) for them.
     pub(super) fn take_converted(&mut self, states: Vec<Option<ParamState>>, resolved: Vec<ResolvedGroup>) {
-        for ((info, cell), state) in self.vars.iter().zip(&mut self.states).zip(states) {
-            match (state, &**cell) {
-                (Some(state), _) => **cell = StateCell::Own(state),
+        for (param, state) in self.vars.iter_mut().zip(states) {
+            let Param { info, state: cell, .. } = &mut **param;
+            match (state, &*cell) {
+                (Some(state), _) => *cell = StateCell::Own(state),
                 (None, StateCell::Table(table)) => {
                     table.renew(&resolved[info.group].hyper(info.decays), derive(self.params.seed, info.key));
                 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::vars::{VarInfo, Vars};
+use super::vars::{Param, VarInfo, Vars};
 use crate::error::{ErrorKind, Result};
 use crate::gradient::sparse::{IdsOf, densify, nonzero, read_ids, row_len, rows_of};
 use crate::gradient::{SparseGrad, TouchedRows};
@@ -40,7 +40,7 @@ pub(super) enum DenseGrad<'g> {
     /// Of one call, contiguous.
     Call(Cow<'g, Tensor>),
     /// Of several.
-    Sum(&'g Buffer),
+    Sum(Buffer),
 }
 
 impl DenseGrad<'_> {
@@ -60,7 +60,8 @@ impl<'g> Grads<'g> {
     /// Looks up the gradient of every variable.
     pub(super) fn collect(vars: &Vars, mut find: impl FnMut(&VarInfo) -> Found<'g>) -> Result<Self> {
         let mut grads = Vec::with_capacity(vars.len());
-        for (index, info) in vars.iter().enumerate() {
+        for (index, param) in vars.iter().enumerate() {
+            let info = &param.info;
             if let Some(grad) = (Checker { info, vars }).check(find(info))? {
                 grads.push((index, grad));
             }
@@ -92,12 +93,12 @@ impl<'g> Grads<'g> {
         self.0.iter().map(|(index, _)| *index)
     }
 
-    /// Each with the item of its variable, of one item for each variable.
-    pub(super) fn with<'s, T>(&'s self, items: &'s mut [T]) -> impl Iterator<Item = (usize, &'s Grad<'g>, &'s mut T)> {
-        let mut items = items.iter_mut().enumerate();
+    /// Each with its variable.
+    pub(super) fn with<'s>(&'s self, vars: &'s mut Vars) -> impl Iterator<Item = (&'s Grad<'g>, &'s mut Param)> {
+        let mut vars = vars.iter_mut().enumerate();
         self.0.iter().filter_map(move |(index, grad)| {
-            let (_, item) = items.find(|(of, _)| of == index)?;
-            Some((*index, grad, item))
+            let (_, param) = vars.find(|(of, _)| of == index)?;
+            Some((grad, &mut **param))
         })
     }
 
@@ -120,7 +121,7 @@ impl<'g> Grads<'g> {
     pub(super) fn sources(&self, vars: &Vars) -> Vec<(Source<'_>, Place)> {
         let sources = self.0.iter().map(|(index, grad)| match grad {
             Grad::Dense(grad) => (grad.source(), vars[*index].place),
-            Grad::Rows(rows) => (Source::Buffer(rows.sums()), Place::Host),
+            Grad::Rows(rows) => (Source::Buffer(&rows.sums().values), Place::Host),
         });
         sources.collect()
     }

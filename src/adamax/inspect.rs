@@ -6,6 +6,7 @@ use candle_core::{DType, Tensor};
 use super::Adamax;
 use super::state::StateCell;
 use super::sums::Sum;
+use super::vars::Param;
 use crate::error::Result;
 use crate::state::{Buffer, Master};
 
@@ -118,7 +119,8 @@ impl Adamax {
     /// ```
     pub fn bytes(&self) -> StateBytes {
         let mut bytes = StateBytes::default();
-        for ((cell, sum), average) in self.states.iter().zip(&self.sums.0).zip(&self.averages) {
+        for param in self.vars.iter() {
+            let Param { state: cell, sum, average, .. } = &**param;
             cell.read(|state| {
                 let units = state.moments.unit_bytes();
                 bytes.moments += state.moments.bytes() - units;
@@ -127,7 +129,7 @@ impl Adamax {
             });
             bytes.averages += average.as_ref().map_or(0, Buffer::bytes);
             bytes.accumulated += sum.sum.as_ref().map_or(0, Sum::bytes);
-            if let StateCell::Table(table) = &**cell {
+            if let StateCell::Table(table) = cell {
                 bytes.debts += table.lock().bytes_owed();
             }
         }
@@ -143,7 +145,7 @@ impl Adamax {
     /// No variable has this name; a device whose memory cannot be read.
     pub fn moment_statistics(&self, name: &str) -> Result<MomentStatistics> {
         let index = self.index_of(name)?;
-        let moments = self.states[index].moments(&self.vars[index].var).map_err(|error| self.own(error))?;
+        let moments = self.vars[index].state.moments(&self.vars[index].var).map_err(|error| self.own(error))?;
         let values = |tensor: &Tensor| tensor.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>();
         let (m, u) = (values(&moments.0)?, values(&moments.1)?);
         let ratios = m.iter().zip(&u).filter(|&(m, u)| m.is_finite() && u.is_finite() && *u != 0.0);

@@ -42,9 +42,6 @@ pub use self::report::StepReport;
 use self::report::{History, Outcome, Report};
 use self::settings::ResolvedGroup;
 pub use self::snapshot::State;
-use self::state::StateCell;
-use self::sums::GradSums;
-use self::update::Setup;
 use self::vars::{VarInfo, Vars};
 use crate::error::{ErrorKind, Result};
 use crate::gradient::{Gradient, SparseGrad};
@@ -53,7 +50,6 @@ use crate::kernel::{Backends, Kernel};
 use crate::maps::IdMap;
 use crate::params::{MissingGradients, ParamsAdamax};
 use crate::schedule::{LearningRate, Plateau};
-use crate::state::Buffer;
 use crate::trace;
 
 /// The Adamax optimizer (Kingma & Ba 2015, section 7.1) for candle's variables.
@@ -110,15 +106,7 @@ pub struct Adamax {
     group_indices: HashMap<String, usize>,
     /// The settings that hold for the variables of each group.
     resolved: Vec<ResolvedGroup>,
-    /// Identity of the variables. What follows has one item for each, in the same order.
     vars: Vars,
-    #[expect(clippy::vec_box, reason = "where one comes or goes, boxes are moved faster than states")]
-    states: Vec<Box<StateCell>>,
-    /// Gradients that wait for their update.
-    sums: GradSums,
-    /// Moving averages that have begun.
-    averages: Vec<Option<Buffer>>,
-    histories: Vec<History>,
     progress: Progress,
     /// State of [`ReduceLrOnPlateau`](crate::ReduceLrOnPlateau), if one is set.
     plateau: Option<Plateau>,
@@ -228,10 +216,9 @@ impl Adamax {
             return self.without_gradients(call);
         }
         self.check_averages(&grads)?;
-        let setup = Setup { params: &self.params, resolved: &self.resolved, vars: &self.vars };
         let norms = match call.turn {
-            Turn::Update => Norms::measure(&setup, &mut grads, call.unscale, &mut self.backends)?,
-            _ => Norms::check(&setup, &mut grads, &mut self.backends)?,
+            Turn::Update => Norms::measure(self, &mut grads, call.unscale)?,
+            _ => Norms::check(self, &mut grads)?,
         };
 
         // Apply, unless the call is skipped.
@@ -241,7 +228,7 @@ impl Adamax {
         };
         self.progress.record(call.turn, outcome, self.params.grad_scaler.as_ref());
         self.report = Report::new(call, outcome, self.vars.len());
-        self.report.note_missing(&mut self.histories, &grads);
+        self.report.note_missing(&mut self.vars, &grads);
         Ok(())
     }
 
@@ -252,7 +239,7 @@ impl Adamax {
         }
         self.report = Report::new(call, Outcome::NoGradients, self.vars.len());
         self.report.missing =
-            (0..self.vars.len()).filter(|&index| self.histories[index] != History::Untrained).collect();
+            (0..self.vars.len()).filter(|&index| self.vars[index].history != History::Untrained).collect();
         Ok(())
     }
 

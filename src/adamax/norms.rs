@@ -8,8 +8,7 @@ use candle_core::backprop::GradStore;
 use super::Adamax;
 use super::grads::{Found, Grads};
 use super::report::{Outcome, TotalNorm};
-use super::update::Setup;
-use super::vars::VarInfo;
+use super::vars::{VarInfo, Vars};
 use crate::clip::Clip;
 use crate::error::Result;
 use crate::kernel::{Backends, Measure};
@@ -41,13 +40,8 @@ impl Norms {
 
     /// Measures gradients whose true ones are `unscale` times as large, if clipping, `measure_norm` or `skip_nonfinite` asks
     /// for it; or has the GPU do so that all of them are on. Rows are summed first where the host measures.
-    pub(super) fn measure(
-        setup: &Setup<'_>,
-        grads: &mut Grads<'_>,
-        unscale: f64,
-        backends: &mut Backends,
-    ) -> Result<Self> {
-        let Setup { params, vars, .. } = setup;
+    pub(super) fn measure(adamax: &mut Adamax, grads: &mut Grads<'_>, unscale: f64) -> Result<Self> {
+        let Adamax { params, resolved, vars, backends, .. } = adamax;
         let (clip, skips) = (clip_of(params), params.skips_nonfinite());
         let is_reported = params.norm_type().is_some();
         // The norm that is asked for shows as well as the largest magnitude whether all elements are finite.
@@ -55,37 +49,26 @@ impl Norms {
             return Ok(Self { clip, ..Self::not_needed(unscale) });
         };
         // The host has to know what is skipped where that decides about sums, averages and ledgers.
-        let is_exact = || setup.resolved.iter().any(|group| group.keeping.sparse_update == SparseUpdate::Exact);
+        let is_exact = || resolved.iter().any(|group| group.keeping.sparse_update == SparseUpdate::Exact);
         let decides = || params.gradient_accumulation_steps > 1 || params.ema.is_some() || is_exact();
         if grads.are_on_one_gpu(vars) && !(skips && decides()) {
             let measure = Measure { norm, is_reported, clip, unscale: unscale.abs(), skips };
             return Ok(Self { unscale, clip: Clip::None, known: Known::Device(measure) });
         }
-        let each = Self::of_each(setup, grads, norm, unscale, backends)?;
+        let each = of_each(vars, grads, norm, unscale, backends)?;
         let total = norm.join(&each);
         Ok(Self { unscale, clip, known: Known::Host { each, total, is_reported } })
     }
 
     /// Looks whether gradients that are about to be accumulated are finite, if that is asked for.
-    pub(super) fn check(setup: &Setup<'_>, grads: &mut Grads<'_>, backends: &mut Backends) -> Result<Self> {
-        if !setup.params.skips_nonfinite() {
+    pub(super) fn check(adamax: &mut Adamax, grads: &mut Grads<'_>) -> Result<Self> {
+        let Adamax { params, vars, backends, .. } = adamax;
+        if !params.skips_nonfinite() {
             return Ok(Self::not_needed(1.0));
         }
-        let each = Self::of_each(setup, grads, NormType::Inf, 1.0, backends)?;
+        let each = of_each(vars, grads, NormType::Inf, 1.0, backends)?;
         let total = NormType::Inf.join(&each);
         Ok(Self { known: Known::Host { each, total, is_reported: false }, ..Self::not_needed(1.0) })
-    }
-
-    fn of_each(
-        Setup { vars, .. }: &Setup<'_>,
-        grads: &mut Grads<'_>,
-        norm: NormType,
-        unscale: f64,
-        backends: &mut Backends,
-    ) -> Result<Vec<Norm>> {
-        grads.sum_rows(vars)?;
-        let norms = backends.measure(&grads.sources(vars), norm)?;
-        Ok(norms.into_iter().map(|norm| norm.times(unscale.abs())).collect())
     }
 
     /// Whether the host skips the call.
@@ -119,6 +102,19 @@ impl Norms {
         };
         Outcome::Updated { vars, norm }
     }
+}
+
+/// The norm of each gradient, times `unscale`.
+fn of_each(
+    vars: &Vars,
+    grads: &mut Grads<'_>,
+    norm: NormType,
+    unscale: f64,
+    backends: &mut Backends,
+) -> Result<Vec<Norm>> {
+    grads.sum_rows(vars)?;
+    let norms = backends.measure(&grads.sources(vars), norm)?;
+    Ok(norms.into_iter().map(|norm| norm.times(unscale.abs())).collect())
 }
 
 /// How these settings clip.
@@ -162,9 +158,8 @@ impl Adamax {
     pub fn gradient_norms(&self, grads: &GradStore, norm: NormType) -> Result<Vec<(String, f64)>> {
         let measure = || {
             let mut grads = Grads::collect(&self.vars, self.found(grads)?)?;
-            let setup = Setup { params: &self.params, resolved: &self.resolved, vars: &self.vars };
             let unscale = 1.0 / self.loss_scale();
-            let norms = Norms::of_each(&setup, &mut grads, norm, unscale, &mut Backends::default())?;
+            let norms = of_each(&self.vars, &mut grads, norm, unscale, &mut Backends::default())?;
             let names = grads.indices().map(|index| self.vars[index].name.clone());
             Ok(names.zip(norms.into_iter().map(Norm::to_f64)).collect())
         };

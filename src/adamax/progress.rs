@@ -65,6 +65,11 @@ impl Progress {
             *state = scaler.after(*state, found_inf);
         }
     }
+
+    /// Counts no calls that wait any more, since their gradients are gone. Returns how many they were.
+    pub(super) fn forget_pending(&mut self) -> u64 {
+        std::mem::take(&mut self.counters.pending)
+    }
 }
 
 impl Adamax {
@@ -78,7 +83,7 @@ impl Adamax {
         let is_skipped = self.backends.was_skipped()?;
         let outcome = in_flight.outcome(is_skipped);
         if !is_skipped {
-            in_flight.vars.iter().for_each(|&index| self.states[index].lock().step += 1);
+            in_flight.vars.iter().for_each(|&index| self.vars[index].state.lock().step += 1);
         }
         self.progress.in_flight = None;
         self.progress.record(Turn::Update, outcome, self.params.grad_scaler.as_ref());
@@ -101,7 +106,7 @@ impl Adamax {
     pub(super) fn step_of(&self, index: usize) -> u64 {
         let in_flight = self.progress.in_flight.as_ref().filter(|call| call.vars.binary_search(&index).is_ok());
         let counts = in_flight.is_some() && !self.backends.was_skipped().unwrap_or(false);
-        self.states[index].read(|state| state.step) + u64::from(counts)
+        self.vars[index].state.read(|state| state.step) + u64::from(counts)
     }
 
     /// How many calls of `step` counted, that is, were neither skipped nor failed nor without any gradient. Schedules count

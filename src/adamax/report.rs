@@ -83,9 +83,10 @@ impl Report {
     }
 
     /// Notes the variables without a gradient, but for those that have taken part before and never had one.
-    pub(super) fn note_missing(&mut self, histories: &mut [History], grads: &Grads<'_>) {
+    pub(super) fn note_missing(&mut self, vars: &mut Vars, grads: &Grads<'_>) {
         let mut with_gradient = grads.indices().peekable();
-        for (index, history) in histories.iter_mut().enumerate() {
+        for (index, param) in vars.iter_mut().enumerate() {
+            let history = &mut param.history;
             match with_gradient.next_if_eq(&index) {
                 Some(_) => *history = History::Trained,
                 None => {
@@ -106,7 +107,6 @@ impl Report {
 pub struct StepReport<'a> {
     report: &'a Report,
     vars: &'a Vars,
-    histories: &'a [History],
     groups: &'a [GroupSettings],
     backends: &'a Backends,
 }
@@ -197,8 +197,8 @@ impl<'a> StepReport<'a> {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     pub fn untrained(&self) -> impl Iterator<Item = &'a str> + use<'a> {
-        let vars = self.vars.iter().zip(self.histories).filter(|(_, history)| **history != History::Trained);
-        vars.map(|(info, _)| info.name.as_str())
+        let vars = self.vars.iter().filter(|param| param.history != History::Trained);
+        vars.map(|param| param.name.as_str())
     }
 }
 
@@ -306,7 +306,7 @@ impl Adamax {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     pub fn report(&self) -> StepReport<'_> {
-        let Self { report, vars, histories, groups, backends, .. } = self;
-        StepReport { report, vars, histories, groups, backends }
+        let Self { report, vars, groups, backends, .. } = self;
+        StepReport { report, vars, groups, backends }
     }
 }

@@ -86,8 +86,8 @@ impl Adamax {
         }
         let groups = self.merge_groups(groups)?;
         let resolved = self.resolve(&params, &groups, self.kernel)?;
-        let restored = self.vars.iter().map(|info| {
-            let group = &resolved[info.group];
+        let restored = self.vars.iter().map(|param| {
+            let (info, group) = (&param.info, &resolved[param.group]);
             match vars.get(&info.name) {
                 Some(snapshot) => self.restore_var(info, group, counters, snapshot),
                 None => {
@@ -100,18 +100,17 @@ impl Adamax {
         let restored = restored.collect::<Result<Vec<_>>>()?;
         for (index, RestoredVar { state, sum, average }) in restored.into_iter().enumerate() {
             // What rows owe is not paid: the weights are those of the snapshot, or will be.
-            if let StateCell::Table(table) = &*self.states[index] {
+            let param = &mut self.vars[index];
+            if let StateCell::Table(table) = &param.state {
                 table.forget();
             }
-            self.histories[index] = match (state.step > 0 || sum.calls > 0, counters.calls) {
+            param.history = match (state.step > 0 || sum.calls > 0, counters.calls) {
                 (true, _) => History::Trained,
                 (false, 0) => History::New,
                 (false, _) => History::Untrained,
             };
-            *self.states[index] = StateCell::Own(state);
-            self.sums.0[index] = sum;
-            self.averages[index] = average;
-            self.vars[index].decays = params.decays(&self.vars[index].name);
+            param.info.decays = params.decays(&param.name);
+            (param.state, param.sum, param.average) = (StateCell::Own(state), sum, average);
         }
         (self.params, self.groups, self.resolved) = (params, groups, resolved);
         self.progress = Progress { counters: *counters, scaler: *grad_scaler, in_flight: None };

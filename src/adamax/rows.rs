@@ -5,6 +5,7 @@ use candle_core::{Tensor, Var};
 
 use super::grads::Found;
 use super::sums::Sum;
+use super::vars::Param;
 use super::{Adamax, StepReport};
 use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::TouchedRows;
@@ -63,19 +64,20 @@ impl Adamax {
         self.named(|adamax| {
             let index = adamax.index_of(name)?;
             adamax.sync()?;
-            let var = adamax.vars[index].var.as_tensor();
+            let Param { info, state, sum, .. } = &mut *adamax.vars[index];
+            let var = info.var.as_tensor();
             let mut rows = read_ids(IDS, ids, rows_of(name, var)?)?;
             rows.sort_unstable();
             rows.dedup();
             let len = row_len(var);
-            let mut state = adamax.states[index].lock();
+            let mut state = state.lock();
             state.catch_up_rows(&rows)?;
             state.moments.clear_rows(&rows, len)?;
             if let Some(master) = &state.master {
                 master.clear_rows(&rows);
             }
             drop(state);
-            match &mut adamax.sums.0[index].sum {
+            match &mut sum.sum {
                 Some(Sum::Dense(sum)) => sum.clear_rows(&rows, len)?,
                 Some(Sum::Rows(sum)) => sum.remove(&rows),
                 None => {}

@@ -121,11 +121,9 @@ impl Adamax {
             let known = if decays_any(&adamax.params, &adamax.groups) { &adamax.params.no_decay[..] } else { &[] };
             adamax.check_parts(&params, &adamax.groups, known)?;
             let converted = adamax.converted(&resolved)?;
-            for info in adamax.vars.iter_mut() {
-                info.decays = params.decays(&info.name);
-            }
-            if params.ema.is_none() {
-                adamax.averages.iter_mut().for_each(|average| *average = None);
+            for param in adamax.vars.iter_mut() {
+                param.info.decays = params.decays(&param.name);
+                param.average = param.average.take().filter(|_| params.ema.is_some());
             }
             let scaler = &mut adamax.progress.scaler;
             *scaler = match (&params.grad_scaler, &adamax.params.grad_scaler, *scaler) {

@@ -8,6 +8,7 @@ use candle_core::Tensor;
 use super::Adamax;
 use super::progress::Progress;
 use super::sums::Sum;
+use super::vars::Param;
 use crate::checkpoint::{self, AccumulatedGrad, AtomicFile, Snapshot, VarSnapshot};
 use crate::error::{ErrorKind, Result};
 use crate::gradient::sparse::to_sparse;
@@ -39,9 +40,10 @@ impl Adamax {
     /// No variable has this name.
     pub fn state(&self, name: &str) -> Result<State> {
         let index = self.index_of(name)?;
-        let (exp_avg, exp_inf) = self.states[index].moments(&self.vars[index].var)?;
+        let param = &self.vars[index];
+        let (exp_avg, exp_inf) = param.state.moments(&param.var)?;
         let (ema, accumulated) = (self.average(index)?, self.waiting(index)?.map(|(sum, _)| sum));
-        let bytes = self.states[index].read(ParamState::bytes);
+        let bytes = param.state.read(ParamState::bytes);
         Ok(State { exp_avg, exp_inf, step: self.step_of(index), ema, accumulated, bytes })
     }
 
@@ -52,7 +54,7 @@ impl Adamax {
     ///
     /// No variable has this name.
     pub fn state_bytes(&self, name: &str) -> Result<usize> {
-        Ok(self.states[self.index_of(name)?].read(ParamState::bytes))
+        Ok(self.vars[self.index_of(name)?].state.read(ParamState::bytes))
     }
 
     /// All state as plain data: settings, counters, moments. Nothing is shared with the optimizer; the variables
@@ -112,7 +114,7 @@ impl Adamax {
     }
 
     fn var_snapshot(&self, index: usize) -> Result<VarSnapshot> {
-        let (info, cell) = (&self.vars[index], &self.states[index]);
+        let Param { info, state: cell, .. } = &*self.vars[index];
         cell.catch_up()?;
         let shape = info.var.shape();
         let (MomentTensors { exp_avg, exp_inf, units }, master, by_rows) = cell.read(|state| {
@@ -126,12 +128,13 @@ impl Adamax {
 
     /// The moving average of a variable.
     pub(super) fn average(&self, index: usize) -> Result<Option<Tensor>> {
-        self.averages[index].as_ref().map(|average| average.to_tensor(self.vars[index].var.shape())).transpose()
+        let Param { info, average, .. } = &*self.vars[index];
+        average.as_ref().map(|average| average.to_tensor(info.var.shape())).transpose()
     }
 
     /// The sum of the gradients of a variable that wait, with the number of their calls.
     fn waiting(&self, index: usize) -> Result<Option<(AccumulatedGrad, u64)>> {
-        let (sum, var) = (&self.sums.0[index], &self.vars[index].var);
+        let (sum, var) = (&self.vars[index].sum, &self.vars[index].var);
         Ok(match sum.get() {
             Some(Sum::Dense(buffer)) => Some((AccumulatedGrad::Dense(buffer.to_tensor(var.shape())?), sum.calls)),
             Some(Sum::Rows(rows)) => Some((AccumulatedGrad::Rows(to_sparse(rows.merged(), var)?), sum.calls)),

@@ -8,7 +8,7 @@ use candle_core::Tensor;
 use super::Adamax;
 use super::grads::Grad;
 use super::settings::ResolvedGroup;
-use super::vars::VarInfo;
+use super::vars::Param;
 use crate::error::Result;
 use crate::gradient::sparse::row_len;
 use crate::kernel::{self, Orders, Touched, Written};
@@ -163,7 +163,8 @@ pub(super) struct RowState {
 
 impl RowState {
     /// Makes it, and leaves the state as it is. `None` if nothing has to change.
-    pub(super) fn prepare(cell: &StateCell, info: &VarInfo, group: &ResolvedGroup, seed: u64) -> Result<Option<Self>> {
+    pub(super) fn prepare(param: &Param, group: &ResolvedGroup, seed: u64) -> Result<Option<Self>> {
+        let Param { info, state: cell, .. } = param;
         let var = info.var.as_tensor();
         let wanted = group.layout(var, true);
         let moments = cell.read(|state| match state.step {
@@ -231,7 +232,7 @@ impl Adamax {
     ///
     /// None that a step would not have had before.
     pub fn catch_up(&self) -> Result<()> {
-        self.states.iter().try_for_each(|state| state.catch_up()).map_err(|error| self.own(error))?;
+        self.vars.iter().try_for_each(|param| param.state.catch_up()).map_err(|error| self.own(error))?;
         self.scale_down()
     }
 

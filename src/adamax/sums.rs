@@ -4,7 +4,7 @@ use candle_core::DType;
 
 use super::Adamax;
 use super::grads::{DenseGrad, Grad, Grads};
-use super::vars::Vars;
+use super::vars::{Param, Vars};
 use crate::error::Result;
 use crate::gradient::sparse::{RowSum, densify, row_len};
 use crate::kernel::{Accumulate, Backends, RowGrad, SummedRows, Task};
@@ -65,10 +65,6 @@ impl GradSum {
     }
 }
 
-/// The sums of all variables, in their order.
-#[derive(Default)]
-pub(super) struct GradSums(pub(super) Vec<GradSum>);
-
 /// Memory for the gradients of one more call, made before any sum is written.
 pub(super) struct Addition(Vec<Addend>);
 
@@ -81,59 +77,40 @@ enum Addend {
     Grad(Option<Buffer>),
 }
 
-impl GradSums {
-    /// Whether nothing waits.
-    pub(super) fn is_empty(&self) -> bool {
-        self.0.iter().all(|sum| sum.calls == 0)
-    }
-
-    /// Gets ready for the gradients of one call.
-    pub(super) fn prepare(&self, grads: &Grads<'_>, vars: &Vars, unscale: f64) -> Result<Addition> {
+impl Addition {
+    /// Gets ready for gradients of which the true ones are `unscale` times as large.
+    pub(super) fn prepare(vars: &Vars, grads: &Grads<'_>, unscale: f64) -> Result<Self> {
         let addends = grads.iter().map(|(index, grad)| {
-            let (info, waiting) = (&vars[*index], &self.0[*index]);
+            let Param { info, sum: waiting, .. } = &*vars[*index];
             let var = info.var.as_tensor();
             let buffer = |dense| Buffer::from_tensor(&dense, var, info.place);
             Ok(match (grad, waiting.get(), &waiting.sum) {
                 (Grad::Rows(rows), Some(Sum::Dense(sum)), _) => {
-                    let dense = densify(Some(&sum.to_tensor(var.shape())?), rows, unscale, var)?;
-                    Addend::Sum(buffer(dense)?)
+                    Addend::Sum(buffer(densify(Some(&sum.to_tensor(var.shape())?), rows, unscale, var)?)?)
                 }
                 (Grad::Rows(rows), ..) => Addend::Rows(RowSum::scaled(rows, unscale, var.dtype())?),
                 (Grad::Dense(_), _, Some(Sum::Dense(_))) => Addend::Grad(None),
                 (Grad::Dense(_), Some(Sum::Rows(rows)), _) => {
-                    let sums = rows.merged();
-                    let dense = densify(None, &RowGrad::summed_up(&sums, row_len(var)), 1.0, var)?;
-                    Addend::Grad(Some(buffer(dense)?))
+                    let rows = RowGrad::of_sums(rows.merged(), row_len(var));
+                    Addend::Grad(Some(buffer(densify(None, &rows, 1.0, var)?)?))
                 }
                 (Grad::Dense(_), ..) => Addend::Grad(Some(Buffer::zeros(var, info.place)?)),
             })
         });
-        addends.collect::<Result<_>>().map(Addition)
+        addends.collect::<Result<_>>().map(Self)
     }
 
-    /// Adds the gradients of one call.
-    pub(super) fn add(
-        &mut self,
-        Addition(addends): Addition,
-        grads: &Grads<'_>,
-        vars: &Vars,
-        unscale: f64,
-        backends: &mut Backends,
-    ) -> Result<()> {
-        let (mut tasks, mut rest) = (Vec::with_capacity(addends.len()), Vec::new());
-        for ((index, grad, sum), addend) in grads.with(&mut self.0).zip(addends) {
+    /// Adds the gradients.
+    pub(super) fn add(self, vars: &mut Vars, grads: &Grads<'_>, unscale: f64, backends: &mut Backends) -> Result<()> {
+        let (mut tasks, mut rest) = (Vec::with_capacity(self.0.len()), Vec::new());
+        for (nth, ((grad, param), addend)) in grads.with(vars).zip(self.0).enumerate() {
+            let Param { info, sum, .. } = param;
             match (grad, addend) {
                 (Grad::Dense(grad), Addend::Grad(fresh)) => {
                     let kind = Accumulate { unscale, sum: sum.dense(fresh) };
-                    tasks.push(Task {
-                        place: vars[index].place,
-                        nth: index,
-                        lent: None,
-                        read: Some(grad.source()),
-                        kind,
-                    });
+                    tasks.push(Task { place: info.place, nth, lent: None, read: Some(grad.source()), kind });
                 }
-                (_, addend) => rest.push((sum, &vars[index].var, addend)),
+                (_, addend) => rest.push((sum, &info.var, addend)),
             }
         }
         backends.accumulate(tasks)?;
@@ -141,28 +118,46 @@ impl GradSums {
             match addend {
                 Addend::Rows(rows) => sum.rows(row_len(var), var.dtype()).add(rows),
                 Addend::Sum(dense) => sum.sum = Some(Sum::Dense(dense)),
-                Addend::Grad(_) => unreachable!("rows are not added to dense sums on a device"),
+                Addend::Grad(_) => unreachable!("rows are not added to dense sums by a task"),
             }
         }
-        grads.with(&mut self.0).for_each(|(_, _, sum)| sum.calls += 1);
+        grads.with(vars).for_each(|(_, param)| param.sum.calls += 1);
         Ok(())
     }
+}
 
-    /// The sums, as the gradients of an update.
-    pub(super) fn grads<'s>(&'s mut self, vars: &Vars) -> Grads<'s> {
-        let grads = self.0.iter_mut().zip(vars.iter()).enumerate().filter(|(_, (sum, _))| sum.calls > 0);
-        let grads = grads.filter_map(|(index, (sum, info))| {
-            Some(match sum.sum.as_mut()? {
+impl Vars {
+    /// Whether no gradients wait.
+    fn wait_for_nothing(&self) -> bool {
+        self.iter().all(|param| param.sum.calls == 0)
+    }
+
+    /// Takes the sums out, as the gradients of an update.
+    pub(super) fn take_sums(&mut self) -> Grads<'static> {
+        let waiting = self.iter_mut().enumerate().filter(|(_, param)| param.sum.calls > 0);
+        let grads = waiting.filter_map(|(index, param)| {
+            Some(match param.sum.sum.take()? {
                 Sum::Dense(sum) => (index, Grad::Dense(DenseGrad::Sum(sum))),
-                Sum::Rows(sum) => (index, Grad::Rows(Box::new(RowGrad::summed_up(sum.merge(), row_len(&info.var))))),
+                Sum::Rows(sum) => (index, Grad::Rows(Box::new(sum.into_gradient()))),
             })
         });
         Grads(grads.collect())
     }
 
+    /// Puts sums back that have not been used.
+    pub(super) fn put_back(&mut self, sums: Grads<'static>) {
+        for (index, grad) in sums.0 {
+            self[index].sum.sum = match grad {
+                Grad::Dense(DenseGrad::Sum(sum)) => Some(Sum::Dense(sum)),
+                Grad::Dense(DenseGrad::Call(_)) => unreachable!("sums are buffers"),
+                Grad::Rows(rows) => Some(Sum::Rows(RowSum::of_gradient(*rows))),
+            };
+        }
+    }
+
     /// Drops the sums; the memory of dense ones is kept for the next.
-    pub(super) fn clear(&mut self) -> Result<()> {
-        for GradSum { calls, sum } in self.0.iter_mut().filter(|sum| sum.calls > 0) {
+    pub(super) fn clear_sums(&mut self) -> Result<()> {
+        for GradSum { calls, sum } in self.iter_mut().map(|param| &mut param.sum).filter(|sum| sum.calls > 0) {
             *calls = 0;
             match sum {
                 Some(Sum::Dense(sum)) => sum.clear()?,
@@ -212,9 +207,9 @@ impl Adamax {
     pub fn flush_gradients(&mut self) -> Result<bool> {
         self.named(|adamax| {
             adamax.sync()?;
-            if adamax.sums.is_empty() {
+            if adamax.vars.wait_for_nothing() {
                 // The variables of the calls that waited, if any, have been removed.
-                adamax.progress.counters.pending = 0;
+                adamax.progress.forget_pending();
                 return Ok(false);
             }
             adamax.traced(Self::flush)?;
@@ -242,7 +237,7 @@ impl Adamax {
     ///
     /// A device whose memory cannot be written.
     pub fn discard_gradients(&mut self) -> Result<u64> {
-        self.named(|adamax| adamax.sums.clear())?;
-        Ok(std::mem::take(&mut self.progress.counters.pending))
+        self.named(|adamax| adamax.vars.clear_sums())?;
+        Ok(self.progress.forget_pending())
     }
 }

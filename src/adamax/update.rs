@@ -2,8 +2,6 @@
 //!
 //! `check_update` and `prepare` are where an update is still refused; `apply` writes.
 
-use candle_core::Tensor;
-
 use super::Adamax;
 use super::averages::Averages;
 use super::call::{ArgsOf, Call, Turn};
@@ -11,14 +9,13 @@ use super::grads::{Grad, Grads};
 use super::norms::Norms;
 use super::progress::InFlight;
 use super::report::Outcome;
-use super::settings::ResolvedGroup;
-use super::state::{RowState, StateCell, StateGuard};
+use super::state::{RowState, StateGuard};
 use super::sums::{Addition, Sum};
-use super::vars::Vars;
+use super::vars::{Param, VarInfo, Vars};
 use crate::error::{Error, ErrorKind, Result};
 use crate::group::GroupSettings;
-use crate::kernel::{Backends, Orders, RowTask, Task, Update as DenseUpdate};
-use crate::params::{MissingGradients, ParamsAdamax, SparseUpdate};
+use crate::kernel::{Orders, RowTask, Task, Update};
+use crate::params::{MissingGradients, SparseUpdate};
 use crate::rule::Coefficients;
 use crate::table::debts;
 
@@ -49,10 +46,10 @@ impl Trained {
         if turn == Turn::Update {
             return Self(own.collect());
         }
-        let sums = adamax.sums.0.iter().enumerate();
-        Self(Vec::from_iter(sums.filter_map(|(index, sum)| {
+        let params = adamax.vars.iter().enumerate();
+        Self(Vec::from_iter(params.filter_map(|(index, param)| {
             let own = own.next_if(|(of, _)| *of == index).map(|(_, kind)| kind);
-            let sum = sum.get().map(|sum| match sum {
+            let sum = param.sum.get().map(|sum| match sum {
                 Sum::Dense(_) => Kind::Dense,
                 Sum::Rows(_) => Kind::Rows,
             });
@@ -95,7 +92,8 @@ impl Adamax {
         self.check_missing(trained)?;
         let is_any_exact = debts::is_any();
         for &(index, kind) in &trained.0 {
-            let (info, is_table) = (&self.vars[index], self.states[index].is_table());
+            let Param { info, state, .. } = &*self.vars[index];
+            let is_table = state.is_table();
             let group = &self.resolved[info.group];
             let is_exact = group.keeping.sparse_update == SparseUpdate::Exact;
             if !is_table && !is_exact && !is_any_exact {
@@ -115,9 +113,11 @@ impl Adamax {
             }
         }
         if is_any_exact {
-            let Self { vars, states, sums, .. } = self;
-            seek_written(grads, vars, states)?;
-            seek_written(&sums.grads(vars), vars, states)?;
+            seek_written(grads, &mut self.vars)?;
+            let sums = self.vars.take_sums();
+            let sought = seek_written(&sums, &mut self.vars);
+            self.vars.put_back(sums);
+            sought?;
         }
         Ok(())
     }
@@ -141,7 +141,7 @@ impl Adamax {
         }
         // The count of updates is in snapshots, so that a resumed run knows it.
         let was_updated =
-            |index: usize| rule == MissingGradients::Half && self.states[index].read(|state| state.step > 0);
+            |index: usize| rule == MissingGradients::Half && self.vars[index].state.read(|state| state.step > 0);
         let missing = counted().filter(|&index| !trained.has(index) && !was_updated(index));
         let missing: Vec<_> = missing.map(|index| self.vars[index].label()).collect();
         let with_gradient = vars - missing.len();
@@ -159,12 +159,12 @@ impl Adamax {
     fn prepare(&self, call: &Call, grads: &Grads<'_>, trained: &Trained) -> Result<Prepared> {
         let addition = match call.turn {
             Turn::Update | Turn::Flush => None,
-            Turn::Wait { .. } | Turn::Last { .. } => Some(self.sums.prepare(grads, &self.vars, call.unscale)?),
+            Turn::Wait { .. } | Turn::Last { .. } => Some(Addition::prepare(&self.vars, grads, call.unscale)?),
         };
         let mut states = Vec::new();
         for &(index, _) in trained.0.iter().filter(|(_, kind)| *kind == Kind::Rows && call.turn.updates()) {
-            let (cell, info) = (&self.states[index], &self.vars[index]);
-            let state = RowState::prepare(cell, info, &self.resolved[info.group], self.params.seed)?;
+            let param = &self.vars[index];
+            let state = RowState::prepare(param, &self.resolved[param.group], self.params.seed)?;
             states.extend(state.map(|state| (index, state)));
         }
         let is_trained = |index: usize| call.turn.updates() && trained.has(index);
@@ -173,101 +173,94 @@ impl Adamax {
     }
 
     fn apply(&mut self, call: &Call, grads: &Grads<'_>, norms: &Norms, prepared: Prepared) -> Result<Outcome> {
-        let Self { params, resolved, vars, states, sums, progress, backends, .. } = self;
-        let setup = Setup { params, resolved, vars };
-        let Prepared { states: row_states, addition, averages } = prepared;
+        let Prepared { states, addition, averages } = prepared;
         if let Some(addition) = addition {
-            sums.add(addition, grads, vars, call.unscale, backends)?;
+            addition.add(&mut self.vars, grads, call.unscale, &mut self.backends)?;
         }
-        for (index, state) in row_states {
-            state.install(&mut states[index]);
+        for (index, state) in states {
+            state.install(&mut self.vars[index].state);
         }
-        let number = progress.counters.updates + 1;
         let outcome = match call.turn {
             Turn::Wait { call, of } => Outcome::Accumulated { vars: grads.len(), call, of },
-            Turn::Update => update(&setup, call, number, (grads, norms), states, backends)?,
+            Turn::Update => self.update_with(call, grads, norms)?,
             Turn::Last { .. } | Turn::Flush => {
-                let calls = progress.counters.pending + u64::from(call.turn != Turn::Flush);
-                let mut mean = sums.grads(vars);
-                let norms = Norms::measure(&setup, &mut mean, 1.0 / calls as f64, backends)?;
-                let outcome = match norms.skips(params) {
-                    // A sum that has overflowed cannot be mended: the calls before go with it.
-                    true => Outcome::Overflowed,
-                    false => update(&setup, call, number, (&mean, &norms), states, backends)?,
-                };
-                drop(mean);
-                sums.clear()?;
-                outcome
+                let mut sums = self.vars.take_sums();
+                let outcome = self.update_with_mean(call, &mut sums);
+                self.vars.put_back(sums);
+                self.vars.clear_sums()?;
+                if outcome.is_err() {
+                    self.progress.forget_pending();
+                }
+                outcome?
             }
         };
-        if let Outcome::InFlight { .. } = outcome {
-            progress.in_flight = Some(InFlight::new(grads.indices().collect()));
-        }
         if outcome != Outcome::Overflowed {
             averages.advance(self, call.turn)?;
         }
         Ok(outcome)
     }
-}
 
-/// Parts of an optimizer that stay as they are during a call.
-pub(super) struct Setup<'a> {
-    pub(super) params: &'a ParamsAdamax,
-    pub(super) resolved: &'a [ResolvedGroup],
-    pub(super) vars: &'a Vars,
+    /// An update with the mean of the gradients of several calls.
+    fn update_with_mean(&mut self, call: &Call, sums: &mut Grads<'_>) -> Result<Outcome> {
+        let calls = self.progress.counters.pending + u64::from(call.turn != Turn::Flush);
+        let norms = Norms::measure(self, sums, 1.0 / calls as f64)?;
+        match norms.skips(&self.params) {
+            // A sum that has overflowed cannot be mended: the calls before go with it.
+            true => Ok(Outcome::Overflowed),
+            false => self.update_with(call, sums, &norms),
+        }
+    }
+
+    /// The update itself, of variables and states.
+    fn update_with(&mut self, call: &Call, grads: &Grads<'_>, norms: &Norms) -> Result<Outcome> {
+        let Self { params, resolved, vars, progress, backends, .. } = self;
+        let mut args_of = ArgsOf { params, resolved, call, update: progress.counters.updates + 1, last: None };
+        let mut entries = Vec::with_capacity(grads.len());
+        for (nth, (grad, Param { info, state, .. })) in grads.with(vars).enumerate() {
+            let mut state = state.lock();
+            state.prepare(grad, &info.var)?;
+            let args = args_of.args(info, &state, norms.grad_scale(nth));
+            entries.push(Entry { info, grad, state, args });
+        }
+        let (mut tasks, mut rows) = (Vec::with_capacity(entries.len()), Vec::new());
+        for (nth, Entry { info, grad, state, args }) in entries.iter_mut().enumerate() {
+            let (var, orders) = (info.var.as_tensor(), *args);
+            match grad {
+                Grad::Dense(grad) => {
+                    let (place, read) = (info.place, Some(grad.source()));
+                    tasks.push(Task { place, nth, lent: Some(var), read, kind: Update { orders, state } });
+                }
+                Grad::Rows(grad) => {
+                    let (state, checksums) = state.parts();
+                    rows.push(RowTask { nth, var, grad, orders, state, checksums });
+                }
+            }
+        }
+        backends.update(tasks, rows, norms.on_device())?;
+        let outcome = norms.outcome(entries.len());
+        if let Outcome::InFlight { .. } = outcome {
+            // Its updates are counted when they are known.
+            progress.in_flight = Some(InFlight::new(grads.indices().collect()));
+            return Ok(outcome);
+        }
+        for Entry { grad, state, args, .. } in &mut entries {
+            state.step += 1;
+            state.record(args, grad)?;
+        }
+        Ok(outcome)
+    }
 }
 
 /// One variable's share of an update.
 struct Entry<'a> {
-    var: &'a Tensor,
+    info: &'a VarInfo,
     grad: &'a Grad<'a>,
     state: StateGuard<'a>,
     args: Orders,
 }
 
-/// Update number `number`, of variables and states.
-fn update(
-    setup: &Setup<'_>,
-    call: &Call,
-    number: u64,
-    (grads, norms): (&Grads<'_>, &Norms),
-    states: &mut [Box<StateCell>],
-    backends: &mut Backends,
-) -> Result<Outcome> {
-    let mut args_of = ArgsOf::new(setup, &call.group_lrs, number);
-    let mut entries = Vec::with_capacity(grads.len());
-    for (nth, (index, grad, cell)) in grads.with(states).enumerate() {
-        let (info, mut state) = (&setup.vars[index], cell.lock());
-        state.prepare(grad, &info.var)?;
-        let args = args_of.args(info, &state, norms.grad_scale(nth));
-        entries.push(Entry { var: info.var.as_tensor(), grad, state, args });
-    }
-    let (mut tasks, mut rows) = (Vec::with_capacity(entries.len()), Vec::new());
-    for (nth, Entry { var, grad, state, args }) in entries.iter_mut().enumerate() {
-        let orders = *args;
-        match grad {
-            Grad::Dense(grad) => {
-                let (place, read) = (state.place(), Some(grad.source()));
-                tasks.push(Task { place, nth, lent: Some(*var), read, kind: DenseUpdate { orders, state } });
-            }
-            Grad::Rows(grad) => {
-                let (state, checksums) = state.parts();
-                rows.push(RowTask { nth, var, grad, orders, state, checksums });
-            }
-        }
-    }
-    backends.update(tasks, rows, norms.on_device())?;
-    let outcome = norms.outcome(entries.len());
-    for Entry { grad, state, args, .. } in &mut entries {
-        // A call in flight is counted when it is known.
-        state.step += u64::from(!matches!(outcome, Outcome::InFlight { .. }));
-        state.record(args, grad)?;
-    }
-    Ok(outcome)
-}
-
 /// Refuses gradients of rows that somebody has written while they had missed updates.
-fn seek_written(grads: &Grads<'_>, vars: &Vars, states: &mut [Box<StateCell>]) -> Result<()> {
-    let mut tables = grads.with(states).filter(|(.., cell)| cell.is_table());
-    tables.try_for_each(|(index, grad, cell)| cell.lock().seek_written(grad, &vars[index].var))
+fn seek_written(grads: &Grads<'_>, vars: &mut Vars) -> Result<()> {
+    let mut tables = grads.with(vars).filter(|(_, param)| param.state.is_table());
+    tables.try_for_each(|(grad, Param { info, state, .. })| state.lock().seek_written(grad, &info.var))
 }

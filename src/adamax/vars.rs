@@ -1,4 +1,4 @@
-//! Identity of an optimizer's variables: names, groups, memory. A step reads it and never writes it.
+//! The variables of an optimizer: their identity, and all that is kept for each.
 //!
 //! Invariant: variables are in the order of their names, so that nothing depends on the order in which a `VarMap` happens
 //! to give them.
@@ -8,11 +8,14 @@ use std::ops::{Deref, DerefMut};
 
 use candle_core::{TensorId, Var};
 
+use super::report::History;
+use super::state::StateCell;
+use super::sums::GradSum;
 use crate::kernel::lend::storage_address;
 use crate::maps::IdMap;
-use crate::state::Place;
+use crate::state::{Buffer, ParamState, Place};
 
-/// One variable.
+/// Identity of one variable. A step never writes it.
 pub(super) struct VarInfo {
     pub(super) name: String,
     /// Its position, if it was given without a name and `name` was made up.
@@ -38,11 +41,38 @@ impl VarInfo {
     }
 }
 
+/// One variable and all that the optimizer keeps for it.
+pub(super) struct Param {
+    pub(super) info: VarInfo,
+    pub(super) state: StateCell,
+    /// Gradients that wait for their update.
+    pub(super) sum: GradSum,
+    /// Moving average, once it has begun.
+    pub(super) average: Option<Buffer>,
+    pub(super) history: History,
+}
+
+impl Param {
+    /// A variable that has had no gradient yet.
+    pub(super) fn new(info: VarInfo, state: ParamState) -> Self {
+        let (state, sum) = (StateCell::Own(state), GradSum::default());
+        Self { info, state, sum, average: None, history: History::default() }
+    }
+}
+
+impl Deref for Param {
+    type Target = VarInfo;
+
+    fn deref(&self) -> &VarInfo {
+        &self.info
+    }
+}
+
 /// All variables of an optimizer.
 #[derive(Default)]
 pub(super) struct Vars {
     #[expect(clippy::vec_box, reason = "where one comes or goes, boxes are moved faster than variables")]
-    all: Vec<Box<VarInfo>>,
+    all: Vec<Box<Param>>,
     /// Name of the variable that lives at each storage address.
     storages: IdMap<usize, String>,
     /// The variables that `append_rows` has replaced.
@@ -52,7 +82,7 @@ pub(super) struct Vars {
 impl Vars {
     /// The index of the variable of this name, or the index that it would have.
     pub(super) fn position(&self, name: &str) -> Result<usize, usize> {
-        self.all.binary_search_by(|info| info.name.as_str().cmp(name))
+        self.all.binary_search_by(|param| param.info.name.as_str().cmp(name))
     }
 
     /// The name of the variable that lives at this address.
@@ -65,35 +95,37 @@ impl Vars {
         self.all.is_empty()
     }
 
-    /// Inserts a variable at its [position](Self::position).
-    pub(super) fn insert(&mut self, index: usize, info: VarInfo) {
-        self.enter(&info);
-        self.all.insert(index, Box::new(info));
-    }
-
-    /// Appends variables and sorts all of them. Returns the old index of each, in the new order.
-    pub(super) fn extend_sorted(&mut self, infos: impl IntoIterator<Item = VarInfo>) -> Vec<usize> {
-        for info in infos {
-            self.enter(&info);
-            self.all.push(Box::new(info));
+    /// Adds variables, whose names are new.
+    #[expect(clippy::vec_box, reason = "they stay in their boxes")]
+    pub(super) fn extend(&mut self, params: Vec<Box<Param>>) {
+        for param in &params {
+            self.replaced.forget_id(param.var.id());
+            self.storages.insert(storage_address(&param.var), param.name.clone());
         }
-        let mut order: Vec<usize> = (0..self.all.len()).collect();
-        order.sort_by(|&a, &b| self.all[a].name.cmp(&self.all[b].name));
-        permute(&mut self.all, &order);
-        order
+        // To sort costs a look at all of them, so a few are put where they belong.
+        const FEW: usize = 16;
+        if params.len() > FEW {
+            self.all.extend(params);
+            self.all.sort_by(|a, b| a.name.cmp(&b.name));
+        } else {
+            for param in params {
+                let index = self.position(&param.name).unwrap_or_else(|index| index);
+                self.all.insert(index, param);
+            }
+        }
     }
 
     /// Takes a variable out.
-    pub(super) fn remove(&mut self, index: usize) -> VarInfo {
-        let info = self.all.remove(index);
+    pub(super) fn remove(&mut self, index: usize) -> Var {
+        let Param { info, .. } = *self.all.remove(index);
         self.storages.remove(&storage_address(&info.var));
         self.replaced.forget_name(&info.name);
-        *info
+        info.var
     }
 
     /// Puts another variable in the place of one, which is remembered as replaced.
     pub(super) fn replace(&mut self, index: usize, var: Var) {
-        let info = &mut self.all[index];
+        let info = &mut self.all[index].info;
         let old = std::mem::replace(&mut info.var, var);
         self.storages.remove(&storage_address(&old));
         self.storages.insert(storage_address(&info.var), info.name.clone());
@@ -102,17 +134,12 @@ impl Vars {
 
     /// The names of all variables, for calls that are given some of them.
     pub(super) fn names_by_id(&self) -> IdMap<TensorId, &str> {
-        self.all.iter().map(|info| (info.var.id(), info.name.as_str())).collect()
-    }
-
-    fn enter(&mut self, info: &VarInfo) {
-        self.replaced.forget_id(info.var.id());
-        self.storages.insert(storage_address(&info.var), info.name.clone());
+        self.all.iter().map(|param| (param.var.id(), param.name.as_str())).collect()
     }
 }
 
 impl Deref for Vars {
-    type Target = [Box<VarInfo>];
+    type Target = [Box<Param>];
 
     fn deref(&self) -> &Self::Target {
         &self.all
@@ -123,12 +150,6 @@ impl DerefMut for Vars {
     fn deref_mut(&mut self) -> &mut Self::Target {
         &mut self.all
     }
-}
-
-/// Brings items into the order of these old indices.
-pub(super) fn permute<T>(items: &mut Vec<T>, order: &[usize]) {
-    let mut old: Vec<Option<T>> = std::mem::take(items).into_iter().map(Some).collect();
-    items.extend(order.iter().filter_map(|&index| old[index].take()));
 }
 
 /// Ids and names of the variables that [`Adamax::append_rows`](super::Adamax::append_rows) has replaced.

@@ -127,12 +127,14 @@ pub(crate) struct RowSum {
     row_len: usize,
     sum: SummedRows,
     later: Vec<SummedRows>,
+    /// The number of rows in `later`.
+    later_rows: usize,
 }
 
 impl RowSum {
     /// A sum of these rows alone.
     pub(crate) fn new(row_len: usize, sum: SummedRows) -> Self {
-        Self { row_len, sum, later: Vec::new() }
+        Self { row_len, sum, later: Vec::new(), later_rows: 0 }
     }
 
     /// A sum without rows, of the type of the arithmetic on `dtype`.
@@ -153,21 +155,21 @@ impl RowSum {
 
     /// Adds the rows of one more call.
     pub(crate) fn add(&mut self, rows: SummedRows) {
+        self.later_rows += rows.rows.len();
         self.later.push(rows);
-        if self.later.iter().map(|rows| rows.rows.len()).sum::<usize>() > self.sum.rows.len() {
+        if self.later_rows > self.sum.rows.len() {
             self.merge();
         }
     }
 
-    /// All rows and their sums.
-    pub(crate) fn merge(&mut self) -> &SummedRows {
+    fn merge(&mut self) {
         let later = std::mem::take(&mut self.later);
+        self.later_rows = 0;
         let merged = union(std::iter::once(&self.sum).chain(&later));
         if merged.len() > self.sum.rows.len() {
             self.sum = self.sum.in_rows(merged, self.row_len);
         }
         later.iter().for_each(|later| self.sum.add(later, self.row_len));
-        &self.sum
     }
 
     /// A copy of all rows and their sums.
@@ -175,6 +177,17 @@ impl RowSum {
         let mut merged = self.sum.in_rows(union(std::iter::once(&self.sum).chain(&self.later)), self.row_len);
         self.later.iter().for_each(|later| merged.add(later, self.row_len));
         merged
+    }
+
+    /// The sum that was such a gradient.
+    pub(crate) fn of_gradient(grad: RowGrad<'static>) -> Self {
+        Self::new(grad.row_len, grad.into_sums())
+    }
+
+    /// All rows and their sums, as a gradient.
+    pub(crate) fn into_gradient(mut self) -> RowGrad<'static> {
+        self.merge();
+        RowGrad::of_sums(self.sum, self.row_len)
     }
 
     /// Takes rows out, which are ascending.
@@ -204,11 +217,13 @@ impl SummedRows {
         fn add<A: Arithmetic>((rows, sums): (&[u32], &mut [A]), (from, values): (&[u32], &[A]), row_len: usize) {
             let mut k = 0;
             for (nth, row) in from.iter().enumerate() {
-                while rows.get(k).is_some_and(|own| own < row) {
-                    k += 1;
+                // Mostly it is the next one.
+                if rows.get(k).is_some_and(|own| own < row) {
+                    k += rows[k..].partition_point(|own| own < row);
                 }
                 if rows.get(k) == Some(row) {
                     let sums = &mut sums[k * row_len..][..row_len];
+                    k += 1;
                     sums.iter_mut().zip(&values[nth * row_len..]).for_each(|(sum, value)| *sum = *sum + *value);
                 }
             }

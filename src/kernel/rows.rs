@@ -4,7 +4,6 @@
 //! occurred, in the type of the arithmetic. Nothing here is as large as the table.
 
 use std::borrow::Cow;
-use std::ops::Deref;
 
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
@@ -38,24 +37,7 @@ pub(crate) enum RowValues<'g> {
     /// Sorted by row, and not summed up yet.
     Coalesced(Coalesced<'g>),
     /// In host memory.
-    Summed(Sums<'g>),
-}
-
-/// Sums of rows, made for this gradient or kept elsewhere.
-pub(crate) enum Sums<'g> {
-    Own(SummedRows),
-    Of(&'g SummedRows),
-}
-
-impl Deref for Sums<'_> {
-    type Target = SummedRows;
-
-    fn deref(&self) -> &SummedRows {
-        match self {
-            Self::Own(sums) => sums,
-            Self::Of(sums) => sums,
-        }
-    }
+    Summed(SummedRows),
 }
 
 /// Which rows, and of what each is the sum.
@@ -88,9 +70,8 @@ impl<'g> RowGrad<'g> {
         Ok(Self { row_len, values: RowValues::Coalesced(coalesce(parts)?) })
     }
 
-    /// Sums that are kept elsewhere.
-    pub(crate) fn summed_up(sums: &'g SummedRows, row_len: usize) -> Self {
-        Self { row_len, values: RowValues::Summed(Sums::Of(sums)) }
+    pub(crate) fn of_sums(sums: SummedRows, row_len: usize) -> Self {
+        Self { row_len, values: RowValues::Summed(sums) }
     }
 }
 
@@ -98,8 +79,7 @@ impl RowGrad<'_> {
     /// Which rows it has, if the host knows them.
     pub(crate) fn rows(&self) -> Option<&[u32]> {
         match &self.values {
-            RowValues::Coalesced(coalesced) => Some(&coalesced.rows),
-            RowValues::Summed(sums) => Some(&sums.rows),
+            RowValues::Coalesced(Coalesced { rows, .. }) | RowValues::Summed(SummedRows { rows, .. }) => Some(rows),
             RowValues::Unsorted(_) => None,
         }
     }
@@ -107,8 +87,9 @@ impl RowGrad<'_> {
     /// Which rows it has, of a variable on `device`.
     pub(crate) fn touched(&self, device: &Device) -> Result<Touched<'_>> {
         match &self.values {
-            RowValues::Coalesced(coalesced) => Ok(Touched::Rows(&coalesced.rows)),
-            RowValues::Summed(sums) => Ok(Touched::Rows(&sums.rows)),
+            RowValues::Coalesced(Coalesced { rows, .. }) | RowValues::Summed(SummedRows { rows, .. }) => {
+                Ok(Touched::Rows(rows))
+            }
             RowValues::Unsorted(parts) => {
                 let rows = parts.iter().map(|part| GpuRows::trained(&part.occurrences, device));
                 Ok(Touched::OnGpu(rows.collect::<Result<_>>()?))
@@ -117,12 +98,19 @@ impl RowGrad<'_> {
     }
 
     /// The sums, which have been [made](Self::sum).
-    pub(crate) fn sums(&self) -> &Buffer {
+    pub(crate) fn sums(&self) -> &SummedRows {
         match &self.values {
-            RowValues::Summed(sums) => &sums.values,
+            RowValues::Summed(sums) => sums,
             RowValues::Unsorted(_) | RowValues::Coalesced(_) => {
                 unreachable!("rows are summed before they are measured")
             }
+        }
+    }
+
+    pub(crate) fn into_sums(self) -> SummedRows {
+        match self.values {
+            RowValues::Summed(sums) => sums,
+            RowValues::Unsorted(_) | RowValues::Coalesced(_) => unreachable!("made of sums"),
         }
     }
 
@@ -132,7 +120,7 @@ impl RowGrad<'_> {
             RowValues::Coalesced(Coalesced { parts, .. }) => {
                 parts.iter().map(|part| Source::Tensor(part).borrow()).collect()
             }
-            RowValues::Summed(sums) => Ok(vec![Source::Buffer(&sums.values).borrow()?]),
+            RowValues::Summed(SummedRows { values, .. }) => Ok(vec![Source::Buffer(values).borrow()?]),
             RowValues::Unsorted(_) => candle_core::bail!("the rows are not in host memory"),
         }
     }
@@ -144,7 +132,7 @@ impl RowGrad<'_> {
             RowValues::Coalesced(Coalesced { rows, starts, contributions, .. }) => {
                 (rows, Some((starts.as_slice(), contributions.as_slice())))
             }
-            RowValues::Summed(sums) => (&sums.rows, None),
+            RowValues::Summed(SummedRows { rows, .. }) => (rows, None),
             RowValues::Unsorted(_) => candle_core::bail!("the rows are not in host memory"),
         };
         Ok(RowsView { rows, row_len: self.row_len, sums, parts })
@@ -175,7 +163,7 @@ impl RowGrad<'_> {
     /// Makes all sums, unless they are made.
     pub(crate) fn sum(&mut self, dtype: DType) -> Result<()> {
         if !matches!(self.values, RowValues::Summed(_)) {
-            self.values = RowValues::Summed(Sums::Own(self.summed(dtype)?));
+            self.values = RowValues::Summed(self.summed(dtype)?);
         }
         Ok(())
     }

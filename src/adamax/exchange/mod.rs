@@ -10,7 +10,7 @@ use candle_core::Tensor;
 use super::Adamax;
 use super::settings::ResolvedGroup;
 use super::sums::Sum;
-use super::vars::VarInfo;
+use super::vars::{Param, VarInfo};
 use crate::checkpoint::plain::{PlainVar, check_norm, widened};
 use crate::checkpoint::{Counters, Snapshot, VarSnapshot};
 use crate::codec::{Encoding, StateDType};
@@ -29,18 +29,17 @@ impl Adamax {
     fn plain(&self) -> Result<(Counters, BTreeMap<String, PlainVar>)> {
         let counters = self.resolved().counters;
         self.scale_down()?;
-        let plain = self.vars.iter().enumerate().map(|(index, info)| {
-            let (cell, shape) = (&self.states[index], info.var.shape());
+        let plain = self.vars.iter().enumerate().map(|(index, param)| {
+            let Param { info, state: cell, sum, .. } = &**param;
+            let shape = info.var.shape();
             cell.catch_up()?;
             let (exp_avg, exp_inf) = cell.read(|state| state.moments.to_tensors(shape))?;
-            let sum = &self.sums.0[index];
             let accumulated = match sum.get() {
                 None => None,
                 Some(Sum::Dense(dense)) => Some((dense.to_tensor(shape)?, sum.calls)),
                 Some(Sum::Rows(rows)) => {
-                    let rows = rows.merged();
-                    let dense = densify(None, &RowGrad::summed_up(&rows, row_len(&info.var)), 1.0, &info.var)?;
-                    Some((dense, sum.calls))
+                    let rows = RowGrad::of_sums(rows.merged(), row_len(&info.var));
+                    Some((densify(None, &rows, 1.0, &info.var)?, sum.calls))
                 }
             };
             let (step, ema) = (self.step_of(index), self.average(index)?);

@@ -124,9 +124,8 @@ impl Adamax {
     fn torch_groups(&self) -> Result<(Vec<TorchGroup>, Counters)> {
         self.require_epsilon(Epsilon::Inside, "PyTorch")?;
         let counters = self.resolved().counters;
-        if let Some(index) = self.averages.iter().position(Option::is_some) {
-            let entry = format!("{}.ema", self.vars[index].name);
-            return Err(Error::checkpoint(entry, NONE_FITS, "a moving average"));
+        if let Some(param) = self.vars.iter().find(|param| param.average.is_some()) {
+            return Err(Error::checkpoint(format!("{}.ema", param.name), NONE_FITS, "a moving average"));
         }
         if counters.pending > 0 {
             let got = format!("gradients of {} calls that wait for their update", counters.pending);
