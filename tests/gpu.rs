@@ -6,7 +6,8 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
-mod golden_support;
+#[path = "golden_cases/reader/mod.rs"]
+mod reader;
 
 use std::path::Path;
 use std::sync::LazyLock;
@@ -87,7 +88,7 @@ fn compare(dtypes: (DType, DType), params: &ParamsAdamax, steps: u64, offset: us
 fn recorded_runs_of_other_frameworks() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     for kernel in [Kernel::Auto, Kernel::Portable] {
-        let summary = on(gpu(), || golden_support::run_folder(&folder, kernel)).unwrap();
+        let summary = on(gpu(), || reader::run_folder(&folder, kernel)).unwrap();
         assert!(summary.failures.is_empty(), "{kernel:?}:\n{summary}");
     }
 }

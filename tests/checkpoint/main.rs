@@ -1,0 +1,12 @@
+//! Checkpoints: a run that was interrupted has the bits of one that was not, a file that does not fit is refused and
+//! changes nothing, and a file is complete or not there, whenever the process is killed.
+
+mod files;
+mod kill;
+mod matching;
+mod memory;
+#[cfg(unix)]
+mod modes;
+mod resume;
+mod strict;
+mod support;
