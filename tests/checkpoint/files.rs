@@ -9,8 +9,8 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Optimizer;
 
 #[cfg(unix)]
-use crate::kill::through_shell;
-use crate::kill::{child, is_child};
+use crate::common::process::through_shell;
+use crate::common::process::{child, is_child};
 use crate::support::{Folder, Model, bits, fingerprint};
 
 fn trained(calls: u64) -> Result<(Model, Adamax)> {

@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -14,11 +14,10 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Optimizer;
 use rand::Rng;
 
+use crate::common::process::{child, is_child};
 use crate::files::listing;
 use crate::support::{Folder, bits};
 
-/// Set in processes that a test has started, to the folder that they work in.
-const CHILD: &str = "CANDLE_ADAMAX_TEST_CHILD";
 /// What a child says once it saves.
 const READY: &str = "saving";
 const KILLS: usize = 200;
@@ -26,27 +25,6 @@ const KILLS: usize = 200;
 const TIME: Duration = Duration::from_secs(12);
 /// Large enough that most of the time goes into writing.
 const ELEMENTS: usize = 50_000;
-
-/// This very program, told to run one test and nothing else; the test asks [`is_child`] on which side it is.
-pub(crate) fn child(test: &str) -> Result<Command> {
-    let mut command = Command::new(std::env::current_exe()?);
-    command.args(["--exact", test, "--nocapture"]).env(CHILD, "1");
-    Ok(command)
-}
-
-/// This very program as in [`child`], in a folder, after a shell script has prepared its process.
-#[cfg(unix)]
-pub(crate) fn through_shell(script: &str, test: &str, folder: &Path) -> Result<Command> {
-    let mut command = Command::new("sh");
-    command.args(["-c", script]).arg(std::env::current_exe()?).args(["--exact", test, "--nocapture"]);
-    command.env(CHILD, "1").current_dir(folder);
-    Ok(command)
-}
-
-/// Whether a test has started this process.
-pub(crate) fn is_child() -> bool {
-    std::env::var_os(CHILD).is_some()
-}
 
 fn optimizer() -> Result<(Vec<Var>, Adamax)> {
     let vars =

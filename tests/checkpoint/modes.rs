@@ -11,8 +11,8 @@ use anyhow::Result;
 use candle_adamax::{Adamax, ErrorKind, ParamsAdamax};
 use candle_core::{Device, Var};
 
+use crate::common::process::{child, is_child, through_shell};
 use crate::files::listing;
-use crate::kill::{child, is_child, through_shell};
 use crate::support::Folder;
 
 /// Every way in which the crate writes a file.

@@ -3,6 +3,7 @@
 
 pub(crate) mod formulas;
 pub(crate) mod gradients;
+pub(crate) mod process;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;

@@ -352,43 +352,6 @@ fn zeros_keep_their_sign() {
     }
 }
 
-/// The resident memory of this process in bytes.
-#[cfg(target_os = "linux")]
-fn resident() -> usize {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
-    statm.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
-}
-
-/// Runs in a process of its own, since other tests take memory meanwhile.
-#[cfg(target_os = "linux")]
-#[test]
-fn tables_that_are_gone_leave_no_memory() {
-    const ALONE: &str = "CANDLE_ADAMAX_TEST_ALONE";
-    if std::env::var_os(ALONE).is_none() {
-        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
-        let name = concat!(module_path!(), "::tables_that_are_gone_leave_no_memory").split_once("::").unwrap().1;
-        let output = command.args([name, "--exact", "--nocapture"]).env(ALONE, "1").output().unwrap();
-        let text = String::from_utf8_lossy(&output.stdout);
-        assert!(output.status.success() && text.contains("1 passed"), "{text}");
-        return;
-    }
-    let run = |n: u32| {
-        for i in 0..n {
-            let w = var(&[1.0; 6], &[3, 2], DType::F32);
-            let rows = Table::new(&w).unwrap().lookup(&ids(&[i % 3; 64])).unwrap();
-            let grads = rows.sum_all().unwrap().backward().unwrap();
-            drop((rows, w));
-            drop(grads);
-        }
-    };
-    run(2_000);
-    let before = resident();
-    run(20_000);
-    // Their ids alone would be 5 MB.
-    let grown = resident().saturating_sub(before);
-    assert!(grown < 1 << 20, "{grown} bytes more");
-}
-
 #[test]
 fn tables_may_move_between_threads() {
     fn check<T: Send + Sync>() {}

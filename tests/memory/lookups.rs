@@ -1,31 +1,26 @@
-//! Lookups that lead to nothing leave nothing: a program of its own, so that no other test takes memory meanwhile.
+//! Lookups that lead to nothing leave nothing, and neither do tables that are gone.
 
-#![cfg(target_os = "linux")]
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
-
-use candle_adamax::{Adamax, Embedding, MissingGradients, ParamsAdamax};
+use candle_adamax::{Adamax, Embedding, MissingGradients, ParamsAdamax, Table};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Module, Optimizer};
 
+use crate::common::process::has_passed_alone;
+use crate::measure::growth;
+
 const IDS: u32 = 512;
 
-/// The resident memory of this process in bytes.
-fn resident() -> usize {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
-    statm.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
-}
-
 /// By how many bytes the process grows in so many calls of `f`, after a tenth as many to warm up.
-fn growth(times: u32, f: impl Fn()) -> usize {
-    (0..times / 10).for_each(|_| f());
-    let before = resident();
-    (0..times).for_each(|_| f());
-    resident().saturating_sub(before)
+fn growth_of(times: u32, mut f: impl FnMut(u32)) -> usize {
+    (0..times / 10).for_each(&mut f);
+    growth(|| (0..times).for_each(f))
 }
 
 #[test]
 fn lookups_and_dropped_gradients_leave_nothing() {
+    if has_passed_alone("lookups::lookups_and_dropped_gradients_leave_nothing") {
+        return;
+    }
     let var = Var::ones((1000, 4), DType::F32, &Device::Cpu).unwrap();
     let layer = Embedding::new(var.as_tensor().clone()).unwrap();
     let params = ParamsAdamax { missing_gradients: MissingGradients::Allow, ..Default::default() };
@@ -33,9 +28,9 @@ fn lookups_and_dropped_gradients_leave_nothing() {
     let ids = Tensor::arange(0u32, IDS, &Device::Cpu).unwrap();
 
     // The ids alone of as many records would be 200 MB, and their gradients 80 MB.
-    let inference = growth(100_000, || drop(layer.forward(&ids).unwrap()));
+    let inference = growth_of(100_000, |_| drop(layer.forward(&ids).unwrap()));
     assert!(inference < 2 << 20, "100,000 lookups: {inference} bytes more");
-    let dropped = growth(10_000, || {
+    let dropped = growth_of(10_000, |_| {
         let loss = layer.forward(&ids).unwrap().sum_all().unwrap();
         drop(loss.backward().unwrap());
     });
@@ -48,4 +43,21 @@ fn lookups_and_dropped_gradients_leave_nothing() {
     optimizer.step(&grads).unwrap();
     let changed = var.to_vec2::<f32>().unwrap().iter().map(|row| row[0] != 1.0).collect::<Vec<_>>();
     assert_eq!(changed, (0..1000).map(|row| row == 7).collect::<Vec<_>>());
+}
+
+#[test]
+fn tables_that_are_gone_leave_no_memory() {
+    if has_passed_alone("lookups::tables_that_are_gone_leave_no_memory") {
+        return;
+    }
+    let grown = growth_of(20_000, |i| {
+        let w = Var::ones((3, 2), DType::F32, &Device::Cpu).unwrap();
+        let ids = Tensor::new(&[i % 3; 64], &Device::Cpu).unwrap();
+        let rows = Table::new(&w).unwrap().lookup(&ids).unwrap();
+        let grads = rows.sum_all().unwrap().backward().unwrap();
+        drop((rows, w));
+        drop(grads);
+    });
+    // Their ids alone would be 5 MB.
+    assert!(grown < 1 << 20, "{grown} bytes more");
 }
