@@ -21,6 +21,7 @@ use candle_adamax::{
 };
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Optimizer as _;
+use common::folder::Folder;
 use common::noise;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
@@ -192,7 +193,7 @@ struct World {
     coded: Trained,
     table: Rows,
     lagging: Rows,
-    folder: tempdir::Folder,
+    folder: Folder,
 }
 
 impl World {
@@ -219,7 +220,7 @@ impl World {
             coded: Trained::new(vec![random_var(&[200_000], DType::F32)], q8),
             table: Rows::new(8000, ParamsAdamax::default()),
             lagging: Rows::lagging(8000),
-            folder: tempdir::Folder::new(),
+            folder: Folder::new(),
         }
     }
 
@@ -263,8 +264,8 @@ impl World {
         add(
             1,
             Box::new(move |_| {
-                lagging.optimizer.read().unwrap().save(folder.0.join("lagging")).unwrap();
-                halves.optimizer.read().unwrap().save(folder.0.join("halves")).unwrap();
+                lagging.optimizer.read().unwrap().save(folder.file("lagging")).unwrap();
+                halves.optimizer.read().unwrap().save(folder.file("halves")).unwrap();
             }),
         );
         // candle's own operations; always y before x, or candle waits for itself.
@@ -292,30 +293,6 @@ impl World {
     /// A product that gemm shares among the workers of the pool.
     fn products<'c>(&'c self) -> (Place<'c>, Call<'c>) {
         (Place::Thread, Box::new(|_| assert_eq!(self.y.matmul(&self.x).unwrap().dims(), [SIDE, SIDE])))
-    }
-}
-
-/// A folder that is removed at the end.
-mod tempdir {
-    use std::path::PathBuf;
-    use std::sync::atomic::{AtomicU32, Ordering};
-
-    pub(super) struct Folder(pub(super) PathBuf);
-
-    impl Folder {
-        pub(super) fn new() -> Self {
-            static NEXT: AtomicU32 = AtomicU32::new(0);
-            let name = format!("adamax-side-by-side-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-            let path = std::env::temp_dir().join(name);
-            std::fs::create_dir_all(&path).unwrap();
-            Self(path)
-        }
-    }
-
-    impl Drop for Folder {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_dir_all(&self.0);
-        }
     }
 }
 

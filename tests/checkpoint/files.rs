@@ -8,10 +8,11 @@ use candle_adamax::{Adamax, ErrorKind, ParamsAdamax, SparseUpdate, Table};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Optimizer;
 
+use crate::common::folder::Folder;
 #[cfg(unix)]
 use crate::common::process::through_shell;
 use crate::common::process::{child, is_child};
-use crate::support::{Folder, Model, bits, fingerprint};
+use crate::support::{Model, bits, fingerprint};
 
 fn trained(calls: u64) -> Result<(Model, Adamax)> {
     let model = Model::new(DType::F32)?;
@@ -29,7 +30,7 @@ pub(crate) fn listing(folder: &Path) -> Result<Vec<OsString>> {
 
 #[test]
 fn the_same_state_has_the_same_bytes() -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let bytes = |optimizer: &Adamax, name: &str| -> Result<Vec<u8>> {
         optimizer.save(folder.file(name))?;
         Ok(std::fs::read(folder.file(name))?)
@@ -49,7 +50,7 @@ fn the_same_state_has_the_same_bytes() -> Result<()> {
 
 #[test]
 fn over_an_existing_file() -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let file = folder.file("optimizer.safetensors");
     std::fs::write(&file, vec![7; 1 << 20])?;
     for calls in 0..3 {
@@ -65,7 +66,7 @@ fn over_an_existing_file() -> Result<()> {
 
 #[test]
 fn by_a_relative_path() -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let up = std::env::current_dir()?.components().skip(1).map(|_| "..").collect::<PathBuf>();
     let below_root = folder.path().components().skip(1).collect::<PathBuf>();
     let file = up.join(below_root).join("relative");
@@ -83,7 +84,7 @@ fn by_a_name_alone() -> Result<()> {
         return in_the_current_folder();
     }
     // The current folder belongs to all tests of a process, so that another process has to do it.
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let output = child("files::by_a_name_alone")?.current_dir(folder.path()).output()?;
     assert!(output.status.success(), "{output:?}");
     assert_eq!(listing(folder.path())?, ["name"]);
@@ -101,7 +102,7 @@ fn in_the_current_folder() -> Result<()> {
 
 #[test]
 fn into_a_missing_folder_is_an_error() -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let (_, optimizer) = trained(1)?;
     let file = folder.file("missing").join("optimizer.safetensors");
     let error = optimizer.save(&file).err().context("a folder was made for the file")?;
@@ -113,7 +114,7 @@ fn into_a_missing_folder_is_an_error() -> Result<()> {
 
 #[test]
 fn where_no_file_can_be_is_an_error() -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let (_, optimizer) = trained(1)?;
     std::fs::create_dir(folder.file("folder"))?;
     std::fs::write(folder.file("folder").join("content"), "kept")?;
@@ -130,7 +131,7 @@ fn where_no_file_can_be_is_an_error() -> Result<()> {
 
 #[test]
 fn what_killed_saves_left_is_swept_and_what_goes_on_is_not() -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let file = folder.file("optimizer.safetensors");
     let (model, optimizer) = trained(3)?;
     for save in 0..100 {
@@ -173,7 +174,7 @@ fn a_save_that_fails_half_way_leaves_the_old_file() -> Result<()> {
         }
         return Ok(());
     }
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let file = folder.file("state");
     trained(3)?.1.save(&file)?;
     let before = std::fs::read(&file)?;
@@ -188,7 +189,7 @@ fn a_save_that_fails_half_way_leaves_the_old_file() -> Result<()> {
 
 #[test]
 fn a_save_that_cannot_begin_changes_no_row() -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let mut places = vec![folder.file("missing").join("state")];
     if cfg!(unix) {
         // A file cannot have these names, which only the rename would find out.
@@ -227,7 +228,7 @@ fn a_save_that_cannot_begin_changes_no_row() -> Result<()> {
 
 #[test]
 fn files_side_by_side_at_once() -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let save = |name: String, calls: u64| -> Result<()> {
         let (model, optimizer) = trained(calls)?;
         for _ in 0..10 {
@@ -248,7 +249,7 @@ fn files_side_by_side_at_once() -> Result<()> {
 
 #[test]
 fn one_file_from_several_threads_at_once() -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let file = folder.file("state");
     trained(0)?.1.save(&file)?;
     let save = |calls: u64| -> Result<()> {
@@ -281,7 +282,7 @@ fn one_file_from_several_processes_at_once() -> Result<()> {
         }
         return Ok(());
     }
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let spawn = |_| Ok(child("files::one_file_from_several_processes_at_once")?.current_dir(folder.path()).spawn()?);
     for mut process in (0..4).map(spawn).collect::<Result<Vec<_>>>()? {
         assert!(process.wait()?.success());

@@ -14,9 +14,10 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Optimizer;
 use rand::Rng;
 
+use crate::common::folder::Folder;
 use crate::common::process::{child, is_child};
 use crate::files::listing;
-use crate::support::{Folder, bits};
+use crate::support::bits;
 
 /// What a child says once it saves.
 const READY: &str = "saving";
@@ -81,7 +82,7 @@ fn always_leaves_a_whole_file() -> Result<()> {
     if is_child() {
         return save_for_ever();
     }
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let file: PathBuf = folder.file("optimizer.safetensors");
     let mut random = rand::rng();
     let (vars, mut reference) = optimizer()?;

@@ -10,7 +10,8 @@ use candle_adamax::{
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Optimizer;
 
-use crate::support::{DTYPES, Folder, Model, bits, fingerprint, fingerprint_of};
+use crate::common::folder::Folder;
+use crate::support::{DTYPES, Model, bits, fingerprint, fingerprint_of};
 
 type Vars = Vec<(String, Var)>;
 
@@ -39,7 +40,7 @@ const NEW: [(&str, &[usize]); 3] = [("body", &[3, 5]), ("head", &[5, 2]), ("new"
 
 #[test]
 fn what_fits_is_taken_and_the_rest_begins_anew() -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     for params in [ParamsAdamax::default(), ParamsAdamax::pytorch()] {
         let old = vars(&OLD, DType::F32)?;
         let mut optimizer = Adamax::from_named(old.clone(), params.clone())?;
@@ -86,7 +87,7 @@ fn what_fits_is_taken_and_the_rest_begins_anew() -> Result<()> {
 
 #[test]
 fn all_of_it_is_what_load_takes() -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     for dtype in DTYPES {
         for (state_dtype, rounding) in [
             (StateDType::F32, Rounding::Nearest),
@@ -264,7 +265,7 @@ fn nothing_in_common_with_nothing_is_no_error() -> Result<()> {
 
 #[test]
 fn a_snapshot_goes_into_a_file_and_out() -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     for dtype in DTYPES {
         let model = Model::new(dtype)?;
         let params = ParamsAdamax {
@@ -298,7 +299,7 @@ fn a_snapshot_goes_into_a_file_and_out() -> Result<()> {
 /// Names of another wrapper are spotted, on both sides, and the way out is named.
 #[test]
 fn a_prefix_that_only_one_side_has() -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let file = folder.file("state");
     for prefix in ["module.", "_orig_mod.", "module._orig_mod."] {
         let plain = vars(&OLD, DType::F32)?;

@@ -11,9 +11,9 @@ use anyhow::Result;
 use candle_adamax::{Adamax, ErrorKind, ParamsAdamax};
 use candle_core::{Device, Var};
 
+use crate::common::folder::Folder;
 use crate::common::process::{child, is_child, through_shell};
 use crate::files::listing;
-use crate::support::Folder;
 
 /// Every way in which the crate writes a file.
 const WAYS: [&str; 5] = ["native", "snapshot", "keras", "legacy", "torch"];
@@ -41,7 +41,7 @@ fn a_new_file_has_what_the_umask_leaves() -> Result<()> {
         return Ok(WAYS.iter().try_for_each(|way| save(way, way))?);
     }
     for umask in [0o022, 0o002, 0o077, 0o000] {
-        let folder = Folder::new()?;
+        let folder = Folder::new();
         let script = format!("umask {umask:03o}; exec \"$0\" \"$@\"");
         let output = through_shell(&script, "modes::a_new_file_has_what_the_umask_leaves", folder.path())?.output()?;
         assert!(output.status.success(), "{output:?}");
@@ -55,7 +55,7 @@ fn a_new_file_has_what_the_umask_leaves() -> Result<()> {
 #[test]
 fn a_file_that_is_replaced_leaves_its_mode_and_owner() -> Result<()> {
     for way in WAYS {
-        let folder = Folder::new()?;
+        let folder = Folder::new();
         let file = folder.file("state");
         fs::write(&file, "old")?;
         for mode_before in [0o664, 0o600, 0o640, 0o606, 0o777] {
@@ -77,7 +77,7 @@ fn a_file_that_is_replaced_leaves_its_mode_and_owner() -> Result<()> {
 #[test]
 fn links_are_followed() -> Result<()> {
     for way in WAYS {
-        let folder = Folder::new()?;
+        let folder = Folder::new();
         fs::create_dir(folder.file("there"))?;
         fs::create_dir(folder.file("links"))?;
         let (target, absolute, chained) =
@@ -117,7 +117,7 @@ fn links_are_followed() -> Result<()> {
 
 #[test]
 fn other_names_of_a_file_keep_the_old_content() -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     fs::write(folder.file("state"), "old")?;
     fs::hard_link(folder.file("state"), folder.file("backup"))?;
     save("native", folder.file("state"))?;
@@ -142,7 +142,7 @@ fn what_may_not_be_written_stays() -> Result<()> {
         }
         return Ok(());
     }
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     fs::create_dir(folder.file("closed"))?;
     for file in ["read-only", "closed/state", "of-others"] {
         fs::write(folder.file(file), "old")?;
@@ -178,7 +178,7 @@ fn what_may_not_be_written_stays() -> Result<()> {
 
 #[test]
 fn what_is_no_file_is_written_as_it_is() -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let (file, pipe) = (folder.file("state"), folder.file("pipe"));
     assert!(Command::new("mkfifo").arg(&pipe).status()?.success());
     for way in WAYS {

@@ -9,7 +9,8 @@ use candle_adamax::{
 use candle_core::{DType, Device, Var};
 use candle_nn::{Optimizer, VarBuilder, VarMap};
 
-use crate::support::{DTYPES, Folder, Model, fingerprint};
+use crate::common::folder::Folder;
+use crate::support::{DTYPES, Model, fingerprint};
 
 /// Every kind of setting that a step depends on.
 fn settings() -> Vec<(&'static str, ParamsAdamax)> {
@@ -106,7 +107,7 @@ fn conventions(params: &ParamsAdamax) -> ParamsAdamax {
 #[test]
 fn has_the_bits_of_an_uninterrupted_run() -> Result<()> {
     const N: u64 = 5;
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let file = folder.file("optimizer.safetensors");
     for dtype in DTYPES {
         for (what, params) in settings() {
@@ -143,7 +144,7 @@ fn has_the_bits_of_an_uninterrupted_run() -> Result<()> {
 #[test]
 fn goes_on_from_every_call() -> Result<()> {
     const CALLS: u64 = 9;
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let file = folder.file("optimizer.safetensors");
     let params = || ParamsAdamax {
         gradient_accumulation_steps: 4,
@@ -171,7 +172,7 @@ fn goes_on_from_every_call() -> Result<()> {
 
 #[test]
 fn keeps_a_learning_rate_that_was_set() -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let file = folder.file("optimizer.safetensors");
     let model = Model::new(DType::F32)?;
     let mut optimizer = model.optimizer(ParamsAdamax { lr: CosineDecay::new(0.1, 10).into(), ..Default::default() })?;
@@ -191,7 +192,7 @@ fn keeps_a_learning_rate_that_was_set() -> Result<()> {
 
 #[test]
 fn every_finite_number_survives() -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let file = folder.file("optimizer.safetensors");
     let model = Model::new(DType::F32)?;
     for exponent in (-300..300).step_by(13) {
@@ -210,7 +211,7 @@ fn every_finite_number_survives() -> Result<()> {
 
 #[test]
 fn moves_between_kernels() -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let file = folder.file("optimizer.safetensors");
     for (from, to) in [(Kernel::Auto, Kernel::Portable), (Kernel::Portable, Kernel::Auto)] {
         let model = Model::new(DType::F16)?;
@@ -229,7 +230,7 @@ fn moves_between_kernels() -> Result<()> {
 
 #[test]
 fn weights_and_state_resume_by_varmap() -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let (weights, state) = (folder.file("model.safetensors"), folder.file("optimizer.safetensors"));
     let build = |varmap: &VarMap| -> Result<(candle_nn::Linear, candle_nn::Linear)> {
         let vb = VarBuilder::from_varmap(varmap, DType::F32, &Device::Cpu);
@@ -283,7 +284,7 @@ impl LearningRateSchedule for Halves {
 
 #[test]
 fn a_learning_rate_from_outside_stays_the_optimizers_own() -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let file = folder.file("optimizer.safetensors");
     let model = Model::new(DType::F32)?;
     let dial = Var::new(0.25f32, &Device::Cpu)?;
@@ -328,7 +329,7 @@ fn a_learning_rate_from_outside_stays_the_optimizers_own() -> Result<()> {
 
 #[test]
 fn a_groups_learning_rate_from_outside_stays_its_own() -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let file = folder.file("optimizer.safetensors");
     let var = || Var::zeros(3, DType::F32, &Device::Cpu);
     let with = |lr: LearningRate| -> Result<Adamax> {

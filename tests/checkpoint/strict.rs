@@ -14,7 +14,8 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
-use crate::support::{Folder, Model, bits, fingerprint};
+use crate::common::folder::Folder;
+use crate::support::{Model, bits, fingerprint};
 
 /// The key of the JSON text in a file's metadata.
 const METADATA: &str = "candle_adamax";
@@ -63,7 +64,7 @@ impl Fixture {
             ema: Some(Ema { momentum: 0.5, overwrite_frequency: None }),
             ..Default::default()
         };
-        let folder = Folder::new()?;
+        let folder = Folder::new();
         let vars: Vec<(String, Var)> = NAMES
             .iter()
             .map(|name| Ok((name.to_string(), Var::new(&[[0.5f32, -0.5, 0.25], [1.0, 2.0, -3.0]], &Device::Cpu)?)))
@@ -245,7 +246,7 @@ fn another_dtype() -> Result<()> {
     let expected = "checkpoint entry `head.ema`: expected a tensor of a dtype that candle has, got ";
     assert!(message.contains(expected), "{message}");
     // The file is of an f64 variable, the variable is f32, and the other way around.
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     for (from, to) in [(DType::F64, DType::F32), (DType::F32, DType::F64)] {
         Model::new(from)?.optimizer(ParamsAdamax::default())?.save(folder.file("state"))?;
         let model = Model::new(to)?;
@@ -330,7 +331,7 @@ fn values_that_are_not_allowed() -> Result<()> {
 
 #[test]
 fn another_convention() -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let file = folder.file("state");
     let model = Model::new(DType::F32)?;
     let keras = ParamsAdamax::default;
@@ -372,7 +373,7 @@ fn other_groups() -> Result<()> {
     fixture.refuse_edited(&["head", "body"], |parts| parts.header["vars"]["head"]["group"] = json!("body"))?;
     fixture.refuse_edited(&["head", "default"], |parts| parts.header["vars"]["head"]["group"] = json!("default"))?;
     // Files of optimizers that have more groups, fewer, or the same with other variables.
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let model = Model::new(DType::F32)?;
     let (mut grouped, mut plain) = (model.grouped(ParamsAdamax::default())?, model.optimizer(ParamsAdamax::default())?);
     grouped.save(folder.file("grouped"))?;
@@ -386,7 +387,7 @@ fn other_groups() -> Result<()> {
 
 #[test]
 fn groups_in_another_order_fit() -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let file = folder.file("state");
     let vars = [Var::zeros(2, DType::F32, &Device::Cpu)?, Var::zeros(3, DType::F32, &Device::Cpu)?];
     let (a, b) = (
@@ -488,7 +489,7 @@ fn files_of_other_kinds() -> Result<()> {
 
 #[test]
 fn variables_without_names_have_no_file() -> Result<()> {
-    let folder = Folder::new()?;
+    let folder = Folder::new();
     let var = Var::zeros(3, DType::F32, &Device::Cpu)?;
     let named = Adamax::from_named([("var.0", var.clone())], ParamsAdamax::default())?;
     named.save(folder.file("named"))?;
@@ -524,7 +525,7 @@ fn a_norm_that_is_negative() -> Result<()> {
         (StateDType::Q8, true, 4),
         (StateDType::F16, true, 4),
     ] {
-        let folder = Folder::new()?;
+        let folder = Folder::new();
         let (good, edited) = (folder.file("good"), folder.file("edited"));
         let vars = vec![("w".to_owned(), Var::ones((3, 2), DType::F32, &Device::Cpu)?)];
         let params = ParamsAdamax { state_dtype, rowwise_norm, ..Default::default() };

@@ -1,9 +1,6 @@
 //! Models, gradients and comparisons for the tests of checkpoints. Everything is a function of names and counts, so
 //! that two runs have the same bits.
 
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use anyhow::Result;
 use candle_adamax::{Adamax, Counters, GradScalerState, ParamGroup, ParamsAdamax, Plateau, Snapshot};
 use candle_core::backprop::GradStore;
@@ -21,35 +18,6 @@ const VARS: [(&str, &[usize]); 6] = [
     ("größe \"β\"", &[2, 1, 2]),
     ("large", &[41, 33]),
 ];
-
-/// A folder that is gone when the test ends.
-pub(crate) struct Folder(PathBuf);
-
-impl Folder {
-    pub(crate) fn new() -> Result<Self> {
-        static FOLDERS: AtomicU64 = AtomicU64::new(0);
-        let name =
-            format!("candle-adamax-checkpoint-{}-{}", std::process::id(), FOLDERS.fetch_add(1, Ordering::Relaxed));
-        let path = std::env::temp_dir().join(name);
-        std::fs::create_dir_all(&path)?;
-        Ok(Self(path))
-    }
-
-    pub(crate) fn path(&self) -> &Path {
-        &self.0
-    }
-
-    pub(crate) fn file(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        // A folder that stays behind in the temporary one does no harm.
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
 
 /// Named variables of one dtype.
 #[derive(Clone)]

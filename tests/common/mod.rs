@@ -1,6 +1,7 @@
 //! What several test files share: tensors in and out of `f64`, bits to compare, and the formulas once more.
 #![allow(dead_code, reason = "every test file compiles its own copy and uses a part of it")]
 
+pub(crate) mod folder;
 pub(crate) mod formulas;
 pub(crate) mod gradients;
 pub(crate) mod process;

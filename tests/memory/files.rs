@@ -1,19 +1,16 @@
 //! Reading a file takes no more memory than the file has bytes, whatever its header says.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use candle_adamax::{Adamax, ParamsAdamax, Snapshot};
 use candle_core::{DType, Device, Var};
 
+use crate::common::folder::Folder;
 use crate::common::process::has_passed_alone;
 use crate::measure::peak;
 
 /// What names, paths and errors take.
 const SMALL: usize = 64 << 10;
-
-fn file(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("exchange-memory-{name}"))
-}
 
 fn with_header(header: &str, data: usize) -> Vec<u8> {
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
@@ -36,7 +33,8 @@ fn no_more_than_the_file() {
     let var = || Var::ones((1000, 64), DType::F32, &Device::Cpu).unwrap();
     let mut torch = Adamax::from_named([("w", var())], ParamsAdamax::pytorch()).unwrap();
     let mut keras = Adamax::from_named([("w", var())], ParamsAdamax::default()).unwrap();
-    let [torch_file, keras_file, native_file] = ["torch", "keras", "native"].map(file);
+    let folder = Folder::new();
+    let [torch_file, keras_file, native_file] = ["torch", "keras", "native"].map(|name| folder.file(name));
     torch.save_torch(&torch_file).unwrap();
     keras.save_keras(&keras_file).unwrap();
     torch.save(&native_file).unwrap();
@@ -47,7 +45,7 @@ fn no_more_than_the_file() {
             |optimizer, path| optimizer.load(path)
         }),
     ];
-    let bad = file("bad");
+    let bad = folder.file("bad");
     for (optimizer, good, name, load) in ways {
         let many = |of: &dyn Fn(usize) -> String| (0..50_000).map(of).collect::<Vec<_>>().join(",");
         let good = std::fs::read(good).unwrap();
@@ -80,7 +78,6 @@ fn no_more_than_the_file() {
             assert!(peak <= length + SMALL, "{what}: {peak} bytes of memory for {length} of a file: {error}");
         }
     }
-    std::fs::remove_file(&bad).unwrap();
     settings_of_many_values(
         &mut torch,
         "param_groups",
@@ -116,13 +113,13 @@ fn no_more_than_the_file() {
     let (read, peak) = self::peak(|| Snapshot::read(&bad));
     read.unwrap_err();
     assert!(peak <= 12 * header.len(), "{peak} bytes of memory for {} of a file", header.len());
-    std::fs::remove_file(&bad).unwrap();
 }
 
 /// A text of settings, whose values take far more memory than their digits, is refused by their number.
 fn settings_of_many_values(optimizer: &mut Adamax, key: &str, text: &str, load: Load) {
     let header = format!("{{\"__metadata__\":{{\"{key}\":\"{}\"}}}}", text.replace('"', "\\\""));
-    let bad = file("settings");
+    let folder = Folder::new();
+    let bad = folder.file("settings");
     let length = header.len();
     std::fs::write(&bad, with_header(&header, 0)).unwrap();
     let (loaded, peak) = peak(|| load(optimizer, &bad));
@@ -130,5 +127,4 @@ fn settings_of_many_values(optimizer: &mut Adamax, key: &str, text: &str, load: 
     assert!(error.contains("values of settings"), "{error}");
     // The header, the text that is being unescaped, and the text.
     assert!(peak <= 4 * length + SMALL, "{peak} bytes of memory for {length} of a file");
-    std::fs::remove_file(&bad).unwrap();
 }

@@ -1,8 +1,6 @@
 //! What calls leave alone: variables without a gradient, calls without any, gradients that wait, and calls that are
 //! refused.
 
-use std::path::PathBuf;
-
 use candle_adamax::{
     Adamax, Ema, Embedding, ErrorKind, ExponentialDecay, GradScaler, Kernel, MissingGradients, ParamsAdamax, Rounding,
     SparseGrad, SparseUpdate, StateDType, StepCount, Table, TouchedRows, WeightDecay,
@@ -11,6 +9,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Module, Optimizer, VarMap};
 
+use crate::common::folder::Folder;
 use crate::common::{Fingerprint, bits, noise, tensor, values, var};
 
 const KERNELS: [Kernel; 2] = [Kernel::Auto, Kernel::Portable];
@@ -30,10 +29,6 @@ fn give(optimizer: &mut Adamax, var: &Var, grad: f64) {
 
 fn names<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
     names.collect()
-}
-
-fn file(name: &str) -> PathBuf {
-    std::env::temp_dir().join(format!("candle-adamax-calls-{}-{name}.safetensors", std::process::id()))
 }
 
 // === Variables without a gradient ===
@@ -344,7 +339,8 @@ fn what_waits_is_named_and_can_be_used_or_dropped() -> Result<()> {
         (0..6).for_each(|_| give(&mut optimizer, &w, 1.0));
         Ok((w, optimizer))
     };
-    let file = file("waits");
+    let folder = Folder::new();
+    let file = folder.file("state");
     let drops: [fn(&mut Adamax) -> u64; 2] = [
         |optimizer| u64::from(optimizer.flush_gradients().unwrap()),
         |optimizer| optimizer.discard_gradients().unwrap(),
@@ -366,7 +362,6 @@ fn what_waits_is_named_and_can_be_used_or_dropped() -> Result<()> {
         optimizer.set_params(other)?;
         assert_eq!(optimizer.discard_gradients()?, 0);
     }
-    std::fs::remove_file(file)?;
     Ok(())
 }
 
@@ -389,11 +384,11 @@ fn a_flush_after_a_checkpoint_has_the_same_bits() -> Result<()> {
         let (a, b) = (var(&noise(1, 8), &[4, 2], DType::F32), var(&noise(1, 8), &[4, 2], DType::F32));
         let mut through = Adamax::from_named([("w", a.clone())], busy(4))?;
         (0..6).for_each(|seed| call(&mut through, &a, rows, seed));
-        let file = file(if rows { "rows" } else { "dense" });
+        let folder = Folder::new();
+        let file = folder.file("state");
         through.save(&file)?;
         let mut resumed = Adamax::from_named([("w", b.clone())], busy(4))?;
         resumed.load(&file)?;
-        std::fs::remove_file(file)?;
         b.set(&a)?;
         assert_eq!(resumed.pending(), 2);
         assert!(through.flush_gradients()? && resumed.flush_gradients()?);
@@ -455,7 +450,8 @@ fn a_flush_that_is_refused_or_skipped() -> Result<()> {
 
 #[test]
 fn keras_is_told_of_what_its_counter_can_hold() -> Result<()> {
-    let file = file("keras");
+    let folder = Folder::new();
+    let file = folder.file("state");
     for (lr, is_refused) in [(0.1.into(), false), (ExponentialDecay::new(0.1, 1, 0.5).into(), true)] {
         let w = scalar(1.0);
         let params = ParamsAdamax { lr, gradient_accumulation_steps: 4, ..Default::default() };
@@ -473,7 +469,6 @@ fn keras_is_told_of_what_its_counter_can_hold() -> Result<()> {
             Err(error) => assert!(is_refused && error.to_string().contains("counters.calls"), "{error}"),
         }
     }
-    std::fs::remove_file(file)?;
     Ok(())
 }
 

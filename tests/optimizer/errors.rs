@@ -14,6 +14,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Optimizer as _;
 
+use crate::common::folder::Folder;
 use crate::common::{Fingerprint, noise, tensor, values, var};
 
 const KERNELS: [Kernel; 2] = [Kernel::Auto, Kernel::Portable];
@@ -304,7 +305,7 @@ fn variables_and_names() {
     assert_eq!(optimizer.remove_var("c").unwrap_err().to_string(), unknown);
     assert_eq!(optimizer.state("c").unwrap_err().to_string(), unknown);
     let unnamed = Adamax::new(vec![b], named()).unwrap();
-    let error = unnamed.save(std::env::temp_dir().join("never-written")).unwrap_err();
+    let error = unnamed.save(Folder::new().file("never-written")).unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::UnnamedVar(0)));
     assert!(error.to_string().starts_with("Encoder: var 0 has no name"), "{error}");
 }

@@ -8,6 +8,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use candle_nn::{Init, LayerNorm, Linear, Module, Optimizer, VarBuilder, VarMap, layer_norm, linear, ops};
 
+use crate::common::folder::Folder;
 use crate::common::{Fingerprint, noise, tensor, values, var};
 
 const KERNELS: [Kernel; 2] = [Kernel::Auto, Kernel::Portable];
@@ -440,7 +441,8 @@ fn a_table_that_no_lookup_has_used_has_no_gradient() {
 
 #[test]
 fn a_resumed_run_knows_who_has_been_updated() {
-    let path = std::env::temp_dir().join(format!("missing-gradients-{}.safetensors", std::process::id()));
+    let folder = Folder::new();
+    let path = folder.file("state");
     let vars = scalars(&["a", "b", "c", "d"]);
     let mut optimizer = Adamax::from_named(vars.clone(), ParamsAdamax::default()).unwrap();
     give(&mut optimizer, &vars, &[0, 1]).unwrap();
@@ -462,7 +464,6 @@ fn a_resumed_run_knows_who_has_been_updated() {
     optimizer.load_matching(&path).unwrap();
     refused(&mut optimizer, &more, |optimizer| give(optimizer, &more, &[0]), (2, 5));
     give(&mut optimizer, &more, &[4]).unwrap();
-    std::fs::remove_file(path).unwrap();
 }
 
 #[test]

@@ -10,6 +10,7 @@ use candle_adamax::{
 use candle_core::{DType, Device, Result, Tensor, Var};
 use proptest::prelude::*;
 
+use crate::common::folder::Folder;
 use crate::common::{bits, values};
 
 const CODED: [StateDType; 3] = [StateDType::BF16, StateDType::F16, StateDType::Q8];
@@ -631,7 +632,8 @@ fn there_and_back_keeps_every_bit() -> Result<()> {
 /// A file holds every code: the steps after it have the bits of an unbroken run.
 #[test]
 fn checkpoints_carry_every_encoding_bit_for_bit() -> Result<()> {
-    let path = std::env::temp_dir().join(format!("candle-adamax-encodings-{}.safetensors", std::process::id()));
+    let folder = Folder::new();
+    let path = folder.file("state");
     for state_dtype in [StateDType::F32, StateDType::BF16, StateDType::F16, StateDType::Q8] {
         for rounding in [Rounding::Nearest, Rounding::Stochastic, Rounding::Master] {
             for rowwise_norm in [false, true] {
@@ -677,7 +679,6 @@ fn checkpoints_carry_every_encoding_bit_for_bit() -> Result<()> {
             }
         }
     }
-    std::fs::remove_file(&path)?;
     Ok(())
 }
 

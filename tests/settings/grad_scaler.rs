@@ -10,6 +10,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Module, Optimizer};
 use serde_json::Value;
 
+use crate::common::folder::Folder;
 use crate::common::{DTYPES, Fingerprint, noise, tensor, values, var};
 
 fn scaler(init_scale: f64, growth_interval: u64) -> GradScaler {
@@ -323,8 +324,7 @@ fn with_accumulation_each_call_is_checked_on_its_own() {
 
 #[test]
 fn goes_on_in_the_middle_of_an_interval() {
-    let folder = std::env::temp_dir().join(format!("candle-adamax-scaler-{}", std::process::id()));
-    std::fs::create_dir_all(&folder).unwrap();
+    let folder = Folder::new();
     let params = ParamsAdamax {
         grad_scaler: Some(GradScaler {
             init_scale: 1000.1,
@@ -350,14 +350,13 @@ fn goes_on_in_the_middle_of_an_interval() {
         let before = make();
         let mut first = Adamax::from_named(before.clone(), params.clone()).unwrap();
         run(&mut first, &before, 0..at);
-        first.save(folder.join("state")).unwrap();
+        first.save(folder.file("state")).unwrap();
         // Settings come from the file, too.
         let mut second = Adamax::from_named(before.clone(), ParamsAdamax::default()).unwrap();
-        second.load(folder.join("state")).unwrap();
+        second.load(folder.file("state")).unwrap();
         run(&mut second, &before, at..40);
         assert_eq!(Fingerprint::of(&second, &before), Fingerprint::of(&whole, &vars), "saved after {at}");
     }
-    std::fs::remove_dir_all(folder).unwrap();
 }
 
 #[test]

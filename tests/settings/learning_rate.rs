@@ -11,6 +11,8 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Optimizer;
 use serde_json::{Value, json};
 
+use crate::common::folder::Folder;
+
 /// A schedule with a change: shorter than a structure with `..`, where there are many of them.
 fn with<S>(mut schedule: S, change: impl FnOnce(&mut S)) -> S {
     change(&mut schedule);
@@ -453,11 +455,11 @@ fn a_second_stage_begins_with_the_next_call() {
     assert_eq!(rates(&optimizer), [0.5, 1.0, 0.125]);
 
     // It is in checkpoints.
-    let file = std::env::temp_dir().join(format!("candle-adamax-stage-{}", std::process::id()));
+    let folder = Folder::new();
+    let file = folder.file("state");
     optimizer.save(&file).unwrap();
     let (mut resumed, w) = make(1.0.into());
     resumed.load(&file).unwrap();
-    std::fs::remove_file(file).unwrap();
     assert_eq!([(); 4].map(|()| step(&mut resumed, &w)), [0.5, 0.75, 1.0, 1.0]);
 
     // A third one; a number is a schedule, too. What a metric has lowered is forgotten.

@@ -9,6 +9,7 @@ use candle_core::DType;
 use candle_nn::Optimizer;
 use serde_json::Value;
 
+use crate::common::folder::Folder;
 use crate::common::{tensor, values, var};
 
 fn number(value: &Value) -> f64 {
@@ -129,7 +130,8 @@ fn goes_into_checkpoints_and_back() {
     let make = |params: ParamsAdamax| Adamax::from_named([("w", var(&[1.0], &[1], DType::F32))], params).unwrap();
     let whole = observe(&mut make(params.clone()), &metrics);
     assert!(*whole.last().unwrap() < 0.2, "{whole:?}");
-    let file = std::env::temp_dir().join(format!("candle-adamax-plateau-{}", std::process::id()));
+    let folder = Folder::new();
+    let file = folder.file("state");
     for at in 0..=metrics.len() {
         let mut first = make(params.clone());
         let mut rates = observe(&mut first, &metrics[..at]);
@@ -140,7 +142,6 @@ fn goes_into_checkpoints_and_back() {
         rates.extend(observe(&mut second, &metrics[at..]));
         assert_eq!(rates, whole, "saved after {at}");
     }
-    std::fs::remove_file(file).unwrap();
 }
 
 #[test]

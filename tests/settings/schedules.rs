@@ -14,6 +14,8 @@ use proptest::prelude::*;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
+use crate::common::folder::Folder;
+
 /// The largest distance from Keras's f64 value, as a share of the largest value of the case.
 const TOLERANCE: f64 = 1e-13;
 /// Steps that no training reaches.
@@ -35,11 +37,11 @@ fn joins_in_joins_can_be_saved_or_are_refused() {
         let var = Var::new(&[1f32], &Device::Cpu).unwrap();
         Adamax::from_groups([ParamGroup::new("group").var("w", &var).lr(nested(depth))], ParamsAdamax::default())
     };
-    let path = std::env::temp_dir().join(format!("candle-adamax-joins-{}.safetensors", std::process::id()));
+    let folder = Folder::new();
+    let path = folder.file("state");
     let mut deepest = optimizer(32).unwrap();
     deepest.save(&path).unwrap();
     deepest.load(&path).unwrap();
-    fs::remove_file(&path).unwrap();
     let error = optimizer(33).unwrap_err().to_string();
     assert!(error.contains("`groups.group.lr.schedules`: expected at most 32 `Join`s one in another"), "{error}");
 }

@@ -5,6 +5,7 @@ use candle_adamax::{Adamax, Ema, Embedding, ParamsAdamax, Rounding, SparseUpdate
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Module, Optimizer, VarMap};
 
+use crate::common::folder::Folder;
 use crate::common::{bits, tensor, values, var};
 
 const HALVES: [DType; 2] = [DType::BF16, DType::F16];
@@ -155,7 +156,8 @@ fn weights_that_somebody_writes_are_what_was_written() -> Result<()> {
 
 #[test]
 fn weights_that_a_varmap_loads_are_those_of_the_file() -> Result<()> {
-    let path = std::env::temp_dir().join(format!("candle-adamax-written-{}.safetensors", std::process::id()));
+    let folder = Folder::new();
+    let path = folder.file("state");
     for dtype in HALVES {
         for rounding in ROUNDINGS {
             let mut twins = Twins::new(&[40, 5], dtype, &ParamsAdamax { rounding, ..Default::default() })?;
@@ -174,7 +176,6 @@ fn weights_that_a_varmap_loads_are_those_of_the_file() -> Result<()> {
             assert_close(&format!("{dtype:?} {rounding:?}"), &twins.half, &twins.full, units);
         }
     }
-    std::fs::remove_file(&path)?;
     Ok(())
 }
 

@@ -7,6 +7,7 @@ use candle_adamax::{
 };
 use candle_core::{DType, Tensor, Var};
 
+use crate::common::folder::Folder;
 use crate::common::gradients::Grad;
 use crate::common::{DTYPES, Fingerprint, noise, tensor, values, var};
 use crate::support::{Checked, KERNELS, coarse, grads, ids, noisy, scatter, sparse};
@@ -168,8 +169,7 @@ fn calls_of_both_kinds_follow_the_formulas() {
 
 #[test]
 fn a_run_that_was_interrupted_in_the_middle_has_the_same_bits() {
-    let folder = std::env::temp_dir().join(format!("candle-adamax-rows-{}", std::process::id()));
-    std::fs::create_dir_all(&folder).unwrap();
+    let folder = Folder::new();
     for dtype in DTYPES {
         for kernel in KERNELS {
             // How the state goes from one optimizer to the next: not at all, in memory, through a file.
@@ -185,7 +185,7 @@ fn a_run_that_was_interrupted_in_the_middle_has_the_same_bits() {
                         0 => continue,
                         1 => fresh.restore(&checked.optimizer.snapshot().unwrap()).unwrap(),
                         _ => {
-                            let file = folder.join(format!("{dtype:?}-{kernel:?}-{call}.safetensors"));
+                            let file = folder.file(format!("{dtype:?}-{kernel:?}-{call}.safetensors"));
                             checked.optimizer.save(&file).unwrap();
                             let tensors = candle_core::safetensors::load(&file, &candle_core::Device::Cpu).unwrap();
                             let waits = checked.optimizer.state("table").unwrap().accumulated.is_some();
@@ -204,7 +204,6 @@ fn a_run_that_was_interrupted_in_the_middle_has_the_same_bits() {
             assert!(runs[0] == runs[1] && runs[0] == runs[2], "{dtype:?}, {kernel:?}");
         }
     }
-    std::fs::remove_dir_all(&folder).unwrap();
 }
 
 #[test]

@@ -8,6 +8,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Module, Optimizer, VarBuilder, VarMap};
 
+use crate::common::folder::Folder;
 use crate::common::{bits, noise, tensor};
 
 const ROWS: usize = 20;
@@ -223,9 +224,8 @@ fn a_weight_that_is_no_variable_is_frozen() -> Result<()> {
 
 #[test]
 fn files_are_interchangeable_with_those_of_candle_nn() -> Result<()> {
-    let folder = std::env::temp_dir().join(format!("candle-adamax-tables-{}", std::process::id()));
-    std::fs::create_dir_all(&folder)?;
-    let (file, device) = (folder.join("weights.safetensors"), Device::Cpu);
+    let folder = Folder::new();
+    let (file, device) = (folder.file("weights.safetensors"), Device::Cpu);
     let mut theirs = VarMap::new();
     let layer = candle_nn::embedding(ROWS, DIM, VarBuilder::from_varmap(&theirs, DType::F32, &device).pp("e"))?;
     theirs.save(&file)?;
@@ -239,7 +239,6 @@ fn files_are_interchangeable_with_those_of_candle_nn() -> Result<()> {
     assert_eq!(table.forward(&which)?.dims(), layer.forward(&which)?.dims());
     ours.save(&file)?;
     theirs.load(&file)?;
-    std::fs::remove_dir_all(&folder)?;
     Ok(())
 }
 

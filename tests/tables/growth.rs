@@ -6,6 +6,7 @@ use candle_adamax::{
 use candle_core::{DType, Var};
 use candle_nn::{Module as _, Optimizer as _, VarMap};
 
+use crate::common::folder::Folder;
 use crate::common::{DTYPES, Fingerprint, bits, noise, tensor, values, var};
 use crate::support::{ID_DTYPES, KERNELS, coarse, ids, ids_of, noisy, sparse};
 
@@ -198,9 +199,8 @@ fn added_rows_keep_what_waits_and_averages() {
 
 #[test]
 fn a_grown_optimizer_is_saved_and_loaded() {
-    let folder = std::env::temp_dir().join(format!("candle-adamax-growth-{}", std::process::id()));
-    std::fs::create_dir_all(&folder).unwrap();
-    let file = folder.join("state.safetensors");
+    let folder = Folder::new();
+    let file = folder.file("state.safetensors");
     let (mut optimizer, _) = trained(&[3, 2], DType::F32, Kernel::Auto, params());
     let grown = optimizer.append_rows("w", &tensor(&[7.0, 8.0], &[1, 2], DType::F32)).unwrap();
     optimizer.save(&file).unwrap();
@@ -208,7 +208,6 @@ fn a_grown_optimizer_is_saved_and_loaded() {
     let mut other = Adamax::from_named(vars.clone(), params()).unwrap();
     other.load(&file).unwrap();
     assert_eq!(Fingerprint::of(&other, &vars), Fingerprint::of(&optimizer, &vars));
-    std::fs::remove_dir_all(&folder).unwrap();
 }
 
 #[test]

@@ -8,6 +8,7 @@ use candle_adamax::{
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Module as _, Optimizer as _};
 
+use crate::common::folder::Folder;
 use crate::common::{DTYPES, Fingerprint, bits, noise, tensor, values, var};
 
 const CPU: &Device = &Device::Cpu;
@@ -250,7 +251,7 @@ fn rows_that_are_reset_begin_anew() {
 
 #[test]
 fn rows_that_are_appended_continue_as_if_they_had_been_there() {
-    for (way, (params, dense, kernel, dtype)) in ways().enumerate() {
+    for (params, dense, kernel, dtype) in ways() {
         let context = format!("{} steps, {dense} {kernel:?} {dtype:?}", params.gradient_accumulation_steps);
         let first = tensor(&noise(1, 20), &[10, 2], dtype);
         // Not contiguous, as it may come.
@@ -273,12 +274,12 @@ fn rows_that_are_appended_continue_as_if_they_had_been_there() {
         assert!(Fingerprint::of(&grown, &vars) == Fingerprint::of(&expected, &large_vars), "{context}");
 
         // A file of it is one of the large variable.
-        let path = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("appended-{way}.safetensors"));
+        let folder = Folder::new();
+        let path = folder.file("state");
         grown.save(&path).unwrap();
         let loaded_var = Var::from_tensor(&new.copy().unwrap()).unwrap();
         let (mut loaded, loaded_vars) = optimizer(&loaded_var, params, kernel);
         loaded.load(&path).unwrap();
-        std::fs::remove_file(&path).unwrap();
 
         for nth in 5..10 {
             // Of the new rows, too.

@@ -10,6 +10,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, RngSeed};
 
+use crate::common::folder::Folder;
 use crate::common::gradients::Grad;
 use crate::common::{DTYPES, Fingerprint, bits, formulas, noise, tensor, values, var};
 
@@ -188,9 +189,8 @@ fn a_nan_in_one_row_skips_the_call_or_stays_in_its_row() {
 #[test]
 fn accumulated_rows_stay_rows_and_survive_a_restart() {
     let params = ParamsAdamax { gradient_accumulation_steps: 3, ..params() };
-    let folder = std::env::temp_dir().join(format!("candle-adamax-sparse-{}", std::process::id()));
-    std::fs::create_dir_all(&folder).unwrap();
-    let file = folder.join("state.safetensors");
+    let folder = Folder::new();
+    let file = folder.file("state.safetensors");
     for dtype in DTYPES {
         let run = |restart: bool| {
             let vars = vars(dtype);
@@ -218,7 +218,6 @@ fn accumulated_rows_stay_rows_and_survive_a_restart() {
         };
         assert_eq!(run(true), run(false), "{dtype:?}");
     }
-    std::fs::remove_dir_all(&folder).unwrap();
 }
 
 #[test]

@@ -5,6 +5,7 @@ use candle_core::{DType, Result};
 
 use super::{exact, ones, table};
 use crate::common::bits;
+use crate::common::folder::Folder;
 
 #[test]
 fn betas_that_are_too_close_are_refused() -> Result<()> {
@@ -51,9 +52,8 @@ fn betas_that_are_too_close_are_refused() -> Result<()> {
 /// Calls that fail leave the next bits as they would have been.
 #[test]
 fn failing_saves_change_nothing() -> Result<()> {
-    let folder = std::env::temp_dir().join(format!("candle-adamax-exact-{}", std::process::id()));
-    std::fs::create_dir_all(&folder)?;
-    let nowhere = folder.join("nowhere").join("file");
+    let folder = Folder::new();
+    let nowhere = folder.file("nowhere").join("file");
     type Save = fn(&Adamax, &std::path::Path) -> candle_adamax::Result<()>;
     let order = |optimizer: &Adamax, path: &std::path::Path| optimizer.save_keras_legacy(path, &["w"]);
     let saves: [(bool, Save); 4] = [
@@ -74,14 +74,13 @@ fn failing_saves_change_nothing() -> Result<()> {
             let before = bits(&w);
             // No such folder; a folder in place of a file; and what the other framework cannot hold.
             assert!(save(&optimizer, &nowhere).is_err());
-            assert!(save(&optimizer, &folder).is_err());
+            assert!(save(&optimizer, folder.path()).is_err());
             if is_torch && weight_decay != WeightDecay::None {
-                assert!(save(&optimizer, &folder.join("file")).is_err());
+                assert!(save(&optimizer, &folder.file("file")).is_err());
             }
             assert_eq!(bits(&w), before, "save {nth}, {weight_decay:?}");
-            assert_eq!(std::fs::read_dir(&folder)?.count(), 0, "nothing is left");
+            assert_eq!(std::fs::read_dir(folder.path())?.count(), 0, "nothing is left");
         }
     }
-    std::fs::remove_dir_all(&folder)?;
     Ok(())
 }
