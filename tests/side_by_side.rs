@@ -22,8 +22,8 @@ use candle_adamax::{
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Optimizer as _;
 use common::folder::Folder;
-use common::noise;
-use rayon::{ThreadPool, ThreadPoolBuilder};
+use common::{noise, pool};
+use rayon::ThreadPool;
 
 /// How much longer than it should a scenario may take, on a machine that has much else to do.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -87,10 +87,6 @@ fn in_tasks(pool: Option<&ThreadPool>, n: u64, call: impl Fn(u64) + Sync) {
         Some(pool) => pool.in_place_scope(|tasks| (0..n).for_each(|i| tasks.spawn(move |_| call(i)))),
         None => rayon::in_place_scope(|tasks| (0..n).for_each(|i| tasks.spawn(move |_| call(i)))),
     }
-}
-
-fn own_pool(threads: usize) -> ThreadPool {
-    ThreadPoolBuilder::new().num_threads(threads).build().unwrap()
 }
 
 fn random(shape: &[usize], dtype: DType) -> Tensor {
@@ -301,7 +297,7 @@ impl World {
 fn lookups_of_an_exact_table_in_tasks() {
     let rows = &Rows::lagging(200_000);
     for threads in [None, Some(4)] {
-        let pool = threads.map(own_pool);
+        let pool = threads.map(pool);
         let round: Call<'_> = Box::new(|round| {
             in_tasks(pool.as_ref(), 24, |task| rows.lookup(24 * round + task, 20_000));
             // All rows lag behind again.
@@ -315,7 +311,7 @@ fn lookups_of_an_exact_table_in_tasks() {
 #[test]
 fn a_step_beside_lookups_in_tasks_of_its_pool() {
     for threads in [None, Some(1), Some(2)] {
-        let pool = threads.map(own_pool);
+        let pool = threads.map(pool);
         let rows = &Rows::new(200_000, ParamsAdamax::default());
         let whole = &Trained::new(vec![rows.weight.clone()], ParamsAdamax::default());
         let round: Call<'_> = Box::new(|round| {
@@ -381,9 +377,9 @@ fn everything_in_tasks_of_the_global_pool() {
 }
 
 #[test]
-fn everything_in_tasks_of_own_pools() {
+fn everything_in_tasks_of_pools() {
     for threads in [1, 2] {
-        let (world, pool) = (World::new(), own_pool(threads));
+        let (world, pool) = (World::new(), pool(threads));
         let mut calls = world.calls(|n| Place::Tasks(Some(&pool), n));
         calls.push(world.products());
         beside(&format!("everything in tasks of an own pool of {threads}"), calls);
@@ -394,7 +390,7 @@ fn everything_in_tasks_of_own_pools() {
 /// the first are computed, too.
 #[test]
 fn everything_everywhere() {
-    let (world, other, small, large) = (World::new(), World::new(), own_pool(1), own_pool(2));
+    let (world, other, small, large) = (World::new(), World::new(), pool(1), pool(2));
     let mut calls = world.calls(|_| Place::Thread);
     calls.push(world.products());
     calls.extend(world.calls(|n| Place::Tasks(Some(&small), n)));

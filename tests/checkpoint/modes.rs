@@ -153,7 +153,9 @@ fn what_may_not_be_written_stays() -> Result<()> {
     let is_root = fs::metadata(folder.path())?.uid() == 0;
     if is_root {
         let program = folder.file("program");
-        fs::copy(std::env::current_exe()?, &program)?;
+        // A process that this one starts meanwhile would inherit a file that this one writes, and a file that is open for
+        // writing cannot be run.
+        assert!(Command::new("cp").arg(std::env::current_exe()?).arg(&program).status()?.success());
         let mut as_nobody = Command::new(&program);
         as_nobody.args(command.get_args()).envs(command.get_envs().filter_map(|(key, value)| Some((key, value?))));
         as_nobody.current_dir(folder.path()).uid(65534).gid(65534);

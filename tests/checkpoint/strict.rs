@@ -1,49 +1,41 @@
 //! Loading is strict: what does not fit is an error that names the entry, and the optimizer is as it was.
 
-use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candle_adamax::{
     Adamax, Ema, Epsilon, Error, ErrorKind, ExponentialDecay, LearningRate, ParamGroup, ParamsAdamax, StateDType,
     StepCount,
 };
 use candle_core::{DType, Device, Var};
 use candle_nn::{Optimizer, VarMap};
-use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
 use serde_json::{Value, json};
 
 use crate::common::folder::Folder;
-use crate::support::{Model, bits, fingerprint};
+use crate::common::parts::{Parts, Tensors, with_header};
+use crate::common::{Fingerprint, bits};
+use crate::support::Model;
 
 /// The key of the JSON text in a file's metadata.
 const METADATA: &str = "candle_adamax";
 
 /// A checkpoint taken apart.
-struct Parts {
+struct Checkpoint {
     header: Value,
-    tensors: BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>,
+    tensors: Tensors,
 }
 
-impl Parts {
+impl Checkpoint {
     fn read(path: &Path) -> Result<Self> {
-        let bytes = std::fs::read(path)?;
-        let (_, metadata) = SafeTensors::read_metadata(&bytes)?;
-        let header = metadata.metadata().as_ref().and_then(|map| map.get(METADATA)).context("no metadata")?;
-        let tensors = SafeTensors::deserialize(&bytes)?.tensors().into_iter();
-        let tensors = tensors.map(|(name, t)| (name, (t.dtype(), t.shape().to_vec(), t.data().to_vec())));
-        Ok(Self { header: serde_json::from_str(header)?, tensors: tensors.collect() })
+        let parts = Parts::read(path)?;
+        Ok(Self { header: parts.json(METADATA)?, tensors: parts.tensors })
     }
 
     fn write(&self, path: &Path) -> Result<()> {
-        let views = self
-            .tensors
-            .iter()
-            .map(|(name, (dtype, shape, data))| Ok((name.clone(), TensorView::new(*dtype, shape.clone(), data)?)));
-        let views = views.collect::<Result<Vec<_>>>()?;
-        let metadata = HashMap::from([(METADATA.to_owned(), self.header.to_string())]);
-        Ok(safetensors::serialize_to_file(views, Some(metadata), path)?)
+        let mut parts = Parts { tensors: self.tensors.clone(), ..Parts::default() };
+        parts.set_text(METADATA, &self.header);
+        parts.write(path)
     }
 }
 
@@ -89,8 +81,8 @@ impl Fixture {
         Ok(Self { folder, vars, optimizer })
     }
 
-    fn parts(&self) -> Result<Parts> {
-        Parts::read(&self.folder.file("good"))
+    fn parts(&self) -> Result<Checkpoint> {
+        Checkpoint::read(&self.folder.file("good"))
     }
 
     /// Loads the file `name`, which must fail and change nothing: neither the state nor the weights.
@@ -101,7 +93,7 @@ impl Fixture {
 
     /// Saves an edited checkpoint and loads it, which must fail, name the entry and change nothing.
     #[track_caller]
-    fn refuse_edited(&mut self, entries: &[&str], edit: impl FnOnce(&mut Parts)) -> Result<()> {
+    fn refuse_edited(&mut self, entries: &[&str], edit: impl FnOnce(&mut Checkpoint)) -> Result<()> {
         let mut parts = self.parts()?;
         edit(&mut parts);
         parts.write(&self.folder.file("edited"))?;
@@ -115,12 +107,10 @@ impl Fixture {
 }
 
 fn refuse(optimizer: &mut Adamax, vars: &[(String, Var)], file: &Path) -> Result<Error> {
-    let weights = |vars: &[(String, Var)]| vars.iter().map(|(_, var)| bits(var)).collect::<Result<Vec<_>>>();
-    let (state, before, report) = (fingerprint(optimizer)?, weights(vars)?, format!("{:?}", optimizer.report()));
+    let (before, report) = (Fingerprint::of(optimizer, vars), format!("{:?}", optimizer.report()));
     let loaded = optimizer.load(file);
     let Err(error) = loaded else { anyhow::bail!("{file:?} was loaded") };
-    assert_eq!(fingerprint(optimizer)?, state, "the state after: {error}");
-    assert_eq!(weights(vars)?, before, "the weights after: {error}");
+    assert_eq!(Fingerprint::of(optimizer, vars), before, "state and weights after: {error}");
     assert_eq!(format!("{:?}", optimizer.report()), report, "the report after: {error}");
     Ok(error)
 }
@@ -423,24 +413,24 @@ fn a_header_with_any_bit_flipped() -> Result<()> {
     let good = std::fs::read(fixture.folder.file("good"))?;
     let header = 8 + u64::from_le_bytes(good[..8].try_into()?) as usize;
     fixture.optimizer.load(fixture.folder.file("good"))?;
-    let tensors = |optimizer: &Adamax| -> Result<Vec<_>> {
-        let of = |name: &&str| optimizer.state(name).map(|state| [state.exp_avg, state.exp_inf]);
-        NAMES.iter().map(|name| of(name)?.iter().map(bits).collect::<Result<Vec<_>>>()).collect()
+    let tensors = |optimizer: &Adamax| {
+        let of = |name| optimizer.state(name).unwrap();
+        NAMES.map(|name| [bits(&of(name).exp_avg), bits(&of(name).exp_inf)])
     };
-    let loaded = tensors(&fixture.optimizer)?;
+    let loaded = tensors(&fixture.optimizer);
     let mut refused = 0;
     for byte in 0..header {
         for bit in 0..8 {
             let mut flipped = good.clone();
             flipped[byte] ^= 1 << bit;
             std::fs::write(fixture.folder.file("flipped"), &flipped)?;
-            let before = fingerprint(&fixture.optimizer)?;
+            let before = Fingerprint::of(&fixture.optimizer, &[]);
             if fixture.optimizer.load(fixture.folder.file("flipped")).is_err() {
                 refused += 1;
-                assert_eq!(fingerprint(&fixture.optimizer)?, before, "byte {byte}, bit {bit}");
+                assert_eq!(Fingerprint::of(&fixture.optimizer, &[]), before, "byte {byte}, bit {bit}");
             } else {
                 // It is another file that is as good, with a digit or a letter of a setting changed.
-                assert_eq!(tensors(&fixture.optimizer)?, loaded, "byte {byte}, bit {bit}");
+                assert_eq!(tensors(&fixture.optimizer), loaded, "byte {byte}, bit {bit}");
                 fixture.optimizer.load(fixture.folder.file("good"))?;
             }
         }
@@ -498,7 +488,7 @@ fn variables_without_names_have_no_file() -> Result<()> {
     assert!(matches!(error.kind(), ErrorKind::UnnamedVar(0)), "{error}");
     assert_eq!(std::fs::read_dir(folder.path())?.count(), 1, "nothing was written");
     // Not even a file that happens to have the made-up name.
-    let error = refuse(&mut unnamed, &[(String::new(), var)], &folder.file("named"))?;
+    let error = refuse(&mut unnamed, &[("var.0".into(), var)], &folder.file("named"))?;
     assert!(matches!(error.kind(), ErrorKind::UnnamedVar(0)), "{error}");
     Ok(())
 }
@@ -532,7 +522,7 @@ fn a_norm_that_is_negative() -> Result<()> {
         let mut optimizer = Adamax::from_named(vars.clone(), params)?;
         optimizer.backward_step(&vars[0].1.sqr()?.sum_all()?)?;
         optimizer.save(&good)?;
-        let mut parts = Parts::read(&good)?;
+        let mut parts = Checkpoint::read(&good)?;
         let bytes = &mut parts.tensors.get_mut("w.exp_inf").unwrap().2;
         bytes[size - 1] |= 0x80;
         parts.write(&edited)?;
@@ -600,7 +590,7 @@ fn counters_that_contradict_each_other() -> Result<()> {
 fn errors_name_the_file_and_the_tensor() -> Result<()> {
     let mut fixture = Fixture::new()?;
     let file = fixture.folder.file("edited");
-    type Edit = fn(&mut Parts);
+    type Edit = fn(&mut Checkpoint);
     let edits: [Edit; 4] = [
         |parts| drop(parts.tensors.remove("head.ema")),
         |parts| drop(parts.tensors.insert("head.ema".into(), (Dtype::BOOL, vec![2, 3], vec![0; 6]))),
@@ -620,7 +610,7 @@ fn errors_name_the_file_and_the_tensor() -> Result<()> {
     }
     // A dtype that no reader of safetensors knows.
     let header = r#"{"__metadata__":{},"head.ema":{"dtype":"F7","shape":[1],"data_offsets":[0,1]}}"#;
-    let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), b"\0"].concat();
+    let bytes = with_header(header, 1);
     std::fs::write(&file, bytes)?;
     let message = fixture.refuse("edited")?.to_string();
     assert!(message.contains("the tensor `head.ema`: ") && message.contains("edited"), "{message}");

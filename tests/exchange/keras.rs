@@ -7,6 +7,7 @@ use candle_adamax::{
 };
 use candle_nn::Optimizer;
 
+use crate::common::folder::Folder;
 use crate::run::{Model, Run, TOLERANCE, assert_same_tensors, left, load, recorded};
 
 const LEGACY_ORDER: [&str; 4] = ["fc1/kernel", "fc1/bias", "fc2/kernel", "fc2/bias"];
@@ -180,8 +181,8 @@ fn before_the_first_call_too() -> Result<()> {
 fn what_keras_cannot_hold_is_refused() -> Result<()> {
     let run = Run::read("keras_mlp", 0)?;
     let model = run.model("at_50")?;
-    let file = left("refused_keras.safetensors")?;
-    let _ = std::fs::remove_file(&file);
+    let folder = Folder::new();
+    let file = folder.file("refused");
     let of = |part: &str| model.vars().into_iter().filter(|(name, _)| name.ends_with(part)).collect::<Vec<_>>();
     let grouped = |group: ParamGroup| -> Result<Adamax> {
         let groups = [group.vars(of("weight")), ParamGroup::new("default").vars(of("bias"))];
@@ -214,7 +215,6 @@ fn what_keras_cannot_hold_is_refused() -> Result<()> {
     }
     // What is the same in a group is no obstacle.
     grouped(ParamGroup::new("g").beta1(0.9).lr_factor(1.0))?.save_keras(&file)?;
-    std::fs::remove_file(&file)?;
     Ok(())
 }
 
@@ -247,7 +247,7 @@ fn more_calls_than_keras_counts_are_refused() -> Result<()> {
         optimizer.backward_step(&w.sum_all()?)?;
         optimizer.flush_gradients()?;
     }
-    let error = optimizer.save_keras(left("never written")?).unwrap_err().to_string();
+    let error = optimizer.save_keras(Folder::new().file("never written")).unwrap_err().to_string();
     assert!(error.contains("`iteration`: expected a number that an i64 can hold"), "{error}");
     Ok(())
 }

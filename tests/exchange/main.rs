@@ -4,6 +4,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+#[path = "../common/mod.rs"]
+mod common;
+
 mod config;
 mod encodings;
 mod files;

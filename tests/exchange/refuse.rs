@@ -3,17 +3,21 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
-use candle_adamax::{Adamax, Error, ErrorKind, ParamsAdamax, Snapshot, VarSnapshot};
+use candle_adamax::{Adamax, Error, ErrorKind, ParamsAdamax};
 use candle_core::{DType, Device, Tensor, Var};
 use serde_json::json;
 
-use crate::files::{Parts, group, with_header};
-use crate::run::{Run, left};
+use crate::common::Fingerprint;
+use crate::common::folder::Folder;
+use crate::common::parts::{Parts, with_header};
+use crate::files::{GROUPS, group};
+use crate::run::Run;
 use crate::torch::grouped;
 
 /// A way in, with an optimizer that has state of its own and a file that fits it.
 struct Way {
     name: &'static str,
+    folder: Folder,
     optimizer: Adamax,
     vars: Vec<(String, Var)>,
     good: Parts,
@@ -34,7 +38,8 @@ fn ways() -> Result<Vec<Way>> {
             None => grouped(&model)?,
         };
         run.go(&model, &mut optimizer, 0..2)?;
-        Ok(Way { name, optimizer, vars: model.vars(), good: Parts::read(&run.state())?, load })
+        let good = Parts::read(&run.state())?;
+        Ok(Way { name, folder: Folder::new(), optimizer, vars: model.vars(), good, load })
     };
     Ok(vec![
         way("torch", "torch_mlp", None, |optimizer, path| optimizer.load_torch(path))?,
@@ -45,36 +50,22 @@ fn ways() -> Result<Vec<Way>> {
     ])
 }
 
-/// Everything that a load may not change: settings, counters, the numbers of the state and of the weights.
-fn fingerprint(way: &Way) -> Result<Vec<String>> {
-    let Snapshot { params, groups, counters, grad_scaler, plateau, vars } = way.optimizer.snapshot()?;
-    let numbers = |tensor: &Tensor| Ok::<_, anyhow::Error>(format!("{:?}", tensor.flatten_all()?.to_vec1::<f32>()?));
-    let mut all = vec![format!("{counters:?} {grad_scaler:?} {plateau:?} {:?}", way.optimizer.report())];
-    all.extend([serde_json::to_string(&params)?, serde_json::to_string(&groups)?]);
-    for (name, var) in &way.vars {
-        let VarSnapshot { group, step, exp_avg, exp_inf, ema, accumulated, .. } = &vars[name];
-        all.push(format!("{name} {group} {step} {:?}", accumulated.as_ref().map(|(_, calls)| calls)));
-        let sum = accumulated.as_ref().and_then(|(sum, _)| sum.dense());
-        for tensor in [Some(var.as_tensor()), Some(exp_avg), Some(exp_inf), ema.as_ref(), sum].into_iter().flatten() {
-            all.push(numbers(tensor)?);
-        }
-    }
-    Ok(all)
-}
-
 impl Way {
-    fn file(&self) -> Result<PathBuf> {
-        left(&format!("refused-{}-{:?}.safetensors", self.name, std::thread::current().id()))
+    /// Everything that a load may not change.
+    fn fingerprint(&self) -> (Fingerprint, String) {
+        (Fingerprint::of(&self.optimizer, &self.vars), format!("{:?}", self.optimizer.report()))
+    }
+
+    fn file(&self) -> PathBuf {
+        self.folder.file("file")
     }
 
     fn refuse(&mut self, bytes: &[u8]) -> Result<Error> {
-        let file = self.file()?;
-        std::fs::write(&file, bytes)?;
-        let before = fingerprint(self)?;
+        let file = self.folder.write("file", bytes);
+        let before = self.fingerprint();
         let loaded = (self.load)(&mut self.optimizer, &file);
-        std::fs::remove_file(&file)?;
         let Err(error) = loaded else { bail!("{}: loaded", self.name) };
-        assert_eq!(fingerprint(self)?, before, "{}: {error}", self.name);
+        assert_eq!(self.fingerprint(), before, "{}: {error}", self.name);
         assert!(error.optimizer().is_some(), "{error}");
         Ok(error)
     }
@@ -84,7 +75,7 @@ impl Way {
     fn refuse_edited(&mut self, part: &str, edit: impl FnOnce(&mut Parts)) -> Result<()> {
         let mut parts = self.good.clone();
         edit(&mut parts);
-        let file = self.file()?;
+        let file = self.file();
         parts.write(&file)?;
         let error = self.refuse(&std::fs::read(&file)?)?.to_string();
         assert!(error.contains(part), "{}: `{part}` in: {error}", self.name);
@@ -92,7 +83,7 @@ impl Way {
     }
 
     fn bytes(&self) -> Result<Vec<u8>> {
-        let file = self.file()?;
+        let file = self.file();
         self.good.write(&file)?;
         Ok(std::fs::read(&file)?)
     }
@@ -101,7 +92,7 @@ impl Way {
 #[test]
 fn what_fits_is_loaded() -> Result<()> {
     for mut way in ways()? {
-        let file = way.file()?;
+        let file = way.file();
         way.good.write(&file)?;
         (way.load)(&mut way.optimizer, &file)?;
         assert_eq!(way.optimizer.calls(), 50);
@@ -187,7 +178,7 @@ fn norms_that_are_negative() -> Result<()> {
         // What a NaN left behind is no mistake of the file.
         let mut parts = way.good.clone();
         parts.set(&name, &(tensor * f64::NAN)?)?;
-        let file = way.file()?;
+        let file = way.file();
         parts.write(&file)?;
         (way.load)(&mut way.optimizer, &file)?;
     }
@@ -200,8 +191,14 @@ fn learning_rates_that_are_none() -> Result<()> {
     let model = run.model("init")?;
     let optimizer = Adamax::from_named(model.vars(), ParamsAdamax::default())?;
     let good = Parts::read(&run.state())?;
-    let mut way =
-        Way { name: "rate", optimizer, vars: model.vars(), good, load: |optimizer, path| optimizer.load_keras(path) };
+    let mut way = Way {
+        name: "rate",
+        folder: Folder::new(),
+        optimizer,
+        vars: model.vars(),
+        good,
+        load: |optimizer, path| optimizer.load_keras(path),
+    };
     for rate in [-0.5f32, f32::NAN, f32::INFINITY] {
         let tensor = Tensor::new(rate, &Device::Cpu)?;
         way.refuse_edited("invalid `lr`", |parts| parts.set("learning_rate", &tensor).unwrap())?;
@@ -213,10 +210,11 @@ fn learning_rates_that_are_none() -> Result<()> {
 fn settings_that_are_missing_or_garbage() -> Result<()> {
     let mut way = ways()?.swap_remove(0);
     let names = ["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"];
-    let text = |text: String| move |parts: &mut Parts| parts.text = Some(("param_groups".into(), text));
-    way.refuse_edited("`param_groups`: expected the settings", |parts| parts.text = None)?;
+    let text = |text: String| move |parts: &mut Parts| parts.set_text(GROUPS, text);
+    way.refuse_edited("`param_groups`: expected the settings", |parts| parts.metadata.clear())?;
     way.refuse_edited("`param_groups`: expected the settings", |parts| {
-        parts.text.as_mut().unwrap().0 = "groups".into();
+        let text = parts.metadata.remove(GROUPS).unwrap();
+        parts.set_text("groups", text);
     })?;
     for garbage in ["", "{}", "null", "[", "[null]", "[{}]", "\u{0}", "[NaN]", "[1e999]", "[{\"lr\": 1e999}]"] {
         way.refuse_edited("param_groups", text(garbage.into()))?;
@@ -247,19 +245,19 @@ fn headers_with_any_byte_changed() -> Result<()> {
     for mut way in ways()? {
         let good = way.bytes()?;
         let header = 8 + u64::from_le_bytes(good[..8].try_into()?) as usize;
-        let file = way.file()?;
+        let file = way.file();
         let mut refused = 0;
         for byte in 0..header {
             let mut changed = good.clone();
             changed[byte] ^= 1 << (byte % 8);
             std::fs::write(&file, &changed)?;
-            let (before, snapshot) = (fingerprint(&way)?, way.optimizer.snapshot()?);
+            let (before, snapshot) = (way.fingerprint(), way.optimizer.snapshot()?);
             // Another file may be as good: a digit of a setting has changed.
             match (way.load)(&mut way.optimizer, &file) {
                 Ok(()) => way.optimizer.restore(&snapshot)?,
                 Err(error) => {
                     refused += 1;
-                    assert_eq!(fingerprint(&way)?, before, "{error}");
+                    assert_eq!(way.fingerprint(), before, "{error}");
                 }
             }
         }
@@ -316,11 +314,11 @@ fn hostile_headers() -> Result<()> {
 #[test]
 fn what_is_no_file() -> Result<()> {
     for mut way in ways()? {
-        let before = fingerprint(&way)?;
-        for path in ["not there".into(), left("")?, PathBuf::new()] {
+        let before = way.fingerprint();
+        for path in ["not there".into(), way.folder.path().into(), PathBuf::new()] {
             let error = (way.load)(&mut way.optimizer, &path).unwrap_err();
             assert!(matches!(error.kind(), ErrorKind::Io { action: "reading", .. }), "{error}");
-            assert_eq!(fingerprint(&way)?, before);
+            assert_eq!(way.fingerprint(), before);
         }
     }
     Ok(())

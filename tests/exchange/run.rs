@@ -7,12 +7,14 @@ use anyhow::{Context, Result, ensure};
 use candle_adamax::Adamax;
 use candle_core::{DType, Device, Tensor, Var};
 
+use crate::common;
+
 /// By how much a run that moved may differ from one that did not.
 pub(crate) const TOLERANCE: f64 = 1e-6;
 
 /// A file of a recorded case.
 pub(crate) fn recorded(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/exchange").join(name)
+    common::recorded("exchange").join(name)
 }
 
 /// Where files for the other side are left.

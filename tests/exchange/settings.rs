@@ -5,8 +5,8 @@ use candle_adamax::{Adamax, ErrorKind, ParamsAdamax, Rounding, TorchOptions};
 use candle_core::{DType, Device, Tensor, Var};
 use serde_json::{Value, json};
 
-use crate::files::{Parts, group};
-use crate::run::left;
+use crate::common::folder::Folder;
+use crate::files::{GROUPS, group, of_one};
 
 /// One variable, and a file for it with edited settings.
 fn load(edit: impl FnOnce(&mut Value)) -> Result<(Adamax, Result<(), candle_adamax::Error>)> {
@@ -19,14 +19,14 @@ fn load_with(
 ) -> Result<(Adamax, Result<(), candle_adamax::Error>)> {
     let var = Var::new(&[1f32, 2.0], &Device::Cpu)?;
     let mut optimizer = Adamax::from_named([("w", var)], ParamsAdamax::pytorch())?;
-    let mut parts = Parts::of_one("w", &[2])?;
+    let mut parts = of_one("w", &[2])?;
     let mut groups = json!([group(&["w"])]);
     edit(&mut groups);
-    parts.text = Some(("param_groups".into(), groups.to_string()));
-    let file = left(&format!("settings-{:?}.safetensors", std::thread::current().id()))?;
+    parts.set_text(GROUPS, groups);
+    let folder = Folder::new();
+    let file = folder.file("settings");
     parts.write(&file)?;
     let loaded = optimizer.load_torch_with(&file, options);
-    std::fs::remove_file(&file)?;
     Ok((optimizer, loaded))
 }
 
@@ -125,12 +125,13 @@ fn what_is_not_allowed_is_refused() -> Result<()> {
 fn groups_that_differ_in_maximize_are_refused() -> Result<()> {
     let vars = ["v", "w"].map(|name| (name, Var::zeros(2, DType::F32, &Device::Cpu).unwrap()));
     let mut optimizer = Adamax::from_named(vars, ParamsAdamax::pytorch())?;
-    let mut parts = Parts::of_one("w", &[2])?;
-    parts.tensors.extend(Parts::of_one("v", &[2])?.tensors);
+    let mut parts = of_one("w", &[2])?;
+    parts.tensors.extend(of_one("v", &[2])?.tensors);
     let (up, mut down) = (group(&["v"]), group(&["w"]));
     down["maximize"] = json!(true);
-    parts.text = Some(("param_groups".into(), json!([up, down]).to_string()));
-    let file = left("maximize.safetensors")?;
+    parts.set_text(GROUPS, json!([up, down]));
+    let folder = Folder::new();
+    let file = folder.file("maximize");
     parts.write(&file)?;
     let error = optimizer.load_torch(&file).unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Checkpoint { entry, .. } if entry == "param_groups.maximize"), "{error}");
@@ -149,12 +150,13 @@ fn state_of_halves_is_widened_and_written_in_f32() -> Result<()> {
         let var = Var::zeros((2, 3), dtype, &Device::Cpu)?;
         let params = ParamsAdamax { rounding: Rounding::Master, ..ParamsAdamax::pytorch() };
         let mut optimizer = Adamax::from_named([("w", var)], params)?;
-        let mut parts = Parts::of_one("w", &[2, 3])?;
+        let mut parts = of_one("w", &[2, 3])?;
         let values = Tensor::new(&[[0.1f64, -0.2, 0.3], [0.0, 1.5, -2.5]], &Device::Cpu)?.to_dtype(of_file)?;
         parts.set("w.exp_avg", &values)?;
         parts.set("w.exp_inf", &values.abs()?)?;
-        parts.text = Some(("param_groups".into(), json!([group(&["w"])]).to_string()));
-        let file = left(&format!("halves-{dtype:?}-{of_file:?}.safetensors"))?;
+        parts.set_text(GROUPS, json!([group(&["w"])]));
+        let folder = Folder::new();
+        let file = folder.file("halves");
         parts.write(&file)?;
         optimizer.load_torch(&file)?;
         optimizer.save_torch(&file)?;
@@ -170,7 +172,6 @@ fn state_of_halves_is_widened_and_written_in_f32() -> Result<()> {
             let error = optimizer.load_torch(&file).unwrap_err();
             assert!(matches!(error.kind(), ErrorKind::DTypeMismatch { what: "exp_avg", .. }), "{error}");
         }
-        std::fs::remove_file(&file)?;
     }
     Ok(())
 }

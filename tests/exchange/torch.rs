@@ -4,7 +4,8 @@ use anyhow::Result;
 use candle_adamax::{Adamax, ErrorKind, GroupLr, ParamGroup, ParamsAdamax, StateDType, StepCount, WeightDecay};
 use candle_nn::Optimizer;
 
-use crate::files::metadata;
+use crate::common::folder::Folder;
+use crate::files::groups;
 use crate::run::{Model, Run, TOLERANCE, assert_same_tensors, left, recorded};
 
 /// An optimizer in the groups of the case `torch_mlp`, whose own numbers are others.
@@ -60,7 +61,7 @@ fn what_comes_in_goes_out_the_same() -> Result<()> {
         optimizer.save_torch(&out)?;
         assert_same_tensors(&out, &run.state(), 0.0)?;
         // The groups, too, which are two here in any case.
-        let (ours, theirs) = (metadata(&out)?, metadata(&run.state())?);
+        let (ours, theirs) = (groups(&out)?, groups(&run.state())?);
         let of_name = |groups: &serde_json::Value, name: &str| {
             let has = |group: &&serde_json::Value| group["params"].as_array().unwrap().iter().any(|n| n == name);
             let mut group = groups.as_array().unwrap().iter().find(has).unwrap().clone();
@@ -140,7 +141,7 @@ fn variables_that_are_spared_are_a_group_without_decay() -> Result<()> {
     };
     let (file, optimizer) = (left("spared.safetensors")?, plain(&model, decay())?);
     optimizer.save_torch(&file)?;
-    let groups = metadata(&file)?;
+    let groups = groups(&file)?;
     let [decayed, spared] = groups.as_array().unwrap().as_slice() else { panic!("{groups}") };
     assert_eq!((&decayed["weight_decay"], &spared["weight_decay"]), (&0.25.into(), &0.0.into()));
     assert_eq!(spared["params"], serde_json::json!(["fc1.bias", "fc2.bias"]));
@@ -186,8 +187,8 @@ fn a_schedule_and_factors_of_it_stay() -> Result<()> {
 fn what_pytorch_cannot_hold_is_refused() -> Result<()> {
     let run = Run::read("torch_plain", 0)?;
     let model = run.model("at_50")?;
-    let file = left("refused.safetensors")?;
-    let _ = std::fs::remove_file(&file);
+    let folder = Folder::new();
+    let file = folder.file("refused");
     let pytorch = ParamsAdamax::pytorch;
     let cases = [
         ("epsilon", ParamsAdamax::default()),
@@ -231,7 +232,7 @@ fn variables_without_names_have_no_file() -> Result<()> {
     let mut optimizer = Adamax::new(vars, ParamsAdamax { state_dtype: StateDType::F32, ..ParamsAdamax::pytorch() })?;
     for error in [
         optimizer.load_torch(recorded("torch_plain.safetensors")).unwrap_err(),
-        optimizer.save_torch(left("unnamed.safetensors")?).unwrap_err(),
+        optimizer.save_torch(Folder::new().file("unnamed")).unwrap_err(),
     ] {
         assert!(matches!(error.kind(), ErrorKind::UnnamedVar(_)), "{error}");
     }

@@ -12,12 +12,12 @@ mod reader;
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use candle_adamax::{Adamax, Kernel, ParamsAdamax, SparseGrad};
 use candle_core::{DType, Tensor, Var};
 use common::gradients::Grad;
-use common::{formulas, noise, tensor, values, var};
+use common::{formulas, noise, recorded, tensor, values, var};
 use reader::{Case, Outcome, Untouched, run, run_folder};
 use serde_json::json;
 
@@ -27,7 +27,7 @@ fn folder() -> PathBuf {
 
 /// That of this repository, whatever folder the cases are to come from.
 fn own_folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
+    recorded("")
 }
 
 /// Compares all cases. The summary is written past the test harness, which would keep that of a success to itself.

@@ -6,18 +6,12 @@ use candle_adamax::{Adamax, ParamsAdamax, Snapshot};
 use candle_core::{DType, Device, Var};
 
 use crate::common::folder::Folder;
+use crate::common::parts::with_header;
 use crate::common::process::has_passed_alone;
 use crate::measure::peak;
 
 /// What names, paths and errors take.
 const SMALL: usize = 64 << 10;
-
-fn with_header(header: &str, data: usize) -> Vec<u8> {
-    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
-    bytes.extend(header.as_bytes());
-    bytes.resize(bytes.len() + data, 0);
-    bytes
-}
 
 fn entry(name: &str, shape: &str, end: u64) -> String {
     format!("\"{name}\":{{\"dtype\":\"F32\",\"shape\":{shape},\"data_offsets\":[0,{end}]}}")

@@ -10,9 +10,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Module, Optimizer, VarMap};
 
 use crate::common::folder::Folder;
-use crate::common::{Fingerprint, bits, noise, tensor, values, var};
-
-const KERNELS: [Kernel; 2] = [Kernel::Auto, Kernel::Portable];
+use crate::common::{Fingerprint, KERNELS, bits, noise, tensor, values, var};
 
 fn scalar(value: f64) -> Var {
     var(&[value], &[1], DType::F32)

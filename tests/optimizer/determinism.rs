@@ -6,7 +6,7 @@ use candle_adamax::{
 };
 use candle_core::{DType, Tensor, Var};
 
-use crate::common::{DTYPES, Fingerprint, bits, noise, tensor, var};
+use crate::common::{DTYPES, Fingerprint, bits, noise, pool, tensor, var};
 
 /// One variable that is cut into pieces, two around the size where that begins, and two hundred small ones.
 fn shapes() -> Vec<(usize, DType)> {
@@ -22,7 +22,7 @@ fn run(threads: usize, params: &ParamsAdamax, calls: usize) -> (Fingerprint, Opt
         .map(|(i, (n, dtype))| (format!("var{i:03}"), var(&noise(i as u64, n), &[n], dtype)))
         .collect();
     let mut optimizer = Adamax::from_named(vars.clone(), params.clone()).unwrap();
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    let pool = pool(threads);
     let mut total_norm = None;
     for call in 0..calls {
         let seed = |i: usize| (1000 * (call + 1) + i) as u64;

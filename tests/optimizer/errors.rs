@@ -6,18 +6,16 @@ use std::time::Duration;
 
 use candle_adamax::{
     Adamax, ClipGradNorm, CosineDecay, CosineDecayRestarts, Ema, Epsilon, ErrorKind, ExponentialDecay, GradScaler,
-    GroupLr, GroupSettings, InverseTimeDecay, Join, Kernel, LearningRate, LearningRateSchedule, LinearWarmup,
-    MissingGradients, NormType, OneCycle, ParamGroup, ParamsAdamax, PiecewiseConstantDecay, PolynomialDecay,
-    ReduceLrOnPlateau, WeightDecay,
+    GroupLr, GroupSettings, InverseTimeDecay, Join, LearningRate, LearningRateSchedule, LinearWarmup, MissingGradients,
+    NormType, OneCycle, ParamGroup, ParamsAdamax, PiecewiseConstantDecay, PolynomialDecay, ReduceLrOnPlateau,
+    WeightDecay,
 };
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Optimizer as _;
 
 use crate::common::folder::Folder;
-use crate::common::{Fingerprint, noise, tensor, values, var};
-
-const KERNELS: [Kernel; 2] = [Kernel::Auto, Kernel::Portable];
+use crate::common::{Fingerprint, KERNELS, noise, tensor, values, var};
 
 /// Settings under a name of their own, which every error has to begin with.
 fn named() -> ParamsAdamax {

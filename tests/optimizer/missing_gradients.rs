@@ -1,17 +1,15 @@
 //! Variables without a gradient: which updates are refused, by which text, and the report of the others.
 
 use candle_adamax::{
-    Adamax, ErrorKind, GradScaler, GroupLr, GroupSettings, Kernel, LinearWarmup, MissingGradients, ParamGroup,
-    ParamsAdamax, SparseGrad, Table,
+    Adamax, ErrorKind, GradScaler, GroupLr, GroupSettings, LinearWarmup, MissingGradients, ParamGroup, ParamsAdamax,
+    SparseGrad, Table,
 };
 use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use candle_nn::{Init, LayerNorm, Linear, Module, Optimizer, VarBuilder, VarMap, layer_norm, linear, ops};
 
 use crate::common::folder::Folder;
-use crate::common::{Fingerprint, noise, tensor, values, var};
-
-const KERNELS: [Kernel; 2] = [Kernel::Auto, Kernel::Portable];
+use crate::common::{Fingerprint, KERNELS, noise, tensor, values, var};
 
 fn names<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
     names.collect()

@@ -7,15 +7,18 @@
 #[path = "../common/folder.rs"]
 #[allow(dead_code, reason = "other tests use the rest")]
 mod folder;
+#[path = "../common/parts.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod parts;
 mod program;
 
 use std::path::{Path, PathBuf};
 use std::process::Output;
 
 use folder::Folder;
+use parts::Parts;
 use program::{printed, refused};
-use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
 use serde_json::{Value, json};
 
 fn run(args: &[&str]) -> Output {
@@ -66,14 +69,13 @@ fn model(folder: &Folder, name: &str, config: impl FnOnce(&mut Value), weights: 
     let mut value: Value = serde_json::from_slice(&std::fs::read(made.join("config.json")).unwrap()).unwrap();
     config(&mut value);
     std::fs::write(path.join("config.json"), value.to_string()).unwrap();
-    let bytes = std::fs::read(made.join("model.safetensors")).unwrap();
-    let mut tensors = SafeTensors::deserialize(&bytes).unwrap().tensors();
-    tensors.retain(|(name, _)| !weights.iter().any(|(other, ..)| name == other));
+    let mut parts = Parts::read(&made.join("model.safetensors")).unwrap();
+    parts.metadata.clear();
     for &(name, dtype, bytes) in weights {
         let elements = bytes.len() * 8 / dtype.bitsize();
-        tensors.push((name.to_owned(), TensorView::new(dtype, vec![elements], bytes).unwrap()));
+        parts.tensors.insert(name.to_owned(), (dtype, vec![elements], bytes.to_vec()));
     }
-    safetensors::serialize_to_file(tensors, None, &path.join("model.safetensors")).unwrap();
+    parts.write(&path.join("model.safetensors")).unwrap();
     path
 }
 

@@ -5,11 +5,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Init, Module, Optimizer, VarMap};
 
 use crate::common::folder::Folder;
-use crate::common::{bits, tensor, values, var};
-
-fn ids(ids: &[u32]) -> Tensor {
-    Tensor::new(ids, &Device::Cpu).unwrap()
-}
+use crate::common::{bits, ids, tensor, values, var};
 
 /// Steps of a variable in f32 and of one in bf16 with a master, between which `write` changes both.
 fn beside_f32(write: impl Fn(&Var)) -> (Vec<f64>, Vec<f64>) {

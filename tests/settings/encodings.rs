@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use proptest::prelude::*;
 
 use crate::common::folder::Folder;
-use crate::common::{bits, values};
+use crate::common::{Random, bits, pool, values};
 
 const CODED: [StateDType; 3] = [StateDType::BF16, StateDType::F16, StateDType::Q8];
 
@@ -31,22 +31,6 @@ fn in_range(encoding: StateDType) -> f64 {
         StateDType::F16 => 2f64.powi(-27),
         StateDType::Q8 => 2f64.powi(-29),
         _ => 0.0,
-    }
-}
-
-/// Uniform numbers in [0, 1).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> f64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 11) as f64 / (1u64 << 53) as f64
-    }
-
-    /// Of magnitudes between 10^from and 10^to; one of twenty is zero.
-    fn gradient(&mut self, from: f64, to: f64) -> f32 {
-        let (magnitude, sign) = (10f64.powf(from + (to - from) * self.next()), self.next());
-        if self.next() < 0.05 { 0.0 } else { (if sign < 0.5 { -magnitude } else { magnitude }) as f32 }
     }
 }
 
@@ -482,7 +466,7 @@ fn a_master_is_the_run_in_f32() -> Result<()> {
 #[test]
 fn random_numbers_are_those_of_a_counter() -> Result<()> {
     let run = |names: &[&str], seed: u64, threads: usize| -> Result<Vec<Vec<u64>>> {
-        let pool = rayon_pool(threads);
+        let pool = pool(threads);
         let mut vars = Vec::new();
         for name in names {
             let values = (0..300_000).map(|i| (i as f32 * 0.1).sin()).collect::<Vec<_>>();
@@ -506,10 +490,6 @@ fn random_numbers_are_those_of_a_counter() -> Result<()> {
     assert_ne!(among[0], among[1], "names do");
     assert_ne!(run(&["b"], 1, 1)?, alone, "and so does the seed");
     Ok(())
-}
-
-fn rayon_pool(threads: usize) -> rayon::ThreadPool {
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap()
 }
 
 /// One norm for each row: no weight moves further than with a norm of its own.

@@ -1,7 +1,5 @@
 //! The loss scale that follows the gradients: against PyTorch's recorded series, and against runs without one.
 
-use std::path::Path;
-
 use candle_adamax::{
     Adamax, ClipGradNorm, Embedding, ErrorKind, GradScaler, GradScalerState, Kernel, MissingGradients, NormType,
     ParamGroup, ParamsAdamax, Rounding, SparseGrad, SparseUpdate, StateDType, TouchedRows,
@@ -11,7 +9,7 @@ use candle_nn::{Module, Optimizer};
 use serde_json::Value;
 
 use crate::common::folder::Folder;
-use crate::common::{DTYPES, Fingerprint, noise, tensor, values, var};
+use crate::common::{DTYPES, Fingerprint, noise, recorded, tensor, values, var};
 
 fn scaler(init_scale: f64, growth_interval: u64) -> GradScaler {
     GradScaler { init_scale, growth_interval, ..GradScaler::default() }
@@ -38,7 +36,7 @@ fn number(value: &Value) -> f64 {
 
 #[test]
 fn scales_and_skipped_steps_are_pytorchs() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/pytorch/grad_scaler.json");
+    let path = recorded("pytorch/grad_scaler.json");
     let recorded: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
     let (mut calls, mut skips, mut grown) = (0, 0, 0);
     for kernel in [Kernel::Auto, Kernel::Portable] {

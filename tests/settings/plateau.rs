@@ -1,7 +1,5 @@
 //! Learning rates that follow a metric: PyTorch's numbers, and with schedules, groups and checkpoints.
 
-use std::path::Path;
-
 use candle_adamax::{
     Adamax, ExponentialDecay, ParamGroup, ParamsAdamax, Plateau, PlateauMode, ReduceLrOnPlateau, ThresholdMode,
 };
@@ -10,7 +8,7 @@ use candle_nn::Optimizer;
 use serde_json::Value;
 
 use crate::common::folder::Folder;
-use crate::common::{tensor, values, var};
+use crate::common::{recorded, tensor, values, var};
 
 fn number(value: &Value) -> f64 {
     match value.as_str() {
@@ -41,7 +39,7 @@ fn settings(recorded: &Value) -> ReduceLrOnPlateau {
 
 #[test]
 fn learning_rates_are_pytorchs() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/pytorch/plateau.json");
+    let path = recorded("pytorch/plateau.json");
     let recorded: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
     let mut reductions = 0;
     let cases = recorded["cases"].as_array().unwrap();

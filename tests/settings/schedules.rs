@@ -11,10 +11,11 @@ use candle_adamax::{
 };
 use candle_core::{Device, Var};
 use proptest::prelude::*;
-use safetensors::SafeTensors;
 use serde_json::Value;
 
 use crate::common::folder::Folder;
+use crate::common::parts::Parts;
+use crate::common::recorded;
 
 /// The largest distance from Keras's f64 value, as a share of the largest value of the case.
 const TOLERANCE: f64 = 1e-13;
@@ -50,7 +51,7 @@ fn joins_in_joins_can_be_saved_or_are_refused() {
 
 #[test]
 fn golden() {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/schedules");
+    let directory = recorded("schedules");
     let mut classes = BTreeSet::new();
     for entry in fs::read_dir(&directory).unwrap() {
         let path = entry.unwrap().path();
@@ -72,28 +73,23 @@ fn golden() {
 
 /// Compares one file and returns the class it is about.
 fn check_golden(path: &Path) -> String {
-    let bytes = fs::read(path).unwrap();
-    let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
-    let case: Value = serde_json::from_str(&metadata.metadata().as_ref().unwrap()["case"]).unwrap();
+    let parts = Parts::read(path).unwrap();
+    let case = parts.json("case").unwrap();
     // As it was recorded, with the fields of `case` that are none of Keras's, and the `name` in the config.
     let schedule: Schedule = serde_json::from_value(case.clone()).unwrap();
     schedule.validate().unwrap();
 
-    let tensors = SafeTensors::deserialize(&bytes).unwrap();
-    let column = |name: &str| {
-        let data = tensors.tensor(name).unwrap().data().to_vec();
-        data.chunks_exact(8).map(|word| word.try_into().unwrap()).collect::<Vec<[u8; 8]>>()
-    };
+    let column = |name: &str| parts.tensors[name].2.as_chunks().0.to_vec();
     let steps = column("steps").into_iter().map(u64::from_le_bytes);
     let expected: Vec<f64> = column("lr_f64").into_iter().map(f64::from_le_bytes).collect();
-    let on_a_restart = tensors.tensor("restart_sensitive").unwrap().data().to_vec();
+    let on_a_restart = &parts.tensors["restart_sensitive"].2;
     let peak = expected.iter().copied().fold(0.0, f64::max);
 
     for ((step, &expected), on_a_restart) in steps.zip(&expected).zip(on_a_restart) {
         let got = schedule.learning_rate(step);
         let same = (got - expected).abs() <= TOLERANCE * peak;
         // There Keras may still be at the bottom of the cycle before; here it is always the top of the next one.
-        let restarted = on_a_restart == 1 && got > schedule.learning_rate(step - 1).max(expected);
+        let restarted = *on_a_restart == 1 && got > schedule.learning_rate(step - 1).max(expected);
         assert!(same || restarted, "{path:?}, step {step}: expected {expected:e}, got {got:e}");
     }
     case["class_name"].as_str().unwrap().to_owned()
@@ -101,7 +97,7 @@ fn check_golden(path: &Path) -> String {
 
 #[test]
 fn one_cycle_is_pytorchs() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/pytorch/one_cycle.json");
+    let path = recorded("pytorch/one_cycle.json");
     let recorded: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
     let cases = recorded["cases"].as_array().unwrap();
     assert!(cases.len() >= 10);

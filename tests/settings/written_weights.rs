@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Module, Optimizer, VarMap};
 
 use crate::common::folder::Folder;
-use crate::common::{bits, tensor, values, var};
+use crate::common::{bits, pool, tensor, values, var};
 
 const HALVES: [DType; 2] = [DType::BF16, DType::F16];
 const ROUNDINGS: [Rounding; 3] = [Rounding::Nearest, Rounding::Stochastic, Rounding::Master];
@@ -467,8 +467,7 @@ fn threads_make_no_difference_to_averages_that_overwrite() -> Result<()> {
     for dtype in HALVES {
         for rounding in ROUNDINGS {
             let run = |threads: usize| -> Result<Vec<u64>> {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                pool.install(|| {
+                pool(threads).install(|| {
                     let mut twins = Twins::new(&[N], dtype, &with_average(0.9, Some(2), rounding))?;
                     for seed in 0..4 {
                         twins.step(seed)?;

@@ -9,8 +9,8 @@ use candle_core::{DType, Tensor, Var};
 
 use crate::common::folder::Folder;
 use crate::common::gradients::Grad;
-use crate::common::{DTYPES, Fingerprint, noise, tensor, values, var};
-use crate::support::{Checked, KERNELS, coarse, grads, ids, noisy, scatter, sparse};
+use crate::common::{DTYPES, Fingerprint, KERNELS, ids, noise, tensor, values, var};
+use crate::support::{Checked, coarse, grads, noisy, scatter, sparse};
 
 fn accumulating(steps: u64) -> ParamsAdamax {
     ParamsAdamax {

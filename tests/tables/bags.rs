@@ -12,7 +12,7 @@ use candle_nn::{Module as _, Optimizer as _};
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, RngSeed};
 
-use crate::common::{DTYPES, bits, noise, tensor, values, var};
+use crate::common::{DTYPES, ID_DTYPES, bits, ids as ids_of, noise, pool, tensor, values, var};
 
 const POOLINGS: [Pooling; 3] = [Pooling::Sum, Pooling::Mean, Pooling::Max];
 const ROWS: usize = 12;
@@ -105,10 +105,6 @@ fn table(seed: u64, dtype: DType) -> Var {
 
 fn widened(tensor: &Tensor) -> Var {
     Var::from_tensor(&tensor.detach().to_dtype(DType::F64).unwrap()).unwrap()
-}
-
-fn ids_of(ids: &[u32]) -> Tensor {
-    Tensor::from_slice(ids, ids.len(), &Device::Cpu).unwrap()
 }
 
 /// Bags of candle's operations, one after another, of lookups that are multiplied with `factors`, `[n]`.
@@ -209,7 +205,7 @@ fn a_matrix_and_offsets_are_the_same_bags() {
             let batch = layer.pool(&Bags::batch(&ids).unwrap()).unwrap();
             let of_batch = reaching(&weight, &loss(&batch).backward().unwrap());
             assert_eq!(bits(&layer.forward(&ids).unwrap()), bits(&batch));
-            for dtype in [DType::U8, DType::U32, DType::I16, DType::I32, DType::I64] {
+            for dtype in ID_DTYPES {
                 let offsets = Tensor::new(&[0u32, 3], &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
                 let other = layer.pool(&Bags::offsets(&flat, &offsets).unwrap()).unwrap();
                 assert_eq!(bits(&other), bits(&batch), "{dtype:?}");
@@ -484,10 +480,7 @@ fn threads_make_no_difference_to_pooling() {
     let starts = lengths.scan(0, |end, length| Some(std::mem::replace(end, *end + length) as u32));
     let bags = Bags::offsets(&ids_of(&ids), &ids_of(&starts.collect::<Vec<_>>())).unwrap();
     let layer = EmbeddingBag::new(weight.as_tensor().clone(), Pooling::Mean).unwrap();
-    let pooled = |threads: usize| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| bits(&layer.pool(&bags).unwrap()))
-    };
+    let pooled = |threads: usize| pool(threads).install(|| bits(&layer.pool(&bags).unwrap()));
     let expected = pooled(1);
     assert!((2..6).all(|threads| pooled(threads) == expected));
 }

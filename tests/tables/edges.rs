@@ -10,10 +10,8 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Module as _;
 
 use crate::common::gradients::Grad;
-use crate::common::{DTYPES, bits, noise, tensor, values, var};
-use crate::support::{
-    Checked, ID_DTYPES, KERNELS, assert_near, coarse, grads, ids, ids_of, noisy, received, scatter, sparse,
-};
+use crate::common::{DTYPES, ID_DTYPES, KERNELS, bits, ids, noise, tensor, values, var};
+use crate::support::{Checked, assert_near, coarse, grads, ids_of, noisy, received, scatter, sparse};
 
 /// Factors that tell the elements of `n` rows of 3 apart.
 fn factors(seed: u64, n: usize) -> Tensor {

@@ -8,10 +8,9 @@ use candle_adamax::{
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Module as _, Optimizer as _};
 
-use crate::common::{Fingerprint, bits, noise, tensor, var};
+use crate::common::{Fingerprint, ID_DTYPES, KERNELS, bits, noise, tensor, var};
 
 const CPU: &Device = &Device::Cpu;
-const INTEGERS: [DType; 5] = [DType::U8, DType::U32, DType::I16, DType::I32, DType::I64];
 
 fn integers(ids: &[i64], dtype: DType) -> Tensor {
     Tensor::new(ids, CPU).unwrap().to_dtype(dtype).unwrap()
@@ -24,7 +23,7 @@ fn sparse(ids: &[i64], shape: &[usize], dtype: DType) -> SparseGrad {
 
 /// Optimizers in the middle of their work: a table `items` of ten rows, and a bias `bias`.
 fn trained() -> impl Iterator<Item = (Adamax, Vec<(String, Var)>)> {
-    [1, 3].into_iter().flat_map(|steps| [Kernel::Auto, Kernel::Portable].map(|kernel| (steps, kernel))).map(
+    [1, 3].into_iter().flat_map(|steps| KERNELS.map(|kernel| (steps, kernel))).map(
         |(gradient_accumulation_steps, kernel)| {
             let items = var(&noise(1, 40), &[10, 4], DType::F32);
             let bias = var(&noise(2, 4), &[4], DType::F32);
@@ -88,7 +87,7 @@ fn ids_out_of_range() {
         assert_text(SparseGrad::touched_rows(&table.weight().detach(), ids), text);
         assert_eq!(bits(&weight), before);
     };
-    for dtype in INTEGERS {
+    for dtype in ID_DTYPES {
         everywhere(&matrix(10, dtype), &format!("id 10 at position [1, 2] of ids {OUT_OF_RANGE}"));
         assert!(table.lookup(&matrix(9, dtype)).is_ok());
     }
@@ -202,7 +201,7 @@ fn sparse_gradients_that_do_not_fit() {
     for id in [-1, 10, 1 << 31, (1 << 32) + 1, i64::MIN] {
         cases.push((with(integers(&[1, id], DType::I64), &[2, 4], DType::F32), index(id)));
     }
-    cases.extend(INTEGERS.map(|dtype| (with(integers(&[1, 10], dtype), &[2, 4], DType::F32), index(10))));
+    cases.extend(ID_DTYPES.map(|dtype| (with(integers(&[1, 10], dtype), &[2, 4], DType::F32), index(10))));
     for mut optimizer in trained() {
         let (bias, items) = (optimizer.1[0].1.clone(), optimizer.1[1].1.clone());
         for (bad, text) in &cases {
@@ -281,7 +280,7 @@ fn steps_of_rows_that_do_not_fit() {
         let text = "the var of pair 1, of shape [10, 4], is not one of this optimizer's; add it first";
         assert_fails(&mut optimizer, |optimizer| optimizer.step_rows(&grads, listed), text);
         for (id, dtype) in
-            INTEGERS.map(|dtype| (10, dtype)).into_iter().chain([(-1, DType::I64), (1 << 32, DType::I64)])
+            ID_DTYPES.map(|dtype| (10, dtype)).into_iter().chain([(-1, DType::I64), (1 << 32, DType::I64)])
         {
             let bad = integers(&[1, 2, 3, id], dtype).reshape((2, 2)).unwrap();
             let text = format!("id {id} at position [1, 1] of the touched rows of `items` {OUT_OF_RANGE}");
@@ -422,7 +421,7 @@ fn layers_that_cannot_be() {
         assert_text(embedding(shape), &text);
         assert_text(bag(shape), &text);
     }
-    for dtype in INTEGERS {
+    for dtype in ID_DTYPES {
         let weight = Tensor::zeros((3, 2), dtype, CPU).unwrap();
         let text = format!("table dtype mismatch for `weight`: expected F64, F32, F16 or BF16, got {dtype:?}");
         assert_text(Table::new(&weight), &text);

@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Module, Optimizer, VarBuilder, VarMap};
 
 use crate::common::folder::Folder;
-use crate::common::{bits, noise, tensor};
+use crate::common::{bits, ids, noise, tensor};
 
 const ROWS: usize = 20;
 const DIM: usize = 3;
@@ -29,10 +29,6 @@ fn params() -> ParamsAdamax {
 
 fn optimizer(var: &Var) -> Adamax {
     Adamax::from_named([("table", var.clone())], params()).unwrap()
-}
-
-fn ids(ids: &[u32]) -> Tensor {
-    Tensor::new(ids, &Device::Cpu).unwrap()
 }
 
 /// Factors that tell the elements of a result apart.

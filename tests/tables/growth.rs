@@ -7,8 +7,8 @@ use candle_core::{DType, Var};
 use candle_nn::{Module as _, Optimizer as _, VarMap};
 
 use crate::common::folder::Folder;
-use crate::common::{DTYPES, Fingerprint, bits, noise, tensor, values, var};
-use crate::support::{ID_DTYPES, KERNELS, coarse, ids, ids_of, noisy, sparse};
+use crate::common::{DTYPES, Fingerprint, ID_DTYPES, KERNELS, bits, ids, noise, tensor, values, var};
+use crate::support::{coarse, ids_of, noisy, sparse};
 
 fn params() -> ParamsAdamax {
     ParamsAdamax { lr: 0.05.into(), missing_gradients: MissingGradients::Allow, ..Default::default() }

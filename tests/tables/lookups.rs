@@ -13,13 +13,9 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Module as _;
 
-use crate::common::{DTYPES, bits, noise, tensor, values, var};
+use crate::common::{DTYPES, bits, ids, noise, tensor, values, var};
 
 const CPU: &Device = &Device::Cpu;
-
-fn ids(ids: &[u32]) -> Tensor {
-    Tensor::from_slice(ids, ids.len(), CPU).unwrap()
-}
 
 fn of(var: &Var) -> Tensor {
     var.as_tensor().clone()

@@ -10,8 +10,8 @@ use candle_nn::{Module as _, Optimizer as _};
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, RngSeed};
 
-use crate::common::{DTYPES, Fingerprint, bits, noise, tensor, values, var};
-use crate::support::{coarse, ids, received, scatter};
+use crate::common::{DTYPES, Fingerprint, bits, ids, noise, pool, shuffled, tensor, values, var};
+use crate::support::{coarse, received, scatter};
 
 /// Few cases, always the same ones, and no file of those that failed.
 fn config(cases: u32) -> ProptestConfig {
@@ -51,14 +51,6 @@ fn params() -> impl Strategy<Value = ParamsAdamax> {
 /// Whether norms are measured, which the portable path does in another order for dense gradients than for rows.
 fn measures(params: &ParamsAdamax) -> bool {
     params.clip_norm.is_some() || params.clip_global_norm.is_some() || params.clip_grad_norm.is_some()
-}
-
-/// Numbers 0 to n - 1 in an order that looks random.
-fn shuffled(seed: u64, n: usize) -> Vec<usize> {
-    let keys = noise(seed, n);
-    let mut order: Vec<usize> = (0..n).collect();
-    order.sort_by(|&a, &b| keys[a].total_cmp(&keys[b]));
-    order
 }
 
 fn fingerprint(optimizer: &Adamax, w: &candle_core::Var) -> Fingerprint {
@@ -165,7 +157,7 @@ fn large(threads: usize, dtype: DType, params: &ParamsAdamax) -> (Fingerprint, V
     let layer = Embedding::new(w.as_tensor().clone()).unwrap();
     let bag = EmbeddingBag::new(w.as_tensor().clone(), Pooling::Mean).unwrap();
     let mut optimizer = Adamax::from_named([("w", w.clone())], params.clone()).unwrap();
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    let pool = pool(threads);
     // Some rows very often.
     let row = |x: f64| ((x * x * x).abs() * ROWS as f64) as u32;
     let of: Vec<u32> = noise(2, IDS).into_iter().map(row).collect();

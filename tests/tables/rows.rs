@@ -9,15 +9,9 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Module as _, Optimizer as _};
 
 use crate::common::folder::Folder;
-use crate::common::{DTYPES, Fingerprint, bits, noise, tensor, values, var};
+use crate::common::{DTYPES, Fingerprint, ID_DTYPES, KERNELS, bits, ids as ids_of, noise, tensor, values, var};
 
 const CPU: &Device = &Device::Cpu;
-const KERNELS: [Kernel; 2] = [Kernel::Auto, Kernel::Portable];
-
-fn ids_of(ids: &[u32]) -> Tensor {
-    Tensor::from_slice(ids, ids.len(), CPU).unwrap()
-}
-
 /// A loss with another factor for each element, so that no two gradients are the same.
 fn loss(rows: &Tensor) -> Tensor {
     let factors = tensor(&noise(77, rows.elem_count()), rows.dims(), rows.dtype());
@@ -56,7 +50,7 @@ fn assert_as_candle(weight: &Var, ids: &Tensor) {
 
 #[test]
 fn ids_of_every_dtype_and_shape() {
-    for dtype in [DType::U8, DType::U32, DType::I16, DType::I32, DType::I64] {
+    for dtype in ID_DTYPES {
         let weight = var(&noise(1, 30), &[10, 3], DType::F32);
         let all: Vec<i64> = (0..24).map(|i| i * 7 % 11 % 10).collect();
         let all = Tensor::new(all, CPU).unwrap().to_dtype(dtype).unwrap();

@@ -12,19 +12,14 @@ use proptest::test_runner::{RngAlgorithm, RngSeed};
 
 use crate::common::folder::Folder;
 use crate::common::gradients::Grad;
-use crate::common::{DTYPES, Fingerprint, bits, formulas, noise, tensor, values, var};
+use crate::common::{DTYPES, Fingerprint, bits, formulas, noise, pool, tensor, values, var};
+use crate::support::noisy;
 
 const ROWS: usize = 12;
 const DIM: usize = 5;
 
 fn params() -> ParamsAdamax {
     ParamsAdamax { lr: 0.05.into(), missing_gradients: MissingGradients::Allow, ..Default::default() }
-}
-
-/// A gradient of the rows `indices`, with values that look random.
-fn sparse(indices: &[u32], seed: u64, dim: usize, dtype: DType) -> SparseGrad {
-    let values = tensor(&noise(seed, indices.len() * dim), &[indices.len(), dim], dtype);
-    SparseGrad { indices: Tensor::new(indices, &Device::Cpu).unwrap(), values }
 }
 
 /// A table and a dense variable.
@@ -41,7 +36,7 @@ fn grads(k: usize, dtype: DType) -> BTreeMap<String, Grad> {
     let table = match k % 7 {
         4 => None,
         6 => Some(Grad::Dense(tensor(&noise(90 + k as u64, ROWS * DIM), &[ROWS, DIM], dtype))),
-        _ => Some(Grad::Sparse(sparse(LISTS[k % 6], 70 + k as u64, DIM, dtype))),
+        _ => Some(Grad::Sparse(noisy(LISTS[k % 6], 70 + k as u64, &[DIM], dtype))),
     };
     table.map(|grad| ("table.weight".to_owned(), grad)).into_iter().chain([("dense.bias".to_owned(), dense)]).collect()
 }
@@ -242,7 +237,7 @@ fn a_dense_and_a_sparse_gradient_of_one_var_are_added() {
         let table = &vars["table.weight"];
         let mut optimizer = Adamax::from_named([("table", table.clone())], params()).unwrap();
         let dense = tensor(&noise(4, ROWS * DIM), &[ROWS, DIM], DType::F64);
-        let rows = sparse(&[2, 9], 5, DIM, DType::F64);
+        let rows = noisy(&[2, 9], 5, &[DIM], DType::F64);
         if split {
             optimizer.apply_gradients([(table, Gradient::Dense(&dense)), (table, Gradient::Sparse(&rows))]).unwrap();
         } else {
@@ -269,12 +264,9 @@ fn run(params: &ParamsAdamax, dtype: DType, table: &[usize; 2], calls: &[Grad]) 
 fn threads_do_not_change_a_bit() {
     const LARGE: [usize; 2] = [30_000, 64];
     let ids: Vec<u32> = (0..20_000u32).map(|i| i.wrapping_mul(2_654_435_761) % 30_000).collect();
-    let calls: Vec<Grad> = (0..2).map(|seed| Grad::Sparse(sparse(&ids, seed, 64, DType::F32))).collect();
+    let calls: Vec<Grad> = (0..2).map(|seed| Grad::Sparse(noisy(&ids, seed, &[64], DType::F32))).collect();
     let params = ParamsAdamax { clip_global_norm: Some(1.0), ..params() };
-    let with = |threads: usize| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| run(&params, DType::F32, &LARGE, &calls))
-    };
+    let with = |threads: usize| pool(threads).install(|| run(&params, DType::F32, &LARGE, &calls));
     let expected = with(1);
     for threads in [2, 3, 8] {
         assert!(with(threads) == expected, "{threads} threads");

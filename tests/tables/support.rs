@@ -1,6 +1,5 @@
 //! What the tests of tables share: ids, gradients of rows, what a table is given, and calls that are checked against the
 //! formulas.
-#![allow(dead_code, reason = "every test file compiles its own copy and uses a part of it")]
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,12 +9,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Optimizer as _;
 
 use crate::common::gradients::{Grad, Whole, row_len};
-use crate::common::{Fingerprint, bits, formulas, noise, tensor, values};
-
-pub(crate) const KERNELS: [Kernel; 2] = [Kernel::Auto, Kernel::Portable];
-
-/// The dtypes that ids may have.
-pub(crate) const ID_DTYPES: [DType; 5] = [DType::U8, DType::U32, DType::I16, DType::I32, DType::I64];
+use crate::common::{Fingerprint, bits, formulas, ids, noise, tensor, values};
 
 /// Ids of one of these dtypes. Not by a conversion of candle's, which not all of them have.
 #[track_caller]
@@ -30,12 +24,6 @@ pub(crate) fn ids_of(of: &[i64], shape: &[usize], dtype: DType) -> Tensor {
         other => panic!("{other:?} is no dtype of ids"),
     }
     .unwrap()
-}
-
-/// A list of ids.
-#[track_caller]
-pub(crate) fn ids(of: &[u32]) -> Tensor {
-    Tensor::from_slice(of, of.len(), &Device::Cpu).unwrap()
 }
 
 /// The gradient `values` of the rows `of`, each of the shape `row`.

@@ -8,8 +8,8 @@ use candle_core::{DType, Tensor, Var};
 use candle_nn::{Module as _, Optimizer as _};
 
 use crate::common::gradients::Grad;
-use crate::common::{DTYPES, Fingerprint, bits, noise, tensor, values, var};
-use crate::support::{Checked, KERNELS, coarse, grads, ids, noisy, scatter, sparse};
+use crate::common::{DTYPES, Fingerprint, KERNELS, bits, ids, noise, tensor, values, var};
+use crate::support::{Checked, coarse, grads, noisy, scatter, sparse};
 
 fn base() -> ParamsAdamax {
     ParamsAdamax { lr: 0.05.into(), missing_gradients: MissingGradients::Allow, ..Default::default() }

@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail, ensure};
 use candle_core::{DType, Tensor};
 use half::{bf16, f16};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::Dtype;
 use serde_json::{Map, Value};
+
+use crate::common::parts::Parts;
 
 /// All that a case may say about itself, and which kinds say it.
 const KEYS: [(&str, &[&str]); 4] = [
@@ -43,12 +45,11 @@ pub(crate) struct Array {
 }
 
 impl Array {
-    fn read(view: &TensorView<'_>) -> Result<Self> {
+    fn new(dtype: Dtype, shape: Vec<usize>, bytes: &[u8]) -> Result<Self> {
         fn all<const N: usize>(bytes: &[u8], number: impl Fn([u8; N]) -> f64) -> Vec<f64> {
             bytes.as_chunks::<N>().0.iter().map(|bytes| number(*bytes)).collect()
         }
-        let bytes = view.data();
-        let values = match view.dtype() {
+        let values = match dtype {
             Dtype::F64 => all(bytes, f64::from_le_bytes),
             Dtype::F32 => all(bytes, |b| f32::from_le_bytes(b).into()),
             Dtype::F16 => all(bytes, |b| f16::from_le_bytes(b).to_f64()),
@@ -58,7 +59,7 @@ impl Array {
             Dtype::U8 => all(bytes, |[b]| b.into()),
             other => bail!("tensors of dtype {other:?} are not understood"),
         };
-        Ok(Self { dtype: view.dtype(), shape: view.shape().to_vec(), values })
+        Ok(Self { dtype, shape, values })
     }
 
     /// The dtype, as candle calls it.
@@ -95,16 +96,15 @@ pub(crate) struct Case {
 impl Case {
     /// Reads a file; none if its metadata holds no case.
     pub(crate) fn read(path: &Path) -> Result<Option<Self>> {
-        let bytes = std::fs::read(path)?;
-        let (_, metadata) = SafeTensors::read_metadata(&bytes)?;
-        let Some(json) = metadata.metadata().as_ref().and_then(|metadata| metadata.get("case")) else {
+        let parts = Parts::read(path)?;
+        if !parts.metadata.contains_key("case") {
             return Ok(None);
-        };
-        let json = serde_json::from_str(json).context("the metadata `case`")?;
-        let tensors = SafeTensors::deserialize(&bytes)?;
-        let tensors = tensors
-            .iter()
-            .map(|(name, view)| Ok((name.to_owned(), Array::read(&view).with_context(|| format!("tensor `{name}`"))?)));
+        }
+        let json = parts.json("case").context("the metadata `case`")?;
+        let tensors = parts.tensors.into_iter().map(|(name, (dtype, shape, bytes))| {
+            let array = Array::new(dtype, shape, &bytes).with_context(|| format!("tensor `{name}`"))?;
+            Ok((name, array))
+        });
         Ok(Some(Self { json, tensors: tensors.collect::<Result<_>>()? }))
     }
 

@@ -8,41 +8,9 @@ use candle_adamax::{
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Module, Optimizer};
 
-use crate::common::{bits, noise, values};
+use crate::common::{Random, bits, noise, values};
 
 const CPU: &Device = &Device::Cpu;
-
-/// Uniform numbers in [0, 1).
-pub(super) struct Random(pub(super) u64);
-
-impl Random {
-    pub(super) fn next(&mut self) -> f64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 11) as f64 / (1u64 << 53) as f64
-    }
-
-    /// Some rows, of which the first are touched often and the last hardly ever: Pareto's law.
-    pub(super) fn rows(&mut self, rows: usize) -> Vec<u32> {
-        let mut drawn: Vec<u32> = (0..4)
-            .map(|_| ((1.0 - self.next()).powf(-1.0 / 1.16) - 1.0) * 3.0)
-            .filter(|row| *row < rows as f64)
-            .map(|row| row as u32)
-            .chain([0])
-            .collect();
-        drawn.sort_unstable();
-        drawn.dedup();
-        drawn
-    }
-
-    /// Magnitudes between 10^from and 10^to.
-    pub(super) fn values(&mut self, n: usize, from: f64, to: f64) -> Vec<f64> {
-        let mut value = || {
-            let magnitude = 10f64.powf(from + (to - from) * self.next());
-            if self.next() < 0.5 { -magnitude } else { magnitude }
-        };
-        (0..n).map(|_| value()).collect()
-    }
-}
 
 /// The same table twice.
 struct Pair {

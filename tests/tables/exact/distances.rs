@@ -4,8 +4,8 @@ use candle_adamax::{Adamax, ParamsAdamax, SparseGrad, SparseUpdate, StateDType};
 use candle_core::{DType, Result, Tensor, Var};
 
 use super::CPU;
-use super::dense::{Random, decaying};
-use crate::common::{noise, values};
+use super::dense::decaying;
+use crate::common::{Random, noise, values};
 
 const ROWS: usize = 30;
 const DIM: usize = 8;
