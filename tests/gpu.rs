@@ -6,9 +6,9 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
-mod golden_support;
+#[path = "golden_cases/reader/mod.rs"]
+mod reader;
 
-use std::path::Path;
 use std::sync::LazyLock;
 
 use candle_adamax::{
@@ -18,7 +18,7 @@ use candle_adamax::{
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor, Var};
 use candle_nn::{Module, Optimizer};
-use common::{Fingerprint, bits, noise, on, tensor, values, var};
+use common::{Fingerprint, bits, noise, on, recorded, tensor, values, var};
 
 /// The first GPU.
 fn gpu() -> &'static Device {
@@ -85,9 +85,8 @@ fn compare(dtypes: (DType, DType), params: &ParamsAdamax, steps: u64, offset: us
 
 #[test]
 fn recorded_runs_of_other_frameworks() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     for kernel in [Kernel::Auto, Kernel::Portable] {
-        let summary = on(gpu(), || golden_support::run_folder(&folder, kernel)).unwrap();
+        let summary = on(gpu(), || reader::run_folder(&recorded(""), kernel)).unwrap();
         assert!(summary.failures.is_empty(), "{kernel:?}:\n{summary}");
     }
 }

@@ -20,8 +20,9 @@ use candle_adamax::{
     Adamax, Bags, Ema, EmbeddingBag, ParamsAdamax, Pooling, Rounding, SparseUpdate, StateDType, Table, WeightDecay,
 };
 use candle_core::{DType, Device, Tensor, Var};
-use common::noise;
-use rayon::{ThreadPool, ThreadPoolBuilder};
+use common::folder::Folder;
+use common::{noise, pool};
+use rayon::ThreadPool;
 
 /// How much longer than it should a scenario may take, on a machine that has much else to do.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -85,10 +86,6 @@ fn in_tasks(pool: Option<&ThreadPool>, n: u64, call: impl Fn(u64) + Sync) {
         Some(pool) => pool.in_place_scope(|tasks| (0..n).for_each(|i| tasks.spawn(move |_| call(i)))),
         None => rayon::in_place_scope(|tasks| (0..n).for_each(|i| tasks.spawn(move |_| call(i)))),
     }
-}
-
-fn own_pool(threads: usize) -> ThreadPool {
-    ThreadPoolBuilder::new().num_threads(threads).build().unwrap()
 }
 
 fn random(shape: &[usize], dtype: DType) -> Tensor {
@@ -191,7 +188,7 @@ struct World {
     coded: Trained,
     table: Rows,
     lagging: Rows,
-    folder: tempdir::Folder,
+    folder: Folder,
 }
 
 impl World {
@@ -218,7 +215,7 @@ impl World {
             coded: Trained::new(vec![random_var(&[200_000], DType::F32)], q8),
             table: Rows::new(8000, ParamsAdamax::default()),
             lagging: Rows::lagging(8000),
-            folder: tempdir::Folder::new(),
+            folder: Folder::new(),
         }
     }
 
@@ -262,8 +259,8 @@ impl World {
         add(
             1,
             Box::new(move |_| {
-                lagging.optimizer.read().unwrap().save(folder.0.join("lagging")).unwrap();
-                halves.optimizer.read().unwrap().save(folder.0.join("halves")).unwrap();
+                lagging.optimizer.read().unwrap().save(folder.file("lagging")).unwrap();
+                halves.optimizer.read().unwrap().save(folder.file("halves")).unwrap();
             }),
         );
         // candle's own operations; always y before x, or candle waits for itself.
@@ -294,36 +291,12 @@ impl World {
     }
 }
 
-/// A folder that is removed at the end.
-mod tempdir {
-    use std::path::PathBuf;
-    use std::sync::atomic::{AtomicU32, Ordering};
-
-    pub(super) struct Folder(pub(super) PathBuf);
-
-    impl Folder {
-        pub(super) fn new() -> Self {
-            static NEXT: AtomicU32 = AtomicU32::new(0);
-            let name = format!("adamax-side-by-side-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-            let path = std::env::temp_dir().join(name);
-            std::fs::create_dir_all(&path).unwrap();
-            Self(path)
-        }
-    }
-
-    impl Drop for Folder {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_dir_all(&self.0);
-        }
-    }
-}
-
 /// Lookups of an `Exact` table, whose rows catch up, as tasks, and no step beside them.
 #[test]
 fn lookups_of_an_exact_table_in_tasks() {
     let rows = &Rows::lagging(200_000);
     for threads in [None, Some(4)] {
-        let pool = threads.map(own_pool);
+        let pool = threads.map(pool);
         let round: Call<'_> = Box::new(|round| {
             in_tasks(pool.as_ref(), 24, |task| rows.lookup(24 * round + task, 20_000));
             // All rows lag behind again.
@@ -337,7 +310,7 @@ fn lookups_of_an_exact_table_in_tasks() {
 #[test]
 fn a_step_beside_lookups_in_tasks_of_its_pool() {
     for threads in [None, Some(1), Some(2)] {
-        let pool = threads.map(own_pool);
+        let pool = threads.map(pool);
         let rows = &Rows::new(200_000, ParamsAdamax::default());
         let whole = &Trained::new(vec![rows.weight.clone()], ParamsAdamax::default());
         let round: Call<'_> = Box::new(|round| {
@@ -403,9 +376,9 @@ fn everything_in_tasks_of_the_global_pool() {
 }
 
 #[test]
-fn everything_in_tasks_of_own_pools() {
+fn everything_in_tasks_of_pools() {
     for threads in [1, 2] {
-        let (world, pool) = (World::new(), own_pool(threads));
+        let (world, pool) = (World::new(), pool(threads));
         let mut calls = world.calls(|n| Place::Tasks(Some(&pool), n));
         calls.push(world.products());
         beside(&format!("everything in tasks of an own pool of {threads}"), calls);
@@ -416,7 +389,7 @@ fn everything_in_tasks_of_own_pools() {
 /// the first are computed, too.
 #[test]
 fn everything_everywhere() {
-    let (world, other, small, large) = (World::new(), World::new(), own_pool(1), own_pool(2));
+    let (world, other, small, large) = (World::new(), World::new(), pool(1), pool(2));
     let mut calls = world.calls(|_| Place::Thread);
     calls.push(world.products());
     calls.extend(world.calls(|n| Place::Tasks(Some(&small), n)));

@@ -1,17 +1,32 @@
 //! What several test files share: tensors in and out of `f64`, bits to compare, and the formulas once more.
-#![allow(dead_code, reason = "every test file compiles its own copy and uses a part of it")]
+#![allow(dead_code, unused_imports, reason = "every test program compiles its own copy and uses a part of it")]
 
+mod fingerprint;
+pub(crate) mod folder;
 pub(crate) mod formulas;
 pub(crate) mod gradients;
+pub(crate) mod parts;
+pub(crate) mod process;
+mod random;
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
-use candle_adamax::{AccumulatedGrad, Adamax, Snapshot, SparseGrad};
+use candle_adamax::Kernel;
 use candle_core::{DType, Device, Tensor, Var};
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+pub(crate) use fingerprint::Fingerprint;
+pub(crate) use random::{Random, noise, shuffled};
 
 /// The dtypes that variables may have.
 pub(crate) const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::BF16];
+
+/// The ways in which a step is computed.
+pub(crate) const KERNELS: [Kernel; 2] = [Kernel::Auto, Kernel::Portable];
+
+/// The dtypes that ids may have.
+pub(crate) const ID_DTYPES: [DType; 5] = [DType::U8, DType::U32, DType::I16, DType::I32, DType::I64];
 
 thread_local! {
     static DEVICE: RefCell<Device> = const { RefCell::new(Device::Cpu) };
@@ -63,49 +78,18 @@ pub(crate) fn bits(tensor: &Tensor) -> Vec<u64> {
     values(tensor).into_iter().map(canonical).collect()
 }
 
-/// Everything that a call of `step` may change: the bits of each variable and of its state, and the counters.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Fingerprint(BTreeMap<String, Vec<Vec<u64>>>, String);
-
-impl Fingerprint {
-    #[track_caller]
-    pub(crate) fn of(optimizer: &Adamax, vars: &[(String, Var)]) -> Self {
-        let Snapshot { params, groups, counters, grad_scaler, plateau, vars: states } = optimizer.snapshot().unwrap();
-        let of_var = |(name, var): &(String, Var)| {
-            let state = &states[name];
-            let mut all = vec![bits(var), bits(&state.exp_avg), bits(&state.exp_inf), vec![state.step]];
-            all.push(state.ema.as_ref().map(bits).unwrap_or_default());
-            all.extend(state.accumulated.iter().flat_map(|(sum, calls)| {
-                let tensors = match sum {
-                    AccumulatedGrad::Dense(sum) => vec![sum],
-                    AccumulatedGrad::Rows(SparseGrad { indices, values }) => vec![indices, values],
-                };
-                tensors.into_iter().map(bits).chain([vec![*calls]]).collect::<Vec<_>>()
-            }));
-            (name.clone(), all)
-        };
-        Self(
-            vars.iter().map(of_var).collect(),
-            format!("{params:?} {groups:?} {counters:?} {grad_scaler:?} {plateau:?}"),
-        )
-    }
-
-    /// The bits alone, for optimizers whose settings differ.
-    pub(crate) fn bits(&self) -> &BTreeMap<String, Vec<Vec<u64>>> {
-        &self.0
-    }
+/// A list of ids.
+#[track_caller]
+pub(crate) fn ids(of: &[u32]) -> Tensor {
+    Tensor::from_slice(of, of.len(), &Device::Cpu).unwrap()
 }
 
-/// Numbers from -1 to 1 that look random and are the same everywhere.
-pub(crate) fn noise(seed: u64, n: usize) -> Vec<f64> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(1);
-    let mut next = || {
-        // SplitMix64.
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) as i64 as f64 / 2f64.powi(63)
-    };
-    (0..n).map(|_| next()).collect()
+/// A pool of so many threads.
+pub(crate) fn pool(threads: usize) -> ThreadPool {
+    ThreadPoolBuilder::new().num_threads(threads).build().unwrap()
+}
+
+/// The path of what other frameworks have recorded.
+pub(crate) fn recorded(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
 }

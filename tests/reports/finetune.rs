@@ -4,14 +4,21 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+#[path = "../common/folder.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod folder;
+#[path = "../common/parts.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod parts;
 mod program;
 
 use std::path::{Path, PathBuf};
 use std::process::Output;
 
-use program::{Folder, printed, refused};
-use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors};
+use folder::Folder;
+use parts::Parts;
+use program::{printed, refused};
+use safetensors::Dtype;
 use serde_json::{Value, json};
 
 fn run(args: &[&str]) -> Output {
@@ -29,7 +36,7 @@ fn texts(n: usize) -> String {
 
 /// A run on `data`, into the folder `out`.
 fn train(folder: &Folder, data: &Path, out: &str, more: &[&str]) -> Output {
-    let (data, out) = (data.display().to_string(), folder.path(out).display().to_string());
+    let (data, out) = (data.display().to_string(), folder.file(out).display().to_string());
     let always = ["--data", &data, "--out", &out, "--epochs", "1", "--max-length", "16"];
     // The last of two options that are the same holds.
     let given = |option: &str| more.contains(&option);
@@ -39,7 +46,7 @@ fn train(folder: &Folder, data: &Path, out: &str, more: &[&str]) -> Output {
 
 /// The steps of a run, as its checkpoint has them.
 fn steps(folder: &Folder, out: &str) -> Vec<Value> {
-    let entries = std::fs::read_dir(folder.path(out)).unwrap().map(|entry| entry.unwrap().path());
+    let entries = std::fs::read_dir(folder.file(out)).unwrap().map(|entry| entry.unwrap().path());
     let checkpoint = |path: &PathBuf| path.file_name().unwrap().to_string_lossy().starts_with("checkpoint-");
     let checkpoint = entries.into_iter().find(checkpoint).unwrap();
     let progress: Value = serde_json::from_slice(&std::fs::read(checkpoint.join("progress.json")).unwrap()).unwrap();
@@ -52,24 +59,23 @@ fn number(step: &Value, field: &str) -> f64 {
 
 /// A trained model, with another `config.json` and other weights.
 fn model(folder: &Folder, name: &str, config: impl FnOnce(&mut Value), weights: &[(&str, Dtype, &[u8])]) -> PathBuf {
-    let made = folder.path("made");
+    let made = folder.file("made");
     if !made.exists() {
         printed(&train(folder, &folder.write("made.tsv", texts(24)), "made", &["--batch", "8"]));
     }
-    let path = folder.path(name);
+    let path = folder.file(name);
     std::fs::create_dir_all(&path).unwrap();
     std::fs::copy(made.join("tokenizer.json"), path.join("tokenizer.json")).unwrap();
     let mut value: Value = serde_json::from_slice(&std::fs::read(made.join("config.json")).unwrap()).unwrap();
     config(&mut value);
     std::fs::write(path.join("config.json"), value.to_string()).unwrap();
-    let bytes = std::fs::read(made.join("model.safetensors")).unwrap();
-    let mut tensors = SafeTensors::deserialize(&bytes).unwrap().tensors();
-    tensors.retain(|(name, _)| !weights.iter().any(|(other, ..)| name == other));
+    let mut parts = Parts::read(&made.join("model.safetensors")).unwrap();
+    parts.metadata.clear();
     for &(name, dtype, bytes) in weights {
         let elements = bytes.len() * 8 / dtype.bitsize();
-        tensors.push((name.to_owned(), TensorView::new(dtype, vec![elements], bytes).unwrap()));
+        parts.tensors.insert(name.to_owned(), (dtype, vec![elements], bytes.to_vec()));
     }
-    safetensors::serialize_to_file(tensors, None, &path.join("model.safetensors")).unwrap();
+    parts.write(&path.join("model.safetensors")).unwrap();
     path
 }
 
@@ -82,7 +88,7 @@ fn tune(folder: &Folder, model: &Path, out: &str) -> Output {
 // NatLibFi/Annif#307, dotnet/machinelearning#544
 #[test]
 fn a_byte_order_mark_makes_no_class_of_its_own() {
-    let folder = Folder::new("mark");
+    let folder = Folder::new();
     let of = |out: &str, text: String| {
         let output = train(&folder, &folder.write(&format!("{out}.tsv"), text), out, &["--batch", "8"]);
         let lines = printed(&output);
@@ -96,7 +102,7 @@ fn a_byte_order_mark_makes_no_class_of_its_own() {
 // RUCAIBox/RecBole#965, RUCAIBox/RecBole#1822
 #[test]
 fn another_encoding_is_named_with_its_line() {
-    let folder = Folder::new("latin");
+    let folder = Folder::new();
     let data = folder.write("latin.tsv", [texts(6).as_bytes(), b"calm\tcaf\xe9\n"].concat());
     let error = refused(&train(&folder, &data, "out", &[]));
     assert!(error.contains("latin.tsv:7") && error.contains("UTF-8"), "{error}");
@@ -105,7 +111,7 @@ fn another_encoding_is_named_with_its_line() {
 // ml-explore/mlx-lm#1413, unslothai/unsloth-zoo#6
 #[test]
 fn a_step_of_unequal_batches_is_the_step_of_all_their_texts() {
-    let folder = Folder::new("unequal");
+    let folder = Folder::new();
     // One text of each class is kept for the evaluation, and three are left to train on.
     let data = folder.write("few.tsv", texts(5));
     let first = |out: &str, more: &[&str]| {
@@ -128,7 +134,7 @@ fn a_step_of_unequal_batches_is_the_step_of_all_their_texts() {
 // keras-team/keras#19990
 #[test]
 fn the_learning_rate_follows_steps_and_not_their_batches() {
-    let folder = Folder::new("rates");
+    let folder = Folder::new();
     let data = folder.write("texts.tsv", texts(121));
     let rates = |out: &str, more: &[&str]| -> Vec<f64> {
         let always = ["--lr", "2e-3", "--warmup", "0.25", "--max-steps", "12"];
@@ -145,7 +151,7 @@ fn the_learning_rate_follows_steps_and_not_their_batches() {
 // huggingface/transformers#38837, Lightning-AI/pytorch-lightning#19987
 #[test]
 fn the_last_incomplete_accumulation_of_an_epoch_is_used() {
-    let folder = Folder::new("incomplete");
+    let folder = Folder::new();
     // 12 batches of 8 in groups of 5: two whole steps and one of two batches.
     let data = folder.write("texts.tsv", texts(120));
     printed(&train(&folder, &data, "out", &["--batch", "8", "--accumulate", "5"]));
@@ -156,7 +162,7 @@ fn the_last_incomplete_accumulation_of_an_epoch_is_used() {
 // EricLBuehler/mistral.rs#615
 #[test]
 fn fields_of_config_json_may_be_null_or_of_another_type() {
-    let folder = Folder::new("null");
+    let folder = Folder::new();
     type Change = fn(&mut Value);
     let changes: [(&str, Change); 6] = [
         ("pad", |config| config["pad_token_id"] = Value::Null),
@@ -175,7 +181,7 @@ fn fields_of_config_json_may_be_null_or_of_another_type() {
 // huggingface/transformers#13246, ModelCloud/GPTQModel#1804
 #[test]
 fn config_json_names_one_dtype_under_the_key_that_it_had() {
-    let folder = Folder::new("dtypes");
+    let folder = Folder::new();
     for (key, other) in [("dtype", "torch_dtype"), ("torch_dtype", "dtype")] {
         let change = |config: &mut Value| {
             config.as_object_mut().unwrap().remove(other);
@@ -183,7 +189,7 @@ fn config_json_names_one_dtype_under_the_key_that_it_had() {
         };
         let model = model(&folder, key, change, &[]);
         printed(&tune(&folder, &model, &format!("{key}-out")));
-        let written = std::fs::read(folder.path(format!("{key}-out/config.json"))).unwrap();
+        let written = std::fs::read(folder.file(format!("{key}-out/config.json"))).unwrap();
         let written: Value = serde_json::from_slice(&written).unwrap();
         assert_eq!(written[key], "float32", "{written}");
         assert!(written.get(other).is_none(), "{written}");
@@ -193,7 +199,7 @@ fn config_json_names_one_dtype_under_the_key_that_it_had() {
 // huggingface/candle#1622
 #[test]
 fn a_tensor_that_nobody_needs_may_have_any_dtype() {
-    let folder = Folder::new("bool");
+    let folder = Folder::new();
     let extra: [(&str, Dtype, &[u8]); 2] =
         [("masked_bias", Dtype::BOOL, &[1, 0]), ("position_ids", Dtype::I8, &[0, 1, 2])];
     let surplus = model(&folder, "surplus", |_| (), &extra);
@@ -208,14 +214,14 @@ fn a_tensor_that_nobody_needs_may_have_any_dtype() {
 #[cfg(unix)]
 #[test]
 fn the_files_of_a_run_have_the_mode_of_the_umask() {
-    let folder = Folder::new("modes");
+    let folder = Folder::new();
     printed(&train(&folder, &folder.write("texts.tsv", texts(24)), "out", &["--batch", "8"]));
-    let (mut folders, mut seen) = (vec![folder.path("out")], 0);
+    let (mut folders, mut seen) = (vec![folder.file("out")], 0);
     while let Some(path) = folders.pop() {
         if path.is_dir() {
             folders.extend(std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()));
         } else {
-            assert_eq!(program::mode(&path), folder.usual_mode(), "{path:?}");
+            assert_eq!(program::mode(&path), program::usual_mode(folder.path()), "{path:?}");
             seen += 1;
         }
     }

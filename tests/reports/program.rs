@@ -1,47 +1,21 @@
-//! A folder for a test, and a program of this repository that runs in it.
+//! Programs of this repository, and what they leave.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
-
-/// A folder that is removed when the test ends.
-pub(crate) struct Folder(PathBuf);
-
-impl Folder {
-    pub(crate) fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("reports-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-
-    pub(crate) fn path(&self, name: impl AsRef<Path>) -> PathBuf {
-        self.0.join(name)
-    }
-
-    /// Writes a file and gives its path.
-    pub(crate) fn write(&self, name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
-        let path = self.path(name);
-        std::fs::write(&path, bytes).unwrap();
-        path
-    }
-
-    /// The mode that the umask gives a new file.
-    #[cfg(unix)]
-    pub(crate) fn usual_mode(&self) -> u32 {
-        mode(&self.write("plain", ""))
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
 
 /// The permissions of a file.
 #[cfg(unix)]
 pub(crate) fn mode(path: &Path) -> u32 {
     use std::os::unix::fs::PermissionsExt;
     std::fs::metadata(path).unwrap_or_else(|error| panic!("{path:?}: {error}")).permissions().mode() & 0o777
+}
+
+/// The mode that the umask gives a new file, here one in `folder`.
+#[cfg(unix)]
+pub(crate) fn usual_mode(folder: &Path) -> u32 {
+    let plain = folder.join("plain");
+    std::fs::write(&plain, "").unwrap();
+    mode(&plain)
 }
 
 /// Runs a program, with one thread and without a terminal.

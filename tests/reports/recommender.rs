@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::LazyLock;
 
-use crate::program::{Folder, printed, refused, run};
+use crate::common::folder::Folder;
+use crate::program::{printed, refused, run};
 
 /// The example, which is built first: `cargo test` builds its unit tests only.
 fn program() -> &'static Path {
@@ -23,7 +24,7 @@ fn program() -> &'static Path {
 }
 
 fn train(folder: &Folder, data: &Path, more: &[&str]) -> Output {
-    let (data, out) = (data.display().to_string(), folder.path("out").display().to_string());
+    let (data, out) = (data.display().to_string(), folder.file("out").display().to_string());
     let always = ["--data", &data, "--out", &out, "--epochs", "1", "--batch", "32", "--threads", "1"];
     run(program(), &[&always, more].concat())
 }
@@ -47,7 +48,7 @@ fn results(output: &Output) -> Vec<String> {
 // NatLibFi/Annif#307, dotnet/machinelearning#544, PreferredAI/cornac#500, ocelma/python-recsys#23
 #[test]
 fn ratings_as_spreadsheets_and_scripts_write_them_are_read() {
-    let folder = Folder::new("forms");
+    let folder = Folder::new();
     let plain = tabs(|(user, item, value, time)| format!("{user}\t{item}\t{value}\t{time}\n"));
     let csv = |mark: &str, end: &str, time: fn(u64) -> String| {
         let rows = ratings().into_iter().map(|(u, i, r, t)| format!("{u},{i},{r}.0,{}{end}", time(t)));
@@ -72,13 +73,13 @@ fn ratings_as_spreadsheets_and_scripts_write_them_are_read() {
         let of = |text: &str| counts(text).unwrap().replace("form.data", "plain.data");
         assert_eq!(of(&got), of(&expected), "{what}");
     }
-    assert!(!results(&train(&folder, &folder.path("plain.data"), &[])).is_empty(), "{expected}");
+    assert!(!results(&train(&folder, &folder.file("plain.data"), &[])).is_empty(), "{expected}");
 }
 
 // RUCAIBox/RecBole#965, RUCAIBox/RecBole#1822
 #[test]
 fn another_encoding_is_named_with_its_line() {
-    let folder = Folder::new("latin");
+    let folder = Folder::new();
     let text = tabs(|(user, item, value, time)| format!("{user}\t{item}\t{value}\t{time}\n"));
     let data = folder.write("latin.data", [text.as_bytes(), b"caf\xe9\t1\t3\t4\n"].concat());
     let error = refused(&train(&folder, &data, &[]));
@@ -88,7 +89,7 @@ fn another_encoding_is_named_with_its_line() {
 // RUCAIBox/RecBole#2193, recommenders-team/recommenders#2163
 #[test]
 fn a_user_who_has_every_item_does_not_keep_sampling_from_ending() {
-    let folder = Folder::new("all");
+    let folder = Folder::new();
     let mut text = tabs(|(user, item, value, time)| format!("{user}\t{item}\t{value}\t{time}\n"));
     text.extend((1..=30).map(|item| format!("99\t{item}\t3\t{item}\n")));
     printed(&train(&folder, &folder.write("one.data", text), &[]));
@@ -101,11 +102,11 @@ fn a_user_who_has_every_item_does_not_keep_sampling_from_ending() {
 // deepinsight/insightface#2143
 #[test]
 fn a_run_that_is_resumed_with_more_epochs_goes_on_or_says_why_not() {
-    let folder = Folder::new("epochs");
+    let folder = Folder::new();
     let text = tabs(|(user, item, value, time)| format!("{user}\t{item}\t{value}\t{time}\n"));
     let data = folder.write("ratings.data", text);
     printed(&train(&folder, &data, &["--schedule", "exponential"]));
-    let (data_text, out) = (data.display().to_string(), folder.path("out").display().to_string());
+    let (data_text, out) = (data.display().to_string(), folder.file("out").display().to_string());
     let resume = |epochs: &str, schedule: &str| {
         let args = ["--data", &data_text, "--out", &out, "--batch", "32", "--threads", "1", "--resume"];
         run(program(), &[&args[..], &["--epochs", epochs, "--schedule", schedule]].concat())
@@ -121,16 +122,16 @@ fn a_run_that_is_resumed_with_more_epochs_goes_on_or_says_why_not() {
 #[cfg(unix)]
 #[test]
 fn the_files_of_a_run_have_the_mode_of_the_umask() {
-    let folder = Folder::new("run-modes");
+    let folder = Folder::new();
     let text = tabs(|(user, item, value, time)| format!("{user}\t{item}\t{value}\t{time}\n"));
     printed(&train(&folder, &folder.write("ratings.data", text), &[]));
-    let mut files = vec![folder.path("out")];
+    let mut files = vec![folder.file("out")];
     let mut seen = 0;
     while let Some(path) = files.pop() {
         if path.is_dir() {
             files.extend(std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()));
         } else {
-            assert_eq!(crate::program::mode(&path), folder.usual_mode(), "{path:?}");
+            assert_eq!(crate::program::mode(&path), crate::program::usual_mode(folder.path()), "{path:?}");
             seen += 1;
         }
     }

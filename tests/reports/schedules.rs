@@ -4,6 +4,7 @@ use candle_adamax::{Adamax, CosineDecay, ExponentialDecay, LinearWarmup, ParamsA
 use candle_core::DType;
 use candle_nn::Optimizer;
 
+use crate::common::folder::Folder;
 use crate::common::{tensor, var};
 
 // pytorch/pytorch#47513, google-deepmind/optax#1767
@@ -24,7 +25,8 @@ fn a_plateau_of_a_negative_metric_is_seen() {
 // huggingface/transformers#34053, THUDM/slime#1547
 #[test]
 fn the_learning_rate_neither_jumps_nor_counts_twice_after_resuming() {
-    let path = std::env::temp_dir().join(format!("reports-resume-{}.safetensors", std::process::id()));
+    let folder = Folder::new();
+    let path = folder.file("state");
     let lr: Schedule = LinearWarmup::new(0.0, 1.0, 4).into();
     let schedule = candle_adamax::Join::new([lr, CosineDecay::new(1.0, 8).into()], [4u64]);
     let params = ParamsAdamax { lr: schedule.into(), ..Default::default() };
@@ -43,7 +45,6 @@ fn the_learning_rate_neither_jumps_nor_counts_twice_after_resuming() {
     first.save(&path).unwrap();
     let mut second = Adamax::from_named([("w", w.clone())], ParamsAdamax::default()).unwrap();
     second.load(&path).unwrap();
-    std::fs::remove_file(&path).unwrap();
     assert_eq!(second.learning_rate(), rates[5]);
     resumed.extend((5..12).map(|_| run(&mut second, &w)));
     assert_eq!(resumed, rates);

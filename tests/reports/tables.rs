@@ -6,11 +6,7 @@ use candle_adamax::{
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Module;
 
-use crate::common::{bits, tensor, values, var};
-
-fn ids(ids: &[u32]) -> Tensor {
-    Tensor::new(ids, &Device::Cpu).unwrap()
-}
+use crate::common::{bits, ids, tensor, values, var};
 
 // pytorch/pytorch#26596
 #[test]

@@ -4,11 +4,8 @@ use candle_adamax::{Adamax, Embedding, ParamsAdamax, Rounding, SparseUpdate, Tab
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Init, Module, VarMap};
 
-use crate::common::{bits, tensor, values, var};
-
-fn ids(ids: &[u32]) -> Tensor {
-    Tensor::new(ids, &Device::Cpu).unwrap()
-}
+use crate::common::folder::Folder;
+use crate::common::{bits, ids, tensor, values, var};
 
 /// Steps of a variable in f32 and of one in bf16 with a master, between which `write` changes both.
 fn beside_f32(write: impl Fn(&Var)) -> (Vec<f64>, Vec<f64>) {
@@ -33,12 +30,12 @@ fn pruned_and_loaded_weights_are_taken_over_beside_an_f32_master() {
     let write = |w: &Var, x: &[f64]| w.set(&tensor(x, &[4, 1], w.dtype())).unwrap();
     let prune = |w: &Var| w.set(&w.affine(0.0, 0.0).unwrap()).unwrap();
     let load = |w: &Var| {
-        let path = std::env::temp_dir().join(format!("reports-load-{}.safetensors", std::process::id()));
+        let folder = Folder::new();
+        let path = folder.file("weights");
         Tensor::save_safetensors(&tensor(&[2.0, 0.0, -0.0, 1e-3], &[4, 1], w.dtype()), "w", &path).unwrap();
         let mut varmap = VarMap::new();
         varmap.data().lock().unwrap().insert("w".into(), w.clone());
         varmap.load(&path).unwrap();
-        std::fs::remove_file(path).unwrap();
     };
     let set_rows = |w: &Var| {
         let table = Table::new(w).unwrap();
@@ -109,7 +106,8 @@ fn weights_that_are_put_back_too_early_are_an_error_where_it_shows() {
 // pytorch/pytorch#43706
 #[test]
 fn f32_moments_of_bf16_weights_keep_their_bits_when_they_are_loaded() {
-    let path = std::env::temp_dir().join(format!("reports-moments-{}.safetensors", std::process::id()));
+    let folder = Folder::new();
+    let path = folder.file("state");
     let w = var(&[1.0, 2.0, 3.0], &[3], DType::BF16);
     let mut optimizer = Adamax::from_named([("w", w.clone())], ParamsAdamax::pytorch()).unwrap();
     optimizer.apply_gradients([(&w, &tensor(&[0.1, 0.7, 1.0 / 3.0], &[3], DType::F32))]).unwrap();
@@ -131,7 +129,6 @@ fn f32_moments_of_bf16_weights_keep_their_bits_when_they_are_loaded() {
     for through in ways {
         let mut loaded = Adamax::from_named([("w", w.clone())], ParamsAdamax::pytorch()).unwrap();
         through(&optimizer, &mut loaded, &path);
-        std::fs::remove_file(&path).unwrap();
         let loaded = loaded.state("w").unwrap();
         assert_eq!(bits(&loaded.exp_avg), bits(&state.exp_avg));
         assert_eq!(bits(&loaded.exp_inf), bits(&state.exp_inf));
