@@ -37,6 +37,8 @@ const LEFT_OUT: f64 = 1e-9;
 const VANISHED: f64 = 1e-18;
 /// So many entries are kept before all rows pay and the ledger begins anew.
 pub(crate) const FULL: usize = 1 << 16;
+/// Shrinkages beyond this are stored as this: see `codec`.
+const LARGEST_SHRINKAGE: f64 = (1u64 << 40) as f64;
 /// So many updates a window may have.
 pub(crate) const LONGEST_WINDOW: usize = FULL;
 
@@ -191,15 +193,41 @@ impl Ledger {
 
     /// Books an update.
     pub(crate) fn book(&mut self, c: &Coefficients<f64>, shrink: u64) {
+        self.book_update(Missed { step_size: c.step_size, decay: c.decay }, shrink);
+    }
+
+    /// The updates since it began: step size, decay and shrinkage of each.
+    pub(crate) fn updates(&self) -> Vec<[f64; 3]> {
+        let updates = self.entries.windows(2).map(|pair| {
+            let Missed { step_size, decay } = pair[1].update;
+            [step_size, decay, (pair[1].shrunk - pair[0].shrunk) as f64]
+        });
+        updates.collect()
+    }
+
+    /// The ledger of these [updates](Self::updates), to the bit. `None` if they are not such as can be booked.
+    pub(crate) fn of_updates(hyper: &Hyperparameters, updates: &[[f64; 3]]) -> Option<Self> {
+        let mut ledger = Self::new(hyper);
+        for &[step_size, decay, shrink] in updates {
+            let is_shrinkage = shrink.fract() == 0.0 && (0.0..=LARGEST_SHRINKAGE).contains(&shrink);
+            if !(step_size.is_finite() && (0.0..1.0).contains(&decay) && is_shrinkage) {
+                return None;
+            }
+            ledger.book_update(Missed { step_size, decay }, shrink as u64);
+        }
+        (ledger.now() <= FULL).then_some(ledger)
+    }
+
+    fn book_update(&mut self, update: Missed, shrink: u64) {
         let Some(last) = self.entries.last().copied() else { return };
         if self.shrinking.len() == self.entries.len() {
             let k = self.entries.len() as f64;
             self.shrinking.push((self.hyper.beta1.powf(k), self.hyper.beta2.powf(k)));
         }
-        let grown = 1.0 / (1.0 - c.decay);
+        let grown = 1.0 / (1.0 - update.decay);
         for (entry, (power, x)) in self.entries.iter_mut().rev().zip(&self.powers) {
             entry.growth *= grown;
-            let mut term = c.step_size * power * entry.growth;
+            let mut term = update.step_size * power * entry.growth;
             for sum in &mut entry.sums {
                 *sum += term;
                 term *= x;
@@ -208,9 +236,9 @@ impl Ledger {
         self.entries.push(Entry {
             sums: [0.0; TERMS],
             growth: 1.0,
-            log_decay: last.log_decay + (-c.decay).ln_1p(),
+            log_decay: last.log_decay + (-update.decay).ln_1p(),
             shrunk: last.shrunk.saturating_add(shrink),
-            update: Missed { step_size: c.step_size, decay: c.decay },
+            update,
         });
     }
 

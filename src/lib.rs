@@ -131,7 +131,7 @@ mod table;
 mod trace;
 
 pub use adamax::{Adamax, Audit, MomentStatistics, Restored, State, StateBytes, Statistics, StepReport};
-pub use checkpoint::{AccumulatedGrad, Counters, Snapshot, TorchOptions, VarSnapshot};
+pub use checkpoint::{AccumulatedGrad, Counters, MissedUpdates, Snapshot, TorchOptions, VarSnapshot};
 pub use codec::StateDType;
 pub use embedding::{Bags, Embedding, EmbeddingBag, Pooling, embedding, embedding_bag};
 pub use error::{Error, ErrorKind, Result};

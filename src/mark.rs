@@ -41,6 +41,15 @@ impl Mark {
         Self(flags)
     }
 
+    /// The mark with these bits, such as a snapshot has.
+    pub(crate) fn of_bits(bits: u32) -> Self {
+        Self(bits)
+    }
+
+    pub(crate) fn bits(self) -> u32 {
+        self.0
+    }
+
     /// The update after which the row was up to date.
     pub(crate) fn since(self) -> usize {
         (self.0 & SINCE) as usize

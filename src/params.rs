@@ -159,9 +159,9 @@ pub enum SparseUpdate {
     /// - A step in which [`WeightDecay::Decoupled`] would leave nothing of a weight, `lr * decay >= 1`, is an error,
     ///   and so is, as without `Exact`, a step with gradients of rows where [`ema`](ParamsAdamax::ema) is set.
     /// - The weights of rows that have missed updates are behind: [`Adamax::catch_up`](crate::Adamax::catch_up)
-    ///   brings all of them up to date before the weight is read as a whole. Lookups, checkpoints and
-    ///   [`Table::weight`](crate::Table::weight) do so by themselves. Paying in two parts rounds differently from
-    ///   paying once, so all of these are part of the run.
+    ///   brings all of them up to date before the weight is read as a whole. Lookups do so for their rows, and
+    ///   [`Table::weight`](crate::Table::weight) in a copy; checkpoints hold the missed updates. Catching up in two parts
+    ///   rounds differently from catching up once, so lookups and `catch_up` are part of the run.
     /// - Call [`Adamax::catch_up`](crate::Adamax::catch_up) also before weights are written other than by this crate
     ///   (`Var::set`, `VarMap::load`): updates that were missed before would move what was written. In host memory most such
     ///   writes are noticed, and are [`ErrorKind::WrittenRow`] in the next lookup or step of

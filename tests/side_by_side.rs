@@ -240,7 +240,7 @@ impl World {
             );
         }
         add(1, Box::new(move |_| lagging.optimizer.read().unwrap().catch_up().unwrap()));
-        add(1, Box::new(move |_| assert_eq!(lagging.table.weight().dims(), [8000, 16])));
+        add(1, Box::new(move |_| assert_eq!(lagging.table.weight().unwrap().dims(), [8000, 16])));
         add(
             1,
             Box::new(move |_| {

@@ -134,7 +134,8 @@ fn measure(machine: &Machine, args: &Args) -> Result<(BothTimes, Option<BothTime
         machine.time(&mut of_ours[0], || ours.bag.forward(&ids).map(drop))?;
         if let Some((memory, times)) = memory.as_mut().zip(of_memory.as_mut()) {
             let ids = batches.draw();
-            let (storage, _) = ours.bag.embeddings().storage_and_layout();
+            let weight = ours.bag.embeddings()?;
+            let (storage, _) = weight.storage_and_layout();
             let Storage::Cpu(storage) = &*storage else { bail!("expected a table in host memory") };
             let table = storage.as_slice::<f32>()?;
             machine.time(&mut times[0], || {

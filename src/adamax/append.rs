@@ -34,7 +34,7 @@ impl Adamax {
     /// let grown = optimizer.append_rows("weight", &Tensor::zeros((5, 4), DType::F32, &Device::Cpu)?)?;
     /// items = Embedding::new(grown.as_tensor().clone())?;
     /// varmap.data().lock().unwrap().insert("weight".into(), grown);
-    /// assert_eq!(items.embeddings().dims(), [15, 4]);
+    /// assert_eq!(items.embeddings()?.dims(), [15, 4]);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     ///
@@ -69,7 +69,7 @@ impl Adamax {
     ///
     /// optimizer.append_rows_in(&varmap, "weight", &Tensor::zeros((5, 4), DType::F32, &Device::Cpu)?)?;
     /// items = layer(15)?;
-    /// assert_eq!(items.embeddings().dims(), [15, 4]);
+    /// assert_eq!(items.embeddings()?.dims(), [15, 4]);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     ///

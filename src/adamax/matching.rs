@@ -13,6 +13,7 @@ use super::vars::VarInfo;
 use crate::checkpoint::names::hint;
 use crate::checkpoint::{Snapshot, VarSnapshot};
 use crate::error::{Error, Result, listed};
+use crate::params::SparseUpdate;
 use crate::state::{Master, MomentTensors, Moments, Place, arithmetic};
 
 /// The outcome of [`Adamax::restore_matching`] and [`Adamax::load_matching`]: names of variables, in alphabetical order.
@@ -174,6 +175,13 @@ impl VarInfo {
         let var = self.var.as_tensor();
         let (from, to) = (there.layout(var, theirs.by_rows), here.layout(var, theirs.by_rows));
         check_moments(&self.name, theirs, var, &from)?;
+        let is_exact = here.keeping.sparse_update == SparseUpdate::Exact;
+        if theirs.missed.is_some() && (from != to || there.hyper != here.hyper || !is_exact) {
+            let entry = format!("{}.missed", self.name);
+            let expected =
+                "none for other settings of betas, decay, moments or `sparse_update`: call `catch_up` before saving";
+            return Err(Error::checkpoint(entry, expected, "missed updates"));
+        }
         let mut carried = theirs.clone();
         if from != to {
             let VarSnapshot { exp_avg, exp_inf, units, .. } = theirs.clone();

@@ -12,18 +12,20 @@ use super::report::{History, Report};
 use super::settings::ResolvedGroup;
 use super::state::StateCell;
 use super::sums::{GradSum, Sum};
-use super::vars::VarInfo;
+use super::vars::{Param, VarInfo};
 use crate::checkpoint::plain::check_norm;
-use crate::checkpoint::{self, AccumulatedGrad, Counters, Snapshot, VarSnapshot, names};
+use crate::checkpoint::{self, AccumulatedGrad, Counters, MissedUpdates, Snapshot, VarSnapshot, names};
 use crate::codec::{LARGEST_LOG, POINT};
 use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::SparseGrad;
-use crate::gradient::sparse::RowSum;
+use crate::gradient::sparse::{RowSum, rows_of};
 use crate::group::{GroupLr, GroupSettings};
-use crate::params::ParamsAdamax;
+use crate::params::{Keeping, ParamsAdamax, SparseUpdate};
+use crate::rounding::derive;
 use crate::scaler::GradScalerState;
 use crate::schedule::{LearningRate, Plateau};
-use crate::state::{Buffer, Layout, Master, MomentTensors, Moments, ParamState, arithmetic};
+use crate::state::{Buffer, Layout, Master, MomentTensors, Moments, ParamState, Place, arithmetic};
+use crate::table::debts::{Missed, Owner};
 
 impl Adamax {
     /// Takes all state from a snapshot, its settings included: the learning rate and everything else are as they were
@@ -89,16 +91,16 @@ impl Adamax {
         let restored = self.vars.iter().map(|param| {
             let (info, group) = (&param.info, &resolved[param.group]);
             match vars.get(&info.name) {
-                Some(snapshot) => self.restore_var(info, group, counters, snapshot),
+                Some(snapshot) => self.restore_var(param, group, counters, (&params, snapshot)),
                 None => {
                     let (layout, rounding) = (group.layout(&info.var, false), group.keeping.rounding);
                     let state = ParamState::zeros(&info.var, info.place, &layout, rounding)?;
-                    Ok(RestoredVar { state, sum: GradSum::default(), average: None })
+                    Ok(RestoredVar { state, missed: None, sum: GradSum::default(), average: None })
                 }
             }
         });
         let restored = restored.collect::<Result<Vec<_>>>()?;
-        for (index, RestoredVar { state, sum, average }) in restored.into_iter().enumerate() {
+        for (index, RestoredVar { state, missed, sum, average }) in restored.into_iter().enumerate() {
             // What rows owe is not paid: the weights are those of the snapshot, or will be.
             let param = &mut self.vars[index];
             if let StateCell::Table(table) = &param.state {
@@ -110,7 +112,16 @@ impl Adamax {
                 (false, _) => History::Untrained,
             };
             param.info.decays = params.decays(&param.name);
-            (param.state, param.sum, param.average) = (StateCell::Own(state), sum, average);
+            (param.sum, param.average) = (sum, average);
+            match (missed, &param.state) {
+                (None, _) => param.state = StateCell::Own(state),
+                (Some(RestoredTable { missed, .. }), StateCell::Table(table)) => table.restore(state, missed),
+                (Some(RestoredTable { missed, owner: Some(owner) }), StateCell::Own(_)) => {
+                    owner.restore(state, missed);
+                    param.state = StateCell::Table(owner);
+                }
+                (Some(RestoredTable { owner: None, .. }), StateCell::Own(_)) => unreachable!("made for this state"),
+            }
         }
         (self.params, self.groups, self.resolved) = (params, groups, resolved);
         self.progress = Progress { counters: *counters, scaler: *grad_scaler, in_flight: None };
@@ -151,11 +162,12 @@ impl Adamax {
 
     fn restore_var(
         &self,
-        info: &VarInfo,
+        param: &Param,
         resolved: &ResolvedGroup,
         counters: &Counters,
-        snapshot: &VarSnapshot,
+        (params, snapshot): (&ParamsAdamax, &VarSnapshot),
     ) -> Result<RestoredVar> {
+        let info = &param.info;
         let VarInfo { name, group, place, var, .. } = info;
         let group = &self.groups[*group].name;
         if snapshot.group != *group {
@@ -186,6 +198,10 @@ impl Adamax {
             master: master.transpose()?,
             step: snapshot.step,
         };
+        let missed = match &snapshot.missed {
+            None => None,
+            Some(missed) => Some(self.restore_missed(param, resolved, (params, &state, missed))?),
+        };
         let average = snapshot.ema.as_ref().map(|ema| buffer("ema", ema)).transpose()?;
         let sum = match &snapshot.accumulated {
             Some((_, calls)) if *calls > pending => {
@@ -204,7 +220,34 @@ impl Adamax {
             _ => GradSum::default(),
         };
         // An average begins with the first update.
-        Ok(RestoredVar { state, sum, average: average.filter(|_| snapshot.step > 0) })
+        Ok(RestoredVar { state, missed, sum, average: average.filter(|_| snapshot.step > 0) })
+    }
+
+    fn restore_missed(
+        &self,
+        param: &Param,
+        resolved: &ResolvedGroup,
+        (params, state, missed): (&ParamsAdamax, &ParamState, &MissedUpdates),
+    ) -> Result<RestoredTable> {
+        let Param { info: VarInfo { name, var, place, key, .. }, state: cell, .. } = param;
+        let refuse = |expected: &str, got: &str| Err(Error::checkpoint(format!("{name}.missed"), expected, got));
+        let Keeping { sparse_update, rounding, .. } = resolved.keeping;
+        if sparse_update != SparseUpdate::Exact {
+            return refuse("none without `sparse_update: Exact`", "missed updates");
+        }
+        if *place != Place::Host {
+            let expected = "none for a variable that is not in host memory: call `catch_up` before saving";
+            return refuse(expected, "missed updates");
+        }
+        let (hyper, rows) = (resolved.hyper(params.decays(name)), rows_of(name, var)?);
+        let Some(missed) = Missed::of(missed, rows, &hyper)? else {
+            return refuse("updates and rows that a run can have", "others");
+        };
+        let owner = match cell {
+            StateCell::Table(_) => None,
+            StateCell::Own(_) => Some(Owner::new(var, state, &hyper, rounding, derive(params.seed, *key))?),
+        };
+        Ok(RestoredTable { missed, owner })
     }
 
     fn restore_rows(&self, info: &VarInfo, sum: &SparseGrad) -> Result<RowSum> {
@@ -218,9 +261,16 @@ impl Adamax {
     }
 }
 
+/// Missed updates, and the table that takes them, unless there is one.
+struct RestoredTable {
+    missed: Missed,
+    owner: Option<Owner>,
+}
+
 /// All that a snapshot has for one variable.
 struct RestoredVar {
     state: ParamState,
+    missed: Option<RestoredTable>,
     sum: GradSum,
     average: Option<Buffer>,
 }

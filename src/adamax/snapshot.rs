@@ -60,9 +60,10 @@ impl Adamax {
     /// All state as plain data: settings, counters, moments. Nothing is shared with the optimizer; the variables
     /// themselves are not in it.
     ///
-    /// With [`SparseUpdate::Exact`](crate::SparseUpdate::Exact) all rows pay what they owe, as by
-    /// [`catch_up`](Self::catch_up), so this is part of the run: paying in two parts rounds differently from paying
-    /// once.
+    /// It changes no bit of the run. With [`SparseUpdate::Exact`](crate::SparseUpdate::Exact) the updates that rows have
+    /// missed are in it, so the weights of the same moment belong to it. (Rows that a layer with
+    /// [`max_norm`](crate::Embedding::max_norm) has looked up are scaled now, and not by the next step; on a GPU rows catch
+    /// up.)
     ///
     /// # Errors
     ///
@@ -83,9 +84,9 @@ impl Adamax {
     }
 
     /// Writes all state to a safetensors file, keyed by the variables' names, in a format that is described in the
-    /// [guide](crate::guide::resume). The weights are not in it: `VarMap::save` writes them. With
-    /// [`SparseUpdate::Exact`](crate::SparseUpdate::Exact) call that afterwards, since saving lets all rows pay what
-    /// they owe, as [`snapshot`](Self::snapshot) does.
+    /// [guide](crate::guide::resume). The weights are not in it: `VarMap::save` writes them, before or afterwards. With
+    /// [`SparseUpdate::Exact`](crate::SparseUpdate::Exact) they are weights whose rows have missed updates, which this file
+    /// has; call [`catch_up`](Self::catch_up) before weights are saved to be used without it.
     ///
     /// The file is complete or it is not there: it is written beside `path`, synced and renamed. Its mode is 666 less the
     /// umask, or that of the file that it replaces; a symbolic link is followed. The [guide](crate::guide::resume) says
@@ -94,8 +95,7 @@ impl Adamax {
     /// # Errors
     ///
     /// Variables that were given without names, by which another process could not know them; settings of more than a
-    /// mebibyte, or of more than some 65,000 values; the system's errors. Where the file cannot be made, no row has caught
-    /// up; if the disk is full later, all have, as by [`catch_up`](Self::catch_up).
+    /// mebibyte, or of more than some 65,000 values; the system's errors.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         self.require_names()?;
         let write = || {
@@ -115,7 +115,7 @@ impl Adamax {
 
     fn var_snapshot(&self, index: usize) -> Result<VarSnapshot> {
         let Param { info, state: cell, .. } = &*self.vars[index];
-        cell.catch_up()?;
+        let missed = cell.missed()?;
         let shape = info.var.shape();
         let (MomentTensors { exp_avg, exp_inf, units }, master, by_rows) = cell.read(|state| {
             let master = state.master.as_ref().map(|master| master.to_tensor(shape)).transpose()?;
@@ -123,7 +123,7 @@ impl Adamax {
         })?;
         let (group, step) = (self.groups[info.group].name.clone(), self.step_of(index));
         let (ema, accumulated) = (self.average(index)?, self.waiting(index)?);
-        Ok(VarSnapshot { group, step, exp_avg, exp_inf, units, by_rows, master, ema, accumulated })
+        Ok(VarSnapshot { group, step, exp_avg, exp_inf, units, by_rows, master, ema, accumulated, missed })
     }
 
     /// The moving average of a variable.

@@ -9,6 +9,7 @@ use super::Adamax;
 use super::grads::Grad;
 use super::settings::ResolvedGroup;
 use super::vars::Param;
+use crate::checkpoint::MissedUpdates;
 use crate::error::Result;
 use crate::gradient::sparse::row_len;
 use crate::kernel::{self, Orders, Touched, Written};
@@ -57,6 +58,14 @@ impl StateCell {
         match self {
             Self::Own(state) => state.moments.to_tensors(var.shape()),
             Self::Table(table) => table.moments(&mut table.lock()),
+        }
+    }
+
+    /// The updates that rows have missed; on a GPU rows catch up.
+    pub(super) fn missed(&self) -> Result<Option<MissedUpdates>> {
+        match self {
+            Self::Own(_) => Ok(None),
+            Self::Table(table) => table.missed(&mut table.lock()),
         }
     }
 
@@ -205,8 +214,8 @@ impl Adamax {
     /// costs nothing. Catching up in two parts rounds differently from catching up once, so a call is part of the run.
     ///
     /// A row that was written too early and [noticed](crate::ErrorKind::WrittenRow) stands as it is, too: its moments
-    /// catch up, its weights do not. The same holds where all rows catch up without this call: when the optimizer is saved or
-    /// dropped, when its state or [`Table::weight`](crate::Table::weight) is read, and when settings are replaced.
+    /// catch up, its weights do not. The same holds where all rows catch up without this call: when the optimizer is dropped,
+    /// when it is saved in a format of PyTorch or Keras, and when settings are replaced.
     ///
     /// ```
     /// use candle_adamax::{Adamax, ParamsAdamax, SparseUpdate, Table};

@@ -128,6 +128,20 @@ pub struct VarSnapshot {
     pub ema: Option<Tensor>,
     /// The sum of its unscaled gradients since the last update, and of how many calls they are.
     pub accumulated: Option<(AccumulatedGrad, u64)>,
+    /// The updates that its rows have missed, with [`SparseUpdate::Exact`](crate::SparseUpdate::Exact): moments, masters
+    /// and weights are those before these updates.
+    pub missed: Option<MissedUpdates>,
+}
+
+/// Updates that rows of a table have missed, since all of them were last up to date.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct MissedUpdates {
+    /// One number for each row, of dtype U32: in bits 0 to 16 the number of the last update that the row has seen, 0 if that
+    /// was before all of `updates`; above them what else the optimizer knows of the row.
+    pub last_update: Tensor,
+    /// The updates, `[n, 3]` of dtype F64: step size, decay of the weights, and shrinkage of the units of codes.
+    pub updates: Tensor,
 }
 
 /// A sum of gradients that waits for its update.

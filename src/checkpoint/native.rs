@@ -1,6 +1,6 @@
 //! The crate's own format: a safetensors file. Its tensors are `NAME.exp_avg`, `NAME.exp_inf` and, where there is one,
-//! `NAME.units`, `NAME.master`, `NAME.ema` and `NAME.accumulated` (of some rows: `NAME.accumulated.indices` and
-//! `.values`); everything else is one JSON text in its metadata, under `candle_adamax`.
+//! `NAME.units`, `NAME.master`, `NAME.ema`, `NAME.accumulated` (of some rows: `NAME.accumulated.indices` and
+//! `.values`) and, for rows that have missed updates, `NAME.missed.last_update` and `.updates`; everything else is one JSON text in its metadata, under `candle_adamax`.
 //!
 //! Invariant: reading accepts exactly what writing makes. Whatever is missing or surplus is an error that names it.
 
@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use super::header::Wanted;
 use super::reading::{Room, TensorFile};
-use super::{AccumulatedGrad, AtomicFile, Counters, Snapshot, VarSnapshot, names, write_tensors};
+use super::{AccumulatedGrad, AtomicFile, Counters, MissedUpdates, Snapshot, VarSnapshot, names, write_tensors};
 use crate::error::{Error, Result};
 use crate::gradient::SparseGrad;
 use crate::group::GroupSettings;
@@ -26,8 +26,18 @@ use crate::schedule::Plateau;
 /// The key of the JSON text in the metadata.
 const METADATA: &str = "candle_adamax";
 /// What may stand after a variable's name in the name of a tensor.
-const TENSORS: [&str; 8] =
-    ["exp_avg", "exp_inf", "units", "master", "ema", "accumulated", "accumulated.indices", "accumulated.values"];
+const TENSORS: [&str; 10] = [
+    "exp_avg",
+    "exp_inf",
+    "units",
+    "master",
+    "ema",
+    "accumulated",
+    "accumulated.indices",
+    "accumulated.values",
+    "missed.last_update",
+    "missed.updates",
+];
 /// Raised when an older reader would misunderstand the file.
 const FORMAT_VERSION: u64 = 1;
 
@@ -59,6 +69,8 @@ struct VarHeader {
     accumulated: u64,
     /// Whether that is of some rows only.
     accumulated_rows: bool,
+    /// Whether its rows have missed updates.
+    missed: bool,
 }
 
 /// Reads the format's version and nothing else, whatever that version's header looks like.
@@ -86,6 +98,10 @@ pub(crate) fn write(snapshot: &Snapshot, file: AtomicFile) -> Result<()> {
                 tensors.push((format!("{name}.accumulated.values"), values));
             }
         }
+        if let Some(MissedUpdates { last_update, updates }) = &var.missed {
+            tensors.push((format!("{name}.missed.last_update"), last_update));
+            tensors.push((format!("{name}.missed.updates"), updates));
+        }
         let header = VarHeader {
             group: var.group.clone(),
             step: var.step,
@@ -95,6 +111,7 @@ pub(crate) fn write(snapshot: &Snapshot, file: AtomicFile) -> Result<()> {
             ema: var.ema.is_some(),
             accumulated: var.accumulated.as_ref().map_or(0, |(_, calls)| *calls),
             accumulated_rows: matches!(var.accumulated, Some((AccumulatedGrad::Rows(_), _))),
+            missed: var.missed.is_some(),
         };
         headers.insert(name.clone(), header);
     }
@@ -142,7 +159,7 @@ fn try_read(path: &Path, names: Option<&[&str]>) -> Result<Snapshot> {
     }
     let mut vars = BTreeMap::new();
     for (name, header) in header.vars {
-        let VarHeader { group, step, units, by_rows, master, ema, accumulated, accumulated_rows } = header;
+        let VarHeader { group, step, units, by_rows, master, ema, accumulated, accumulated_rows, missed } = header;
         let mut take = |what: &str| file.take(&format!("{name}.{what}"));
         let var = VarSnapshot {
             group,
@@ -160,6 +177,12 @@ fn try_read(path: &Path, names: Option<&[&str]>) -> Result<Snapshot> {
                     let indices = take("accumulated.indices")?;
                     let values = take("accumulated.values")?;
                     Some((AccumulatedGrad::Rows(SparseGrad { indices, values }), calls))
+                }
+            },
+            missed: match missed {
+                false => None,
+                true => {
+                    Some(MissedUpdates { last_update: take("missed.last_update")?, updates: take("missed.updates")? })
                 }
             },
         };

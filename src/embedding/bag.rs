@@ -185,8 +185,12 @@ impl EmbeddingBag {
         Ok(self)
     }
 
-    /// The weight, `[rows, dim]`.
-    pub fn embeddings(&self) -> &Tensor {
+    /// The weight, `[rows, dim]`, as [`Table::weight`] gives it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Table::weight`].
+    pub fn embeddings(&self) -> Result<Tensor> {
         self.table.weight()
     }
 

@@ -116,8 +116,7 @@ impl Embedding {
     ///
     /// - by the next update of an optimizer that has a gradient for the weight, before it updates; a call that is
     ///   refused, skipped or only accumulated does not write it;
-    /// - by [`embeddings`](Self::embeddings), [`Table::weight`], [`Adamax::catch_up`](crate::Adamax::catch_up) and
-    ///   saving.
+    /// - by [`Adamax::catch_up`](crate::Adamax::catch_up) and saving. [`Table::weight`] scales a copy.
     ///
     /// A row that was written in between, for instance by [`Table::set_rows`], stays as it was written. If several
     /// layers limit one row, the smallest limit holds in the weight, and each layer's own in its result. A layer
@@ -132,8 +131,12 @@ impl Embedding {
         Ok(self)
     }
 
-    /// The weight, `[rows, dim]`.
-    pub fn embeddings(&self) -> &Tensor {
+    /// The weight, `[rows, dim]`, as [`Table::weight`] gives it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Table::weight`].
+    pub fn embeddings(&self) -> Result<Tensor> {
         self.table.weight()
     }
 

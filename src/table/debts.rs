@@ -13,9 +13,10 @@
 use std::ops::Deref;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 
-use candle_core::{Tensor, TensorId};
+use candle_core::{DType, Device, Tensor, TensorId};
 
 use super::records::{self, lock};
+use crate::checkpoint::MissedUpdates;
 use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::sparse::row_len;
 use crate::kernel::{self, GpuMarks, Limit, Listed, Occurrences, Orders, PayTask, RowGrad, Touched, Written};
@@ -245,24 +246,60 @@ impl Debts {
         Ok(())
     }
 
-    /// m and u as they are once all rows have caught up. In host memory copies catch up, so that nothing else notices.
-    pub(crate) fn moments(&self, account: &mut Account) -> Result<(Tensor, Tensor)> {
-        let Account { state, ledger, rounding, key, marks, .. } = &*account;
-        let Marks::Host(marks) = marks else {
+    /// Copies of weight and state whose rows have all caught up, so that nothing else notices. `None` if no row owes anything;
+    /// on a GPU the rows themselves catch up.
+    pub(crate) fn caught_up(&self, account: &mut Account) -> Result<Option<(Tensor, ParamState)>> {
+        if !account.is_on_host() {
             self.pay_all(account)?;
-            return account.state.moments.to_tensors(self.var.shape());
+        }
+        let Account { state, ledger, rounding, key, marks: Marks::Host(marks), .. } = &*account else {
+            return Ok(None);
         };
         let mut owing: Vec<(u32, Mark)> = (0..marks.len() as u32).filter_map(|row| owing(ledger, marks, row)).collect();
         if owing.is_empty() {
-            return state.moments.to_tensors(self.var.shape());
+            return Ok(None);
         }
-        let weights = self.var.copy()?;
+        let weight = self.var.detach().copy()?;
         let master = state.master.as_ref().map(|master| master.grown(&self.var)).transpose()?;
         let mut copy = ParamState { moments: state.moments.grown(&self.var)?, master, step: state.step };
         let (rounding, key) = (*rounding, derive(!*key, state.step));
-        let task = PayTask { var: &weights, row_len: self.row_len, ledger, rounding, key, state: &mut copy };
+        let task = PayTask { var: &weight, row_len: self.row_len, ledger, rounding, key, state: &mut copy };
         kernel::pay(task, &mut owing, Written::Stands)?;
-        copy.moments.to_tensors(self.var.shape())
+        Ok(Some((weight, copy)))
+    }
+
+    /// m and u as they are once all rows have caught up.
+    pub(crate) fn moments(&self, account: &mut Account) -> Result<(Tensor, Tensor)> {
+        match self.caught_up(account)? {
+            Some((_, state)) => state.moments.to_tensors(self.var.shape()),
+            None => account.state.moments.to_tensors(self.var.shape()),
+        }
+    }
+
+    /// The updates that rows have missed, as plain data; on a GPU the rows catch up.
+    pub(crate) fn missed(&self, account: &mut Account) -> Result<Option<MissedUpdates>> {
+        if !account.is_on_host() {
+            self.pay_all(account)?;
+        }
+        let updates = account.ledger.updates();
+        match &account.marks {
+            Marks::Host(marks) if !updates.is_empty() => {
+                let marks: Vec<u32> = marks.iter().map(|mark| mark.bits()).collect();
+                let (rows, n) = (marks.len(), updates.len());
+                let updates = updates.concat();
+                Ok(Some(MissedUpdates {
+                    last_update: Tensor::from_vec(marks, rows, &Device::Cpu)?,
+                    updates: Tensor::from_vec(updates, (n, 3), &Device::Cpu)?,
+                }))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Takes state and missed updates out of a snapshot.
+    pub(crate) fn restore(&self, state: ParamState, missed: Missed) {
+        let account = &mut *self.lock();
+        (account.state, account.ledger, account.marks) = (state, missed.ledger, Marks::Host(missed.marks));
     }
 
     /// Books an update of the rows of a gradient, which have paid last, or of all.
@@ -326,6 +363,38 @@ fn owing(ledger: &Ledger, marks: &[Mark], row: u32) -> Option<(u32, Mark)> {
     let mark = marks[row as usize];
     let is_spared = || mark.is_empty() && (mark.is_padding() || !ledger.decays_since(mark.since()));
     (mark.since() < ledger.now() && !is_spared()).then_some((row, mark))
+}
+
+/// Missed updates of a snapshot, checked.
+pub(crate) struct Missed {
+    ledger: Ledger,
+    marks: Vec<Mark>,
+}
+
+impl Missed {
+    /// `None` if no run can have made them for a variable with so many rows.
+    pub(crate) fn of(missed: &MissedUpdates, rows: usize, hyper: &Hyperparameters) -> Result<Option<Self>> {
+        let MissedUpdates { last_update, updates } = missed;
+        if (last_update.dtype(), last_update.dims()) != (DType::U32, &[rows][..]) || updates.dtype() != DType::F64 {
+            return Ok(None);
+        }
+        let &[n, 3] = updates.dims() else { return Ok(None) };
+        let updates: Vec<[f64; 3]> =
+            updates.to_vec2::<f64>()?.iter().filter_map(|row| row[..].try_into().ok()).collect();
+        let marks: Vec<Mark> = last_update.to_vec1::<u32>()?.into_iter().map(Mark::of_bits).collect();
+        let Some(ledger) = Ledger::of_updates(hyper, &updates) else { return Ok(None) };
+        Ok((n > 0 && marks.iter().all(|mark| mark.since() <= n)).then_some(Self { ledger, marks }))
+    }
+}
+
+/// A copy of the weight of a variable with all rows up to date; `None` if they are.
+pub(super) fn caught_up(var: TensorId) -> Result<Option<Tensor>> {
+    let mut weight = None;
+    with(var, |debts, account| {
+        weight = debts.caught_up(account)?.map(|(weight, _)| weight);
+        Ok(())
+    })?;
+    Ok(weight)
 }
 
 /// Does something with the debts of a variable, if it has any.
@@ -401,9 +470,4 @@ pub(super) fn pay_occurrences(var: TensorId, occurrences: &Occurrences) -> Resul
         Occurrences::Host(rows) => pay_listed(var, rows),
         Occurrences::Gpu(ids) => with(var, |debts, account| debts.pay(account, Some(&ids.touched()), Written::Refused)),
     }
-}
-
-/// Lets all rows of a variable pay.
-pub(super) fn pay_all(var: TensorId) -> Result<()> {
-    with(var, |debts, account| debts.pay_all(account))
 }

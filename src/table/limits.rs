@@ -45,6 +45,11 @@ impl Limits {
         }
     }
 
+    /// All noted rows, in ascending order.
+    pub(super) fn noted(&self) -> Vec<(u32, Limit)> {
+        lock(&self.0).iter().map(|(row, limit)| (*row, *limit)).collect()
+    }
+
     /// Takes all noted rows, in ascending order.
     pub(super) fn take(&self) -> Vec<(u32, Limit)> {
         let mut noted = lock(&self.0);

@@ -199,6 +199,30 @@ impl Drop for Record {
     }
 }
 
+/// A tensor of these values, in host memory, whose gradient is that of `weight`.
+pub(super) fn stand_in(weight: &Tensor, values: &Tensor) -> Result<Tensor> {
+    weight.apply_op1(StandIn(Mutex::new(Some(kernel::copy(values)?))))
+}
+
+struct StandIn(Mutex<Option<CpuStorage>>);
+
+impl CustomOp1 for StandIn {
+    fn name(&self) -> &'static str {
+        "table-weight"
+    }
+
+    fn cpu_fwd(&self, weight: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        match lock(&self.0).take() {
+            Some(values) => Ok((values, layout.shape().clone())),
+            None => Ok((weight.clone(), layout.shape().clone())),
+        }
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(grad.clone()))
+    }
+}
+
 struct Gather {
     record: Arc<Record>,
     /// The ids, if they are not those of the record.

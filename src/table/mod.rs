@@ -126,18 +126,29 @@ impl Table {
         Ok(Self(make(weight.contiguous()?)))
     }
 
-    /// The weight, `[rows, ..]`. Rows that owe updates ([`SparseUpdate::Exact`](crate::SparseUpdate::Exact)) pay now,
-    /// and not again before the next lookup: ask for the weight whenever it is read as a whole. Paying in two parts
-    /// rounds differently from paying once, so asking is part of the run.
+    /// The weight, `[rows, ..]`, with all rows up to date. Looking at it changes nothing.
     ///
-    /// Rows that a layer with [`max_norm`](crate::Embedding::max_norm) has looked up are scaled now. A graph that has
-    /// used the weight before computes its gradient from the scaled rows then, so ask before the first lookup of a
-    /// forward pass or after its backward pass.
-    pub fn weight(&self) -> &Tensor {
-        // Memory has been there for every payment before, and a lookup would report an error.
-        let _ = debts::pay_all(self.0.weight.id());
-        let _ = limits::scale_down(&self.0.weight);
-        &self.0.weight
+    /// It is the variable itself, unless rows have missed updates ([`SparseUpdate::Exact`](crate::SparseUpdate::Exact)) or a
+    /// layer with [`max_norm`](crate::Embedding::max_norm) has found rows that are to be scaled. Then it is a copy, whose
+    /// gradient is that of the variable. On a GPU the rows themselves are brought up to date.
+    ///
+    /// # Errors
+    ///
+    /// A device that does not answer, or has no memory.
+    pub fn weight(&self) -> Result<Tensor> {
+        let weight = &self.0.weight;
+        let caught_up = debts::caught_up(weight.id())?;
+        if !weight.device().is_cpu() {
+            limits::scale_down(weight)?;
+        }
+        let noted = self.0.limits.noted();
+        let copy = match caught_up {
+            None if noted.is_empty() => return Ok(weight.clone()),
+            None => weight.detach().copy()?,
+            Some(copy) => copy,
+        };
+        kernel::scale_down(&copy, self.0.row_len, &noted)?;
+        Ok(lookup::stand_in(weight, &copy)?)
     }
 
     /// The weight, whatever its rows owe.

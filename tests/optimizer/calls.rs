@@ -670,6 +670,7 @@ fn looking_at_an_exact_table_changes_no_bit_of_the_run() -> Result<()> {
             ..Default::default()
         };
         let mut optimizer = Adamax::from_named([("w", w.clone())], params)?;
+        let table = Table::new(&w)?;
         for step in 0..60u32 {
             optimizer.apply_gradients([(&w, &rows_of(&[step % 5, 7 + step % 3], (step as f32).sin()))])?;
             if looks && step % 7 == 0 {
@@ -677,6 +678,13 @@ fn looking_at_an_exact_table_changes_no_bit_of_the_run() -> Result<()> {
                 let m = optimizer.state("w")?.exp_avg.max_all()?.to_scalar::<f32>()?;
                 assert_eq!(seen as f32, m);
                 assert!(optimizer.bytes().total() > 0 && !optimizer.to_string().is_empty());
+                assert!(optimizer.snapshot()?.vars["w"].missed.is_some());
+                let (stored, caught_up) = (w.to_vec2::<f32>()?, table.weight()?);
+                assert_ne!(caught_up.to_vec2::<f32>()?, stored);
+                // The copy is the variable to a graph.
+                let grads = caught_up.sqr()?.sum_all()?.backward()?;
+                let grad = grads.get(&w).unwrap().to_vec2::<f32>()?;
+                assert_eq!(grad, (caught_up * 2.0)?.to_vec2::<f32>()?);
             }
         }
         // The moments that are seen are those of rows that have caught up.

@@ -13,3 +13,4 @@ mod errors;
 mod manage;
 mod missing_gradients;
 mod properties;
+mod refused;

@@ -71,7 +71,7 @@ fn early_stopping_puts_the_best_weights_back() {
             optimizer.backward_step(&table.lookup(&ids(&[row])).unwrap().sum_all().unwrap()).unwrap();
         };
         step(&mut optimizer, 0);
-        let best = table.weight().copy().unwrap();
+        let best = table.weight().unwrap().copy().unwrap();
         for _ in 0..5 {
             step(&mut optimizer, 1);
         }

@@ -121,6 +121,7 @@ impl VarInfo {
             master: master.map(|master| master.to_tensor(var.shape())).transpose()?,
             ema: plain.ema.as_ref().map(|ema| widened("ema", ema)).transpose()?,
             accumulated: accumulated.transpose()?,
+            missed: None,
         })
     }
 }

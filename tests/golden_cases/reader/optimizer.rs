@@ -161,6 +161,7 @@ impl Recording<'_> {
                 master: None,
                 ema: if k == 0 { None } else { before("ema")? },
                 accumulated: accumulated.map(|sum| (sum.into(), pending)),
+                missed: None,
             };
             snapshot.vars.insert(name.clone(), state);
         }

@@ -314,7 +314,7 @@ fn settings_that_change_on_the_way() -> Result<()> {
     pair.by_rows.1.set_params(first)?;
     let row = bits(&pair.by_rows.0)[2..4].to_vec();
     pair.step(&[0], &[0.5, 0.5])?;
-    assert_eq!(bits(pair.table.weight())[2..4], row);
+    assert_eq!(bits(&pair.table.weight().unwrap())[2..4], row);
     Ok(())
 }
 
@@ -369,7 +369,8 @@ fn resumes(dtype: DType, params: &ParamsAdamax, ends_dense: bool) -> Result<()> 
     if ends_dense {
         optimizer.apply_gradients([(&var, &Tensor::from_vec(noise(7, 60), (20, 3), CPU)?.to_dtype(dtype)?)])?;
     }
-    let snapshot = optimizer.snapshot()?; // lets all rows pay
+    let snapshot = optimizer.snapshot()?; // with the updates that rows have missed
+    let saved = var.as_tensor().copy()?;
     let copy = Var::from_tensor(&var.as_tensor().copy()?)?;
     let mut resumed = Adamax::from_named([("w", copy.clone())], params.clone())?;
     resumed.restore(&snapshot)?;
@@ -384,13 +385,13 @@ fn resumes(dtype: DType, params: &ParamsAdamax, ends_dense: bool) -> Result<()> 
         [Some(&state.exp_avg), Some(&state.exp_inf), state.units.as_ref(), state.master.as_ref()].map(|t| t.map(bits))
     };
     assert_eq!(moments(&one), moments(&other), "the moments: {case}");
-    // Going back forgets what is owed.
-    step(&mut optimizer, &var, 90)?;
-    step(&mut optimizer, &var, 91)?;
-    optimizer.restore(&snapshot)?;
-    let before = bits(&var);
+    // Going back, weights and all.
+    let after = bits(&var);
     optimizer.catch_up()?;
-    assert_eq!(before, bits(&var), "{case}");
+    var.set(&saved)?;
+    optimizer.restore(&snapshot)?;
+    (50..90).try_for_each(|k| step(&mut optimizer, &var, k))?;
+    assert_eq!(bits(&var), after, "{case}");
     Ok(())
 }
 
@@ -479,9 +480,10 @@ fn steps_of_a_graph() -> Result<()> {
         pair.by_rows.1.step(&grads)?;
         pair.dense.1.step(&dense_grads)?;
     }
-    let (got, exact) = (values(pair.table.weight()), values(&pair.dense.0));
+    let (got, exact) = (values(&pair.table.weight().unwrap()), values(&pair.dense.0));
     assert!(got.iter().zip(&exact).all(|(a, b)| (a - b).abs() < 1e-13), "{got:?} for {exact:?}");
     // Used densely as well: all rows have a gradient then.
+    pair.by_rows.1.catch_up()?;
     let tied = (loss(&[3])? + pair.by_rows.0.as_tensor().powf(2.0)?.sum_all()?)?;
     let dense_tied = (dense_loss(&[3])? + pair.dense.0.as_tensor().powf(2.0)?.sum_all()?)?;
     pair.by_rows.1.step(&tied.backward()?)?;
@@ -508,7 +510,7 @@ fn rows_and_variables_come_and_go() -> Result<()> {
     pair.table.set_rows(&Tensor::new(&[1u32], CPU)?, &Tensor::new(&[[7.0f64, 8.0]], CPU)?)?;
     pair.by_rows.1.reset_rows("w", &Tensor::new(&[1u32], CPU)?)?;
     pair.step(&[4], &noise(4, 2))?;
-    let got = values(pair.table.weight());
+    let got = values(&pair.table.weight().unwrap());
     assert_eq!(got[2..4], [7.0, 8.0], "what was set has nothing to pay");
     assert!(close(&got[0..2], &pair.last[0..2]) && close(&got[4..10], &pair.last[4..10]));
 
