@@ -184,8 +184,8 @@ where
             return norm_error;
         }
         let rounding = |name: &&str| {
-            let eps = epsilon_of(weights[*name].dtype());
-            mean[name].size.iter().map(|size| eps * size).collect::<Vec<f64>>()
+            let dtype = weights[*name].dtype();
+            mean[name].size.iter().map(|size| epsilon_of(dtype) * size + tiny_of(dtype)).collect::<Vec<f64>>()
         };
         let grads: Vec<&[f64]> = names.iter().map(|name| mean[name].g.as_slice()).collect();
         let roundings: Vec<Vec<f64>> = names.iter().map(rounding).collect();
@@ -201,7 +201,7 @@ where
         let var = &weights[name];
         let dtype = var.dtype();
         let eps = epsilon_of(dtype);
-        let tiny = if dtype == DType::F64 { 1e-323 } else { 3e-45 };
+        let tiny = tiny_of(dtype);
         let group = groups.iter().find(|group| group.name == state.group).unwrap();
         let lr = match &group.lr {
             GroupLr::Inherit => lr,
@@ -276,8 +276,7 @@ where
                 8.0 * eps * w[i].abs() * (1.0 + decoupled * lr) + 2.0 * step_size * ratio_error + tiny
             };
             let w_error = if step_size == 0.0 && !new_w.is_nan() { 8.0 * eps * w[i].abs() } else { w_error };
-            let w_error = w_error + rounding(dtype, new_w.abs() + w_error);
-            entry.w.push(overflowing(Bound { value: new_w, error: w_error }, dtype));
+            entry.w.push(rounded(Bound { value: new_w, error: w_error }, dtype));
             entry.m.push(overflowing(Bound { value: new_m, error: m_error }, accumulator(dtype)));
             entry.u.push(overflowing(Bound { value: new_u, error: u_error }, accumulator(dtype)));
         }
@@ -298,7 +297,12 @@ where
             if old.is_none() && entry.step == 0 {
                 continue;
             }
-            let momentum = if old.is_none() { 0.0 } else { average.momentum };
+            // As the arithmetic has it, before `1 - momentum` is made of it, which is what Keras does.
+            let momentum = match dtype {
+                _ if old.is_none() => 0.0,
+                DType::F64 => average.momentum,
+                _ => f64::from(average.momentum as f32),
+            };
             let of = |(i, w): (usize, &Bound)| {
                 let old = old.as_ref().map_or(0.0, |old| old[i]);
                 let value = match momentum {
@@ -311,8 +315,7 @@ where
             };
             let ema: Vec<Bound> = entry.w.iter().enumerate().map(of).collect();
             if average.overwrite_frequency.is_some_and(|f| (counters.updates + 1).is_multiple_of(f)) {
-                let rounded = |b: &Bound| Bound { value: b.value, error: b.error + rounding(dtype, b.value) };
-                entry.w = ema.iter().map(rounded).collect();
+                entry.w = ema.iter().map(|average| rounded(*average, dtype)).collect();
             }
             entry.ema = Some(ema);
         }
@@ -330,16 +333,35 @@ fn epsilon_of(dtype: DType) -> f64 {
     }
 }
 
+/// Two of the smallest numbers of that type: what is rounded may be subnormal.
+fn tiny_of(dtype: DType) -> f64 {
+    match dtype {
+        DType::F64 => 1e-323,
+        _ => 3e-45,
+    }
+}
+
 fn accumulator(dtype: DType) -> DType {
     if dtype == DType::F64 { DType::F64 } else { DType::F32 }
 }
 
-/// Beyond the largest number of a type lies infinity.
+/// What a number becomes in this type.
+fn rounded(bound: Bound, dtype: DType) -> Bound {
+    // At the largest number that it may be, where places may be wider.
+    let error = bound.error + rounding(dtype, bound.value.abs() + bound.error);
+    overflowing(Bound { error, ..bound }, dtype)
+}
+
+/// What is nearer to the next power of two than to the largest number of a type is infinity; where the error leaves open
+/// whether it is, it may be.
 fn overflowing(bound: Bound, dtype: DType) -> Bound {
-    if bound.value.is_finite() && bound.value.abs() > largest(dtype) {
+    let (size, end) = (bound.value.abs(), largest(dtype) + rounding(dtype, largest(dtype)));
+    if !size.is_finite() || bound.error.is_nan() || size + bound.error < end {
+        bound
+    } else if size - bound.error >= end {
         Bound { value: f64::INFINITY.copysign(bound.value), error: 0.0 }
     } else {
-        bound
+        Bound { error: f64::INFINITY, ..bound }
     }
 }
 

@@ -7,6 +7,7 @@ pub(crate) mod formulas;
 pub(crate) mod gradients;
 pub(crate) mod parts;
 pub(crate) mod process;
+pub(crate) mod property;
 mod random;
 
 use std::cell::RefCell;

@@ -11,6 +11,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use proptest::prelude::*;
 
 use crate::common::folder::Folder;
+use crate::common::property::config;
 use crate::common::{Random, bits, pool, values};
 
 const CODED: [StateDType; 3] = [StateDType::BF16, StateDType::F16, StateDType::Q8];
@@ -273,7 +274,7 @@ fn any_gradient() -> impl Strategy<Value = f32> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(500) })]
+    #![proptest_config(config(1000))]
 
     /// `|dw| <= C * lr / (1 - beta1^t)`, whatever comes, and nothing that is not finite comes from what is.
     #[test]

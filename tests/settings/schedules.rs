@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use crate::common::folder::Folder;
 use crate::common::parts::Parts;
+use crate::common::property::config;
 use crate::common::recorded;
 
 /// The largest distance from Keras's f64 value, as a share of the largest value of the case.
@@ -608,7 +609,7 @@ fn a_schedule_may_start_at_any_step() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, cases: 20_000, ..ProptestConfig::default() })]
+    #![proptest_config(config(20_000))]
 
     /// Whatever is accepted, at whatever step.
     #[test]
@@ -635,7 +636,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, cases: 2000, ..ProptestConfig::default() })]
+    #![proptest_config(config(2000))]
 
     /// Without a tolerance: rounding must not step over an end.
     #[test]

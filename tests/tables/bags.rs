@@ -10,8 +10,8 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Module as _, Optimizer as _};
 use proptest::prelude::*;
-use proptest::test_runner::{RngAlgorithm, RngSeed};
 
+use crate::common::property::config;
 use crate::common::{DTYPES, ID_DTYPES, bits, ids as ids_of, noise, pool, tensor, values, var};
 
 const POOLINGS: [Pooling; 3] = [Pooling::Sum, Pooling::Mean, Pooling::Max];
@@ -444,14 +444,7 @@ fn layers_on_the_same_variable() {
 }
 
 proptest! {
-    // Always the same cases, and no file of those that failed.
-    #![proptest_config(ProptestConfig {
-        cases: 128,
-        failure_persistence: None,
-        rng_algorithm: RngAlgorithm::ChaCha,
-        rng_seed: RngSeed::Fixed(0x5eed),
-        ..ProptestConfig::default()
-    })]
+    #![proptest_config(config(2000))]
 
     #[test]
     fn any_bags_are_as_candle_pools_them(

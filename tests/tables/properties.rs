@@ -8,22 +8,10 @@ use candle_adamax::{
 use candle_core::{DType, Tensor};
 use candle_nn::Module as _;
 use proptest::prelude::*;
-use proptest::test_runner::{RngAlgorithm, RngSeed};
 
+use crate::common::property::config;
 use crate::common::{DTYPES, Fingerprint, bits, ids, noise, pool, shuffled, tensor, values, var};
 use crate::support::{coarse, received, scatter};
-
-/// Few cases, always the same ones, and no file of those that failed.
-fn config(cases: u32) -> ProptestConfig {
-    ProptestConfig {
-        cases,
-        failure_persistence: None,
-        rng_algorithm: RngAlgorithm::ChaCha,
-        rng_seed: RngSeed::Fixed(0x5eed),
-        max_shrink_iters: 64,
-        ..ProptestConfig::default()
-    }
-}
 
 /// Settings: one of the clips or none, one of the decays or none, both epsilons.
 fn params() -> impl Strategy<Value = ParamsAdamax> {
@@ -58,7 +46,7 @@ fn fingerprint(optimizer: &Adamax, w: &candle_core::Var) -> Fingerprint {
 }
 
 proptest! {
-    #![proptest_config(config(96))]
+    #![proptest_config(config(1000))]
 
     #[test]
     fn a_gradient_of_every_row_is_a_dense_gradient(

@@ -8,10 +8,10 @@ use candle_adamax::{
 };
 use candle_core::{DType, Device, Tensor, Var};
 use proptest::prelude::*;
-use proptest::test_runner::{RngAlgorithm, RngSeed};
 
 use crate::common::folder::Folder;
 use crate::common::gradients::Grad;
+use crate::common::property::config;
 use crate::common::{DTYPES, Fingerprint, bits, formulas, noise, pool, tensor, values, var};
 use crate::support::noisy;
 
@@ -273,17 +273,6 @@ fn threads_do_not_change_a_bit() {
     }
 }
 
-/// Few cases, always the same ones, and no file of those that failed.
-fn config() -> ProptestConfig {
-    ProptestConfig {
-        cases: 128,
-        failure_persistence: None,
-        rng_algorithm: RngAlgorithm::ChaCha,
-        rng_seed: RngSeed::Fixed(0x5eed),
-        ..ProptestConfig::default()
-    }
-}
-
 fn settings() -> impl Strategy<Value = ParamsAdamax> {
     let clip = prop_oneof![
         Just(params()),
@@ -300,7 +289,7 @@ fn settings() -> impl Strategy<Value = ParamsAdamax> {
 }
 
 proptest! {
-    #![proptest_config(config())]
+    #![proptest_config(config(2000))]
 
     /// A gradient that lists every row once is a dense one.
     #[test]
