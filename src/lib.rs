@@ -132,13 +132,14 @@ mod trace;
 
 pub use adamax::{Adamax, Audit, MomentStatistics, Restored, State, StateBytes, Statistics, StepReport};
 pub use checkpoint::{AccumulatedGrad, Counters, Snapshot, TorchOptions, VarSnapshot};
+pub use clip::Clip;
 pub use codec::StateDType;
 pub use embedding::{Bags, Embedding, EmbeddingBag, Pooling, embedding, embedding_bag};
 pub use error::{Error, ErrorKind, Result};
 pub use gradient::{Gradient, SparseGrad, TouchedRows};
 pub use group::{GroupLr, GroupSettings, ParamGroup};
 pub use kernel::Kernel;
-pub use params::{ClipGradNorm, Ema, MissingGradients, ParamsAdamax, SparseUpdate, StepCount};
+pub use params::{Ema, MissingGradients, ParamsAdamax, SparseUpdate, StepCount};
 pub use reduce::NormType;
 pub use rounding::Rounding;
 pub use rule::{Epsilon, WeightDecay};

@@ -6,6 +6,7 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::check;
+use crate::clip::Clip;
 use crate::codec::{LARGEST_NOISE, StateDType, q8_noise};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ledger::{self, LONGEST_WINDOW};
@@ -106,16 +107,6 @@ impl fmt::Display for MissingGradients {
             Self::Allow => "Allow",
         })
     }
-}
-
-/// PyTorch's `clip_grad_norm_`: all gradients are multiplied by `min(max_norm / (total_norm + 1e-6), 1)`.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ClipGradNorm {
-    /// The norm that is allowed.
-    pub max_norm: f64,
-    /// Which norm.
-    pub norm_type: NormType,
 }
 
 /// Keras 3's moving average of the weights.
@@ -259,7 +250,7 @@ impl Keeping {
 ///     lr = { class_name = "CosineDecay", config = { initial_learning_rate = 2e-3, decay_steps = 10_000 } }
 ///     weight_decay = { Decoupled = 0.01 }
 ///     no_decay = ["bias", "norm"]
-///     clip_global_norm = 1.0
+///     clip = { GlobalNorm = 1.0 }
 ///
 ///     [[groups]]
 ///     name = "head"
@@ -274,13 +265,13 @@ impl Keeping {
 /// The same settings in Rust:
 ///
 /// ```
-/// use candle_adamax::{CosineDecay, ParamsAdamax, WeightDecay};
+/// use candle_adamax::{Clip, CosineDecay, ParamsAdamax, WeightDecay};
 ///
 /// let params = ParamsAdamax {
 ///     lr: CosineDecay::new(2e-3, 10_000).into(),
 ///     weight_decay: WeightDecay::Decoupled(0.01),
 ///     no_decay: vec!["bias".into(), "norm".into()],
-///     clip_global_norm: Some(1.0),
+///     clip: Some(Clip::GlobalNorm(1.0)),
 ///     ..Default::default()
 /// };
 /// params.validate()?;
@@ -315,15 +306,8 @@ pub struct ParamsAdamax {
     pub step_count: StepCount,
     /// Go up the gradient instead of down. Default: false.
     pub maximize: bool,
-    /// Clip every element of a gradient to `[-c, c]` (Keras `clipvalue`). At most one of the four clips may be set.
-    pub clip_value: Option<f64>,
-    /// Clip the L2 norm of each variable's gradient, `g * c / max(|g|, c)` (Keras `clipnorm`).
-    pub clip_norm: Option<f64>,
-    /// Clip the L2 norm of all gradients together, `g * c / max(|all|, c)` (Keras `global_clipnorm`); a norm that is
-    /// not finite makes every gradient NaN, as there.
-    pub clip_global_norm: Option<f64>,
-    /// Clip as PyTorch's `clip_grad_norm_`, in one of three norms.
-    pub clip_grad_norm: Option<ClipGradNorm>,
+    /// How gradients are clipped. Default: not at all.
+    pub clip: Option<Clip>,
     /// Measure the L2 norm of all gradients at each update, for [`StepReport`](crate::StepReport), where no clip does
     /// so anyway; that reads all gradients once more. Default: false.
     pub measure_norm: bool,
@@ -376,10 +360,7 @@ impl Default for ParamsAdamax {
             no_decay: Vec::new(),
             step_count: StepCount::Shared,
             maximize: false,
-            clip_value: None,
-            clip_norm: None,
-            clip_global_norm: None,
-            clip_grad_norm: None,
+            clip: None,
             measure_norm: false,
             loss_scale_factor: None,
             grad_scaler: None,
@@ -441,7 +422,7 @@ impl ParamsAdamax {
         check_decay(self.weight_decay)?;
         let no_empty_part = self.no_decay.iter().all(|part| !part.is_empty());
         check::require(no_empty_part, "no_decay", "parts of names", "an empty one, which is part of every name")?;
-        self.validate_clips()?;
+        self.clip.map_or(Ok(()), Clip::validate)?;
         self.keeping().validate(&self.hyperparameters())?;
         if let Some(factor) = self.loss_scale_factor {
             check_positive("loss_scale_factor", factor)?;
@@ -461,30 +442,6 @@ impl ParamsAdamax {
         check::at_least_one("gradient_accumulation_steps", self.gradient_accumulation_steps)
     }
 
-    fn validate_clips(&self) -> Result<()> {
-        let clips = [
-            ("clip_value", self.clip_value),
-            ("clip_norm", self.clip_norm),
-            ("clip_global_norm", self.clip_global_norm),
-            ("clip_grad_norm", self.clip_grad_norm.map(|clip| clip.max_norm)),
-        ];
-        let mut set = None;
-        for (field, clip) in clips {
-            let Some(limit) = clip else { continue };
-            let field_of_limit = if field == "clip_grad_norm" { "clip_grad_norm.max_norm" } else { field };
-            check_positive(field_of_limit, limit)?;
-            if let Some(first) = set.replace(field) {
-                return Err(ErrorKind::Exclusive {
-                    first,
-                    second: field,
-                    allowed: "`clip_value`, `clip_norm`, `clip_global_norm`, `clip_grad_norm`",
-                }
-                .into());
-            }
-        }
-        Ok(())
-    }
-
     /// Whether a call in which something is not finite is skipped.
     pub(crate) fn skips_nonfinite(&self) -> bool {
         self.skip_nonfinite || self.grad_scaler.is_some()
@@ -492,12 +449,14 @@ impl ParamsAdamax {
 
     /// Which norm is to be measured, and [reported](crate::StepReport::total_norm).
     pub(crate) fn norm_type(&self) -> Option<NormType> {
-        match self.clip_grad_norm {
-            Some(clip) => Some(clip.norm_type),
-            None => {
-                let measured = self.clip_norm.is_some() || self.clip_global_norm.is_some() || self.measure_norm;
-                measured.then_some(NormType::L2)
-            }
+        self.clip.and_then(Clip::norm_type).or(self.measure_norm.then_some(NormType::L2))
+    }
+
+    /// The largest magnitude that an element of a gradient keeps.
+    pub(crate) fn clamp(&self) -> f64 {
+        match self.clip {
+            Some(Clip::Value(limit)) => limit,
+            _ => f64::INFINITY,
         }
     }
 

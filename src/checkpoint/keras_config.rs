@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::clip::Clip;
 use crate::error::{Error, Result};
 use crate::params::{Ema, ParamsAdamax, StepCount};
 use crate::rule::{Epsilon, WeightDecay};
@@ -100,7 +101,7 @@ impl ParamsAdamax {
     /// Keras's default.
     ///
     /// ```
-    /// use candle_adamax::{CosineDecay, ParamsAdamax};
+    /// use candle_adamax::{Clip, CosineDecay, ParamsAdamax};
     ///
     /// let params = ParamsAdamax::from_keras_json(
     ///     r#"{"class_name": "Adamax", "config": {
@@ -109,7 +110,7 @@ impl ParamsAdamax {
     ///         "beta_2": 0.99
     ///     }}"#,
     /// )?;
-    /// assert_eq!((params.beta1, params.beta2, params.clip_norm), (0.9, 0.99, Some(1.0)));
+    /// assert_eq!((params.beta1, params.beta2, params.clip), (0.9, 0.99, Some(Clip::Norm(1.0))));
     /// assert_eq!(params.lr.at(500)?, 0.005);
     /// # Ok::<(), candle_adamax::Error>(())
     /// ```
@@ -135,6 +136,7 @@ impl ParamsAdamax {
             Some(steps @ 2..) => steps,
             Some(steps) => return Err(Error::invalid("gradient_accumulation_steps", "at least 2, or null", steps)),
         };
+        let clip = clip(&config)?;
         let params = Self {
             lr: learning_rate(config.learning_rate, config.decay)?,
             name: config.name,
@@ -142,9 +144,7 @@ impl ParamsAdamax {
             beta2: config.beta_2,
             eps: config.epsilon,
             weight_decay: config.weight_decay.map_or(WeightDecay::None, WeightDecay::Decoupled),
-            clip_value: config.clipvalue,
-            clip_norm: config.clipnorm,
-            clip_global_norm: config.global_clipnorm,
+            clip,
             loss_scale_factor: config.loss_scale_factor,
             ema: config.use_ema.then_some(Ema {
                 momentum: config.ema_momentum,
@@ -211,9 +211,15 @@ impl ParamsAdamax {
         if let Some(plateau) = self.plateau {
             return Err(only("plateau", "none", format_args!("{plateau:?}")));
         }
-        if let Some(clip) = self.clip_grad_norm {
-            return Err(only("clip_grad_norm", "none", format_args!("{clip:?}")));
-        }
+        let (clipvalue, clipnorm, global_clipnorm) = match self.clip {
+            None => (None, None, None),
+            Some(Clip::Value(limit)) => (Some(limit), None, None),
+            Some(Clip::Norm(limit)) => (None, Some(limit), None),
+            Some(Clip::GlobalNorm(limit)) => (None, None, Some(limit)),
+            Some(clip @ Clip::GradNorm { .. }) => {
+                return Err(only("clip", "none, Value, Norm or GlobalNorm", format_args!("{clip:?}")));
+            }
+        };
         if decay.is_some() && !self.no_decay.is_empty() {
             let expected = "none in a configuration; call the Keras optimizer's `exclude_from_weight_decay`";
             return Err(Error::invalid("no_decay", expected, format_args!("{:?}", self.no_decay)));
@@ -223,9 +229,9 @@ impl ParamsAdamax {
             name: self.name.clone(),
             learning_rate: keras_rate(&self.lr)?,
             weight_decay: decay,
-            clipnorm: self.clip_norm,
-            global_clipnorm: self.clip_global_norm,
-            clipvalue: self.clip_value,
+            clipnorm,
+            global_clipnorm,
+            clipvalue,
             use_ema: self.ema.is_some(),
             ema_momentum: ema.momentum,
             ema_overwrite_frequency: ema.overwrite_frequency,
@@ -249,6 +255,18 @@ impl ParamsAdamax {
 /// A setting that Keras has in one form only.
 fn only(field: &str, form: &str, got: impl std::fmt::Display) -> Error {
     Error::invalid(field, format!("{form}, all that Keras can do"), got)
+}
+
+/// The clip of a config, which has at most one.
+fn clip(config: &Config) -> Result<Option<Clip>> {
+    let value = config.clipvalue.map(|limit| ("clipvalue", limit, Clip::Value(limit)));
+    let norm = config.clipnorm.map(|limit| ("clipnorm", limit, Clip::Norm(limit)));
+    let global = config.global_clipnorm.map(|limit| ("global_clipnorm", limit, Clip::GlobalNorm(limit)));
+    let mut set = [value, norm, global].into_iter().flatten();
+    match (set.next(), set.next()) {
+        (Some((first, ..)), Some((key, limit, _))) => Err(Error::invalid(key, format!("null beside `{first}`"), limit)),
+        (one, _) => Ok(one.map(|(_, _, clip)| clip)),
+    }
 }
 
 /// The learning rate of a config: a number or a serialized schedule, with the `decay` of the legacy optimizers.

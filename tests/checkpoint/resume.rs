@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use candle_adamax::{
-    Adamax, ClipGradNorm, CosineDecay, Ema, ErrorKind, ExponentialDecay, GradScaler, Join, Kernel, LearningRate,
+    Adamax, Clip, CosineDecay, Ema, ErrorKind, ExponentialDecay, GradScaler, Join, Kernel, LearningRate,
     LearningRateSchedule, LinearWarmup, NormType, OneCycle, ParamsAdamax, PiecewiseConstantDecay, ReduceLrOnPlateau,
     WeightDecay,
 };
@@ -45,15 +45,15 @@ fn settings() -> Vec<(&'static str, ParamsAdamax)> {
             "decoupled decay",
             ParamsAdamax { weight_decay: WeightDecay::Decoupled(0.3), no_decay: vec!["fc1".into()], ..keras() },
         ),
-        ("values clipped", ParamsAdamax { clip_value: Some(0.2), ..keras() }),
-        ("norms clipped", ParamsAdamax { clip_norm: Some(0.3), ..keras() }),
+        ("values clipped", ParamsAdamax { clip: Some(Clip::Value(0.2)), ..keras() }),
+        ("norms clipped", ParamsAdamax { clip: Some(Clip::Norm(0.3)), ..keras() }),
         (
             "the global norm clipped",
-            ParamsAdamax { clip_global_norm: Some(0.9), loss_scale_factor: Some(3.0), ..keras() },
+            ParamsAdamax { clip: Some(Clip::GlobalNorm(0.9)), loss_scale_factor: Some(3.0), ..keras() },
         ),
         (
             "clipped as PyTorch does",
-            ParamsAdamax { clip_grad_norm: Some(ClipGradNorm { max_norm: 1.5, norm_type: NormType::L1 }), ..pytorch() },
+            ParamsAdamax { clip: Some(Clip::GradNorm { max_norm: 1.5, norm_type: NormType::L1 }), ..pytorch() },
         ),
         ("accumulation, half done", ParamsAdamax { gradient_accumulation_steps: 4, ..keras() }),
         (
@@ -61,7 +61,7 @@ fn settings() -> Vec<(&'static str, ParamsAdamax)> {
             ParamsAdamax {
                 gradient_accumulation_steps: 3,
                 loss_scale_factor: Some(7.0),
-                clip_norm: Some(0.1),
+                clip: Some(Clip::Norm(0.1)),
                 ..pytorch()
             },
         ),

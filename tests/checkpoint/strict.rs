@@ -272,16 +272,14 @@ fn values_that_are_not_allowed() -> Result<()> {
         ("eps", json!(-1e-8)),
         ("weight_decay", json!({"L2": -1.0})),
         ("no_decay", json!([""])),
-        ("clip_value", json!(0.0)),
+        ("clip", json!({"Value": 0.0})),
         ("loss_scale_factor", json!(0.0)),
         ("gradient_accumulation_steps", json!(0)),
     ] {
         fixture.refuse_edited(&[field], |parts| parts.header["params"][field] = value)?;
     }
-    fixture.refuse_edited(&["clip_value", "clip_norm"], |parts| {
-        parts.header["params"]["clip_value"] = json!(1.0);
-        parts.header["params"]["clip_norm"] = json!(1.0);
-    })?;
+    let two = json!({"Value": 1.0, "Norm": 1.0});
+    fixture.refuse_edited(&[METADATA], |parts| parts.header["params"]["clip"] = two)?;
     fixture.refuse_edited(&["groups.head.beta2"], |parts| parts.header["groups"][2]["beta2"] = json!(2.0))?;
     // A state that the settings have none for, and settings without a state.
     let state = json!({"scale": 8.0, "growth_tracker": 0});

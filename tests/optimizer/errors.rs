@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use candle_adamax::{
-    Adamax, ClipGradNorm, CosineDecay, CosineDecayRestarts, Ema, Epsilon, ErrorKind, ExponentialDecay, GradScaler,
-    GroupLr, GroupSettings, InverseTimeDecay, Join, LearningRate, LearningRateSchedule, LinearWarmup, MissingGradients,
+    Adamax, Clip, CosineDecay, CosineDecayRestarts, Ema, Epsilon, ErrorKind, ExponentialDecay, GradScaler, GroupLr,
+    GroupSettings, InverseTimeDecay, Join, LearningRate, LearningRateSchedule, LinearWarmup, MissingGradients,
     NormType, OneCycle, ParamGroup, ParamsAdamax, PiecewiseConstantDecay, PolynomialDecay, ReduceLrOnPlateau,
     WeightDecay,
 };
@@ -107,27 +107,17 @@ fn epsilon_and_decay() {
     assert!(ParamsAdamax { eps: 0.0, ..named() }.validate().is_ok());
 }
 
-/// Settings with the clip number `which` set to `limit`.
-fn clip(params: ParamsAdamax, which: usize, limit: f64) -> ParamsAdamax {
-    match which {
-        0 => ParamsAdamax { clip_value: Some(limit), ..params },
-        1 => ParamsAdamax { clip_norm: Some(limit), ..params },
-        2 => ParamsAdamax { clip_global_norm: Some(limit), ..params },
-        _ => {
-            let clip = ClipGradNorm { max_norm: limit, norm_type: NormType::L2 };
-            ParamsAdamax { clip_grad_norm: Some(clip), ..params }
-        }
-    }
-}
-
-const CLIPS: [&str; 4] = ["clip_value", "clip_norm", "clip_global_norm", "clip_grad_norm"];
-
 #[test]
 fn clips_and_the_loss_scale() {
     for (x, got) in NEGATIVE.into_iter().chain([(0.0, "0")]) {
-        for (which, field) in CLIPS.into_iter().enumerate() {
-            let field = if which == 3 { "clip_grad_norm.max_norm" } else { field };
-            assert_invalid(clip(named(), which, x), field, POSITIVE, got);
+        for (clip, variant) in [
+            (Clip::Value(x), "Value"),
+            (Clip::Norm(x), "Norm"),
+            (Clip::GlobalNorm(x), "GlobalNorm"),
+            (Clip::GradNorm { max_norm: x, norm_type: NormType::L2 }, "GradNorm"),
+        ] {
+            let expected = format!("{POSITIVE} for `{variant}`");
+            assert_invalid(ParamsAdamax { clip: Some(clip), ..named() }, "clip", &expected, got);
         }
         let loss_scale_factor = Some(x);
         assert_invalid(ParamsAdamax { loss_scale_factor, ..named() }, "loss_scale_factor", POSITIVE, got);
@@ -175,19 +165,6 @@ fn plateaus() {
     assert_eq!(error.to_string(), text);
     let error = two_vars(named()).0.group_learning_rate("head").unwrap_err();
     assert_eq!(error.to_string(), "Encoder: unknown group `head`; known are: default");
-}
-
-#[test]
-fn two_clips_at_once() {
-    for (i, first) in CLIPS.into_iter().enumerate() {
-        for (j, second) in CLIPS.into_iter().enumerate().skip(i + 1) {
-            let params = clip(clip(named(), j, 1.0), i, 1.0);
-            let error = Adamax::from_named::<&str>([], params.clone()).unwrap_err();
-            assert!(matches!(error.kind(), ErrorKind::Exclusive { .. }), "{error:?}");
-            let all = "`clip_value`, `clip_norm`, `clip_global_norm`, `clip_grad_norm`";
-            assert_refused(params, &format!("`{first}` and `{second}` exclude each other: set at most one of {all}"));
-        }
-    }
 }
 
 #[test]
@@ -381,7 +358,8 @@ fn trained(calls: usize) -> impl Iterator<Item = (Adamax, Vec<(String, Var)>)> {
     let all = [(None, 1), (Some(Ema { momentum: 0.5, overwrite_frequency: Some(2) }), 1), (Some(Ema::default()), 2)];
     all.into_iter().flat_map(|(ema, steps)| KERNELS.map(|kernel| (ema, steps, kernel))).map(
         move |(ema, gradient_accumulation_steps, kernel)| {
-            let params = ParamsAdamax { ema, gradient_accumulation_steps, clip_global_norm: Some(1.0), ..named() };
+            let params =
+                ParamsAdamax { ema, gradient_accumulation_steps, clip: Some(Clip::GlobalNorm(1.0)), ..named() };
             let (mut optimizer, vars) = two_vars(params);
             optimizer.set_kernel(kernel).unwrap();
             let good = tensor(&noise(9, 6), &[2, 3], DType::F32);
@@ -582,7 +560,7 @@ fn what_is_not_finite_can_be_skipped() {
             for (norm_type, steps) in norms.iter().flat_map(|norm_type| [(norm_type, 1u64), (norm_type, 3)]) {
                 let params = ParamsAdamax {
                     skip_nonfinite: true,
-                    clip_grad_norm: norm_type.map(|norm_type| ClipGradNorm { max_norm: 1.0, norm_type }),
+                    clip: norm_type.map(|norm_type| Clip::GradNorm { max_norm: 1.0, norm_type }),
                     gradient_accumulation_steps: steps,
                     ema: Some(Ema { momentum: 0.5, overwrite_frequency: Some(1) }),
                     ..named()
@@ -621,8 +599,9 @@ fn settings_that_are_refused_change_nothing() {
         let text = |error: candle_adamax::Error| error.to_string();
         let error = text(optimizer.set_params(ParamsAdamax { beta1: 1.0, ..own.clone() }).unwrap_err());
         assert_eq!(error, "Encoder: invalid `beta1`: expected a number in [0, 1), got 1");
-        let error = text(optimizer.set_params(clip(own.clone(), 0, 1.0)).unwrap_err());
-        assert!(error.starts_with("Encoder: `clip_value` and `clip_global_norm` exclude each other"), "{error}");
+        let clip = Some(Clip::Value(-1.0));
+        let error = text(optimizer.set_params(ParamsAdamax { clip, ..own.clone() }).unwrap_err());
+        assert_eq!(error, "Encoder: invalid `clip`: expected a finite number above 0 for `Value`, got -1");
         let inside = ParamsAdamax { epsilon: Epsilon::Inside, ema: None, ..own.clone() };
         let error = text(optimizer.set_params(inside).unwrap_err());
         let expected = "Encoder: invalid `epsilon`: expected Outside as before, since u is made for it, got Inside";

@@ -1,7 +1,7 @@
 //! Variables, groups and settings: in, out and changed between steps.
 
 use candle_adamax::{
-    Adamax, Ema, Epsilon, ErrorKind, ExponentialDecay, GradScaler, GroupLr, GroupSettings, MissingGradients,
+    Adamax, Clip, Ema, Epsilon, ErrorKind, ExponentialDecay, GradScaler, GroupLr, GroupSettings, MissingGradients,
     ParamGroup, ParamsAdamax, Rounding, SparseUpdate, StateDType, StepCount, WeightDecay,
 };
 use candle_core::backprop::GradStore;
@@ -296,8 +296,8 @@ fn settings_go_through_json() -> anyhow::Result<()> {
     let back: ParamsAdamax = serde_json::from_str(&json)?;
     assert_eq!(format!("{back:?}"), format!("{params:?}"));
 
-    let partial: ParamsAdamax = serde_json::from_str(r#"{"lr": 0.5, "clip_norm": 2.0}"#)?;
-    assert_eq!((partial.lr.at(0)?, partial.clip_norm, partial.eps), (0.5, Some(2.0), 1e-7));
+    let partial: ParamsAdamax = serde_json::from_str(r#"{"lr": 0.5, "clip": {"Norm": 2.0}}"#)?;
+    assert_eq!((partial.lr.at(0)?, partial.clip, partial.eps), (0.5, Some(Clip::Norm(2.0)), 1e-7));
     let error = serde_json::from_str::<ParamsAdamax>(r#"{"learning_rate": 0.5}"#).unwrap_err();
     assert!(error.to_string().contains("unknown field `learning_rate`"), "{error}");
     Ok(())
@@ -306,15 +306,14 @@ fn settings_go_through_json() -> anyhow::Result<()> {
 #[test]
 fn the_norm_is_measured_on_request() -> Result<()> {
     let w = var(&[0.0, 0.0]);
-    for (clip_value, measure_norm, expected) in
-        [(None, false, None), (None, true, Some(5.0)), (Some(1.0), true, Some(5.0))]
+    for (limit, measure_norm, expected) in [(None, false, None), (None, true, Some(5.0)), (Some(1.0), true, Some(5.0))]
     {
-        let params = ParamsAdamax { clip_value, measure_norm, ..plain(1.0) };
+        let params = ParamsAdamax { clip: limit.map(Clip::Value), measure_norm, ..plain(1.0) };
         let mut adamax = Adamax::from_named([("w", w.clone())], params)?;
         adamax.step(&grads(&[&w], &[3.0, -4.0]))?;
         assert_eq!(adamax.report().total_norm(), expected);
         // It is of the gradients before they are clipped, which it does not touch.
-        assert_eq!(adamax.state("w")?.exp_inf.to_vec1::<f64>()?, clip_value.map_or([3.0, 4.0], |limit| [limit; 2]));
+        assert_eq!(adamax.state("w")?.exp_inf.to_vec1::<f64>()?, limit.map_or([3.0, 4.0], |limit| [limit; 2]));
     }
     Ok(())
 }
@@ -584,7 +583,7 @@ lr = { class_name = "ExponentialDecay", config = { initial_learning_rate = 1e-3,
 weight_decay = { Decoupled = 1e-2 }
 no_decay = ["bias"]
 step_count = "PerVar"
-clip_global_norm = 1
+clip = { GlobalNorm = 1 }
 state_dtype = "BF16"
 ema = { momentum = 0.5 }
 grad_scaler = { init_scale = 1024 }
@@ -611,7 +610,7 @@ optimizer:
   weight_decay: !Decoupled 1e-2
   no_decay: [bias]
   step_count: PerVar
-  clip_global_norm: 1
+  clip: !GlobalNorm 1
   state_dtype: BF16
   ema:
     momentum: 0.5
@@ -634,7 +633,7 @@ fn settings_come_from_toml_and_yaml() -> anyhow::Result<()> {
         weight_decay: WeightDecay::Decoupled(1e-2),
         no_decay: vec!["bias".into()],
         step_count: StepCount::PerVar,
-        clip_global_norm: Some(1.0),
+        clip: Some(Clip::GlobalNorm(1.0)),
         state_dtype: StateDType::BF16,
         ema: Some(Ema { momentum: 0.5, overwrite_frequency: None }),
         grad_scaler: Some(GradScaler { init_scale: 1024.0, ..GradScaler::default() }),

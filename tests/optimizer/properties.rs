@@ -4,8 +4,7 @@
 use std::collections::BTreeMap;
 
 use candle_adamax::{
-    Adamax, ClipGradNorm, Ema, Epsilon, Kernel, MissingGradients, NormType, ParamGroup, ParamsAdamax, StepCount,
-    WeightDecay,
+    Adamax, Clip, Ema, Epsilon, Kernel, MissingGradients, NormType, ParamGroup, ParamsAdamax, StepCount, WeightDecay,
 };
 use candle_core::{DType, Tensor, Var};
 use proptest::prelude::*;
@@ -111,15 +110,15 @@ fn one_var() -> impl Strategy<Value = OneVar> {
     )
 }
 
-fn clip() -> impl Strategy<Value = ParamsAdamax> {
+fn clip() -> impl Strategy<Value = Option<Clip>> {
     let limit = prop::sample::select(vec![1e-3, 0.25, 1.0, 40.0]);
     let norm_type = prop::sample::select(vec![NormType::L1, NormType::L2, NormType::Inf]);
-    (0..5u8, limit, norm_type).prop_map(|(which, limit, norm_type)| ParamsAdamax {
-        clip_value: (which == 1).then_some(limit),
-        clip_norm: (which == 2).then_some(limit),
-        clip_global_norm: (which == 3).then_some(limit),
-        clip_grad_norm: (which == 4).then_some(ClipGradNorm { max_norm: limit, norm_type }),
-        ..ParamsAdamax::default()
+    (0..5u8, limit, norm_type).prop_map(|(which, limit, norm_type)| match which {
+        0 => None,
+        1 => Some(Clip::Value(limit)),
+        2 => Some(Clip::Norm(limit)),
+        3 => Some(Clip::GlobalNorm(limit)),
+        _ => Some(Clip::GradNorm { max_norm: limit, norm_type }),
     })
 }
 
@@ -158,7 +157,8 @@ fn params() -> impl Strategy<Value = ParamsAdamax> {
                 ema: ema.map(|(momentum, overwrite_frequency)| Ema { momentum, overwrite_frequency }),
                 gradient_accumulation_steps: steps,
                 missing_gradients: MissingGradients::Allow,
-                ..clip
+                clip,
+                ..ParamsAdamax::default()
             }
         },
     )
@@ -427,18 +427,19 @@ fn views_are_as_good_as_contiguous_gradients() {
     ] {
         for (what, view) in views(grad_dtype) {
             for kernel in [Kernel::Auto, Kernel::Portable] {
-                for (clip_norm, steps) in [(None, 1), (Some(0.5), 1), (Some(0.5), 2)] {
+                for (limit, steps) in [(None, 1), (Some(0.5), 1), (Some(0.5), 2)] {
                     let run = |grad: &Tensor| {
                         let w = var(&noise(7, grad.elem_count()), grad.dims(), dtype);
                         let gradient_accumulation_steps = steps;
-                        let params = ParamsAdamax { clip_norm, gradient_accumulation_steps, ..ParamsAdamax::default() };
+                        let clip = limit.map(Clip::Norm);
+                        let params = ParamsAdamax { clip, gradient_accumulation_steps, ..ParamsAdamax::default() };
                         let mut optimizer = Adamax::from_named([("w", w.clone())], params).unwrap();
                         optimizer.set_kernel(kernel).unwrap();
                         (0..4).for_each(|_| optimizer.apply_gradients([(&w, grad)]).map(drop).unwrap());
                         Fingerprint::of(&optimizer, &[("w".into(), w)])
                     };
                     let contiguous = tensor(&values(&view), view.dims(), grad_dtype);
-                    assert_eq!(run(&view), run(&contiguous), "{what}, {dtype:?}, {kernel:?}, clip {clip_norm:?}");
+                    assert_eq!(run(&view), run(&contiguous), "{what}, {dtype:?}, {kernel:?}, clip {limit:?}");
                 }
             }
         }
@@ -496,7 +497,7 @@ fn variables_without_elements_take_part() {
             let vars = [("empty", var(&[], &[0, 3], dtype)), ("w", var(&[1.0, 2.0], &[2], dtype))];
             let ema = Some(Ema { momentum: 0.5, overwrite_frequency: Some(2) });
             let params =
-                ParamsAdamax { clip_norm: Some(1.0), gradient_accumulation_steps: 2, ema, ..Default::default() };
+                ParamsAdamax { clip: Some(Clip::Norm(1.0)), gradient_accumulation_steps: 2, ema, ..Default::default() };
             let mut optimizer = Adamax::from_named(vars.clone(), params).unwrap();
             optimizer.set_kernel(kernel).unwrap();
             let grads = [tensor(&[], &[0, 3], dtype), tensor(&[1.0, 1.0], &[2], dtype)];
@@ -527,7 +528,7 @@ fn the_formulas_notice_another_rule() {
             2 => params.eps = 1e-3,
             3 => params.lr = 1.001e-3.into(),
             4 => params.weight_decay = WeightDecay::Decoupled(0.1),
-            _ => params.clip_norm = Some(0.5),
+            _ => params.clip = Some(Clip::Norm(0.5)),
         }
         let beta2_shows = BTreeMap::from([("w".to_owned(), (&grads["w"] * 0.25).unwrap())]);
         let grads = if change == 1 { &beta2_shows } else { &grads };
@@ -541,8 +542,8 @@ fn the_formulas_notice_another_rule() {
 #[test]
 fn clips_are_right_over_the_whole_range_of_f64() {
     let clips: [fn(f64) -> ParamsAdamax; 5] = [
-        |limit| ParamsAdamax { clip_norm: Some(limit), ..Default::default() },
-        |limit| ParamsAdamax { clip_global_norm: Some(limit), skip_nonfinite: true, ..Default::default() },
+        |limit| ParamsAdamax { clip: Some(Clip::Norm(limit)), ..Default::default() },
+        |limit| ParamsAdamax { clip: Some(Clip::GlobalNorm(limit)), skip_nonfinite: true, ..Default::default() },
         |limit| clip_grad_norm(limit, NormType::L2),
         |limit| clip_grad_norm(limit, NormType::L1),
         |limit| clip_grad_norm(limit, NormType::Inf),
@@ -599,7 +600,7 @@ fn clips_are_right_over_the_whole_range_of_f64() {
 }
 
 fn clip_grad_norm(max_norm: f64, norm_type: NormType) -> ParamsAdamax {
-    ParamsAdamax { clip_grad_norm: Some(ClipGradNorm { max_norm, norm_type }), ..Default::default() }
+    ParamsAdamax { clip: Some(Clip::GradNorm { max_norm, norm_type }), ..Default::default() }
 }
 
 /// Settings at the edges of what is allowed, against the formula.

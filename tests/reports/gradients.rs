@@ -1,8 +1,6 @@
 //! Gradients that are missing, zero, or of nothing.
 
-use candle_adamax::{
-    Adamax, ClipGradNorm, GradScaler, MissingGradients, NormType, ParamsAdamax, StepCount, WeightDecay,
-};
+use candle_adamax::{Adamax, Clip, GradScaler, MissingGradients, NormType, ParamsAdamax, StepCount, WeightDecay};
 use candle_core::{DType, Tensor};
 use candle_nn::VarMap;
 
@@ -31,8 +29,7 @@ fn a_variable_without_a_gradient_does_not_decay() {
 fn the_norm_of_an_empty_variable_is_zero_in_every_norm() {
     for norm_type in [NormType::L1, NormType::L2, NormType::Inf] {
         let (w, empty) = (var(&[3.0, 4.0], &[2], DType::F32), var(&[], &[0, 3], DType::F32));
-        let params =
-            ParamsAdamax { clip_grad_norm: Some(ClipGradNorm { max_norm: 1.0, norm_type }), ..Default::default() };
+        let params = ParamsAdamax { clip: Some(Clip::GradNorm { max_norm: 1.0, norm_type }), ..Default::default() };
         let mut optimizer = Adamax::from_named([("w", w.clone()), ("empty", empty.clone())], params).unwrap();
         optimizer.apply_gradients([(&empty, &tensor(&[], &[0, 3], DType::F32))]).unwrap();
         assert_eq!(optimizer.report().total_norm(), Some(0.0));

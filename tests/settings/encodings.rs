@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use candle_adamax::{
-    Adamax, Epsilon, ErrorKind, Kernel, ParamGroup, ParamsAdamax, Rounding, SparseGrad, StateDType, StepCount,
+    Adamax, Clip, Epsilon, ErrorKind, Kernel, ParamGroup, ParamsAdamax, Rounding, SparseGrad, StateDType, StepCount,
     WeightDecay,
 };
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -363,8 +363,8 @@ fn weights_go_where_those_of_f32_go() -> Result<()> {
     for settings in [
         ParamsAdamax::default(),
         ParamsAdamax { eps: 0.1, weight_decay: WeightDecay::Decoupled(0.1), ..ParamsAdamax::default() },
-        ParamsAdamax { clip_norm: Some(1.0), weight_decay: WeightDecay::L2(0.01), ..ParamsAdamax::pytorch() },
-        ParamsAdamax { maximize: true, clip_value: Some(0.2), ..ParamsAdamax::pytorch() },
+        ParamsAdamax { clip: Some(Clip::Norm(1.0)), weight_decay: WeightDecay::L2(0.01), ..ParamsAdamax::pytorch() },
+        ParamsAdamax { maximize: true, clip: Some(Clip::Value(0.2)), ..ParamsAdamax::pytorch() },
     ] {
         let full = run(StateDType::F32, settings.clone())?;
         for (encoding, limit) in [(StateDType::BF16, 0.01), (StateDType::F16, 0.003), (StateDType::Q8, 0.12)] {

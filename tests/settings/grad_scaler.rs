@@ -1,8 +1,8 @@
 //! The loss scale that follows the gradients: against PyTorch's recorded series, and against runs without one.
 
 use candle_adamax::{
-    Adamax, ClipGradNorm, Embedding, ErrorKind, GradScaler, GradScalerState, Kernel, MissingGradients, NormType,
-    ParamGroup, ParamsAdamax, Rounding, SparseGrad, SparseUpdate, StateDType, TouchedRows,
+    Adamax, Clip, Embedding, ErrorKind, GradScaler, GradScalerState, Kernel, MissingGradients, NormType, ParamGroup,
+    ParamsAdamax, Rounding, SparseGrad, SparseUpdate, StateDType, TouchedRows,
 };
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Module;
@@ -146,12 +146,12 @@ fn makes_no_difference_to_any_var_state_or_rounding() {
 #[test]
 fn makes_no_difference_to_clips_and_norms() {
     let keras = ParamsAdamax::default;
-    let clip_grad_norm = Some(ClipGradNorm { max_norm: 0.5, norm_type: NormType::L1 });
+    let clip = Some(Clip::GradNorm { max_norm: 0.5, norm_type: NormType::L1 });
     for params in [
-        ParamsAdamax { clip_value: Some(0.1), ..keras() },
-        ParamsAdamax { clip_norm: Some(0.5), ..keras() },
-        ParamsAdamax { clip_global_norm: Some(0.5), ..keras() },
-        ParamsAdamax { clip_grad_norm, ..keras() },
+        ParamsAdamax { clip: Some(Clip::Value(0.1)), ..keras() },
+        ParamsAdamax { clip: Some(Clip::Norm(0.5)), ..keras() },
+        ParamsAdamax { clip: Some(Clip::GlobalNorm(0.5)), ..keras() },
+        ParamsAdamax { clip, ..keras() },
         ParamsAdamax { ema: Some(Default::default()), ..keras() },
         ParamsAdamax { gradient_accumulation_steps: 3, ..keras() },
     ] {

@@ -2,7 +2,7 @@
 //! weight, and what is not finite.
 
 use candle_adamax::{
-    AccumulatedGrad, Adamax, Bags, Embedding, EmbeddingBag, Epsilon, Gradient, ParamsAdamax, Pooling, SparseGrad,
+    AccumulatedGrad, Adamax, Bags, Clip, Embedding, EmbeddingBag, Epsilon, Gradient, ParamsAdamax, Pooling, SparseGrad,
     Table, TouchedRows, WeightDecay,
 };
 use candle_core::backprop::GradStore;
@@ -298,7 +298,7 @@ fn rows_are_added_to_none_and_from_views() {
 #[test]
 fn a_norm_that_is_not_finite_makes_touched_rows_nan() {
     for kernel in KERNELS {
-        let params = ParamsAdamax { clip_global_norm: Some(1.0), ..Default::default() };
+        let params = ParamsAdamax { clip: Some(Clip::GlobalNorm(1.0)), ..Default::default() };
         let vars: [(&str, &[usize], DType); 2] = [("dense", &[2], DType::F32), ("table", &[6, 2], DType::F32)];
         let mut checked = Checked::new(&vars, params, kernel);
         let dense = Grad::Dense(tensor(&[1.0, 2.0], &[2], DType::F32));

@@ -6,8 +6,8 @@
 use std::time::{Duration, Instant};
 
 use candle_adamax::{
-    Adamax, Bags, Embedding, EmbeddingBag, ErrorKind, Gradient, NormType, ParamsAdamax, Pooling, Rounding, SparseGrad,
-    SparseUpdate, Table,
+    Adamax, Bags, Clip, Embedding, EmbeddingBag, ErrorKind, Gradient, NormType, ParamsAdamax, Pooling, Rounding,
+    SparseGrad, SparseUpdate, Table,
 };
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
@@ -263,7 +263,7 @@ fn the_gradient_of_a_table_gives_the_bits_of_a_step() {
         for dense in [false, true] {
             let start = tensor(&noise(1, 24), &[6, 4], dtype);
             let (w, own) = (Var::from_tensor(&start).unwrap(), Var::from_tensor(&start).unwrap());
-            let params = ParamsAdamax { lr: 0.1.into(), clip_global_norm: Some(0.5), ..ParamsAdamax::default() };
+            let params = ParamsAdamax { lr: 0.1.into(), clip: Some(Clip::GlobalNorm(0.5)), ..ParamsAdamax::default() };
             let (mut stepped, mut applied) = (optimizer(&w, params.clone()), optimizer(&own, params));
             for _ in 0..3 {
                 stepped.backward_step(&losses(&w, dense)).unwrap();

@@ -2,8 +2,8 @@
 //! `SparseUpdate::Exact`, and densely in f64 with a gradient that is zero for all other rows.
 
 use candle_adamax::{
-    Adamax, CosineDecay, Embedding, Epsilon, ExponentialDecay, Kernel, MissingGradients, ParamGroup, ParamsAdamax,
-    Rounding, Snapshot, SparseGrad, SparseUpdate, StateDType, StepCount, Table, WeightDecay,
+    Adamax, Clip, CosineDecay, Embedding, Epsilon, ExponentialDecay, Kernel, MissingGradients, ParamGroup,
+    ParamsAdamax, Rounding, Snapshot, SparseGrad, SparseUpdate, StateDType, StepCount, Table, WeightDecay,
 };
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Module, Optimizer};
@@ -160,9 +160,9 @@ fn every_setting_that_changes_a_step() -> Result<()> {
     let base = || ParamsAdamax { lr: 0.01.into(), ..ParamsAdamax::default() };
     let settings = [
         ("maximize", ParamsAdamax { maximize: true, ..base() }),
-        ("clip_norm", ParamsAdamax { clip_norm: Some(0.5), ..base() }),
-        ("clip_value", ParamsAdamax { clip_value: Some(0.1), ..base() }),
-        ("clip_global_norm", ParamsAdamax { clip_global_norm: Some(0.5), ..base() }),
+        ("clip by Norm", ParamsAdamax { clip: Some(Clip::Norm(0.5)), ..base() }),
+        ("clip by Value", ParamsAdamax { clip: Some(Clip::Value(0.1)), ..base() }),
+        ("clip by GlobalNorm", ParamsAdamax { clip: Some(Clip::GlobalNorm(0.5)), ..base() }),
         ("loss scale", ParamsAdamax { loss_scale_factor: Some(8.0), ..base() }),
         ("own counters", ParamsAdamax { step_count: StepCount::PerVar, ..base() }),
         ("exponential", ParamsAdamax { lr: ExponentialDecay::new(0.05, 10, 0.9).into(), ..base() }),
