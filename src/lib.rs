@@ -143,7 +143,7 @@ pub use params::{Ema, MissingGradients, ParamsAdamax, SparseUpdate, StepCount};
 pub use reduce::NormType;
 pub use rounding::Rounding;
 pub use rule::{Epsilon, WeightDecay};
-pub use scaler::{GradScaler, GradScalerState};
+pub use scaler::{GradScaler, GradScalerState, LossScale};
 pub use schedule::{
     AnnealStrategy, Constant, CosineDecay, CosineDecayRestarts, ExponentialDecay, InverseTimeDecay, Join, LearningRate,
     LearningRateSchedule, LinearWarmup, OneCycle, PiecewiseConstantDecay, Plateau, PlateauMode, PolynomialDecay,

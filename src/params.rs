@@ -8,12 +8,12 @@ use serde::{Deserialize, Serialize};
 use crate::check;
 use crate::clip::Clip;
 use crate::codec::{LARGEST_NOISE, StateDType, q8_noise};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::ledger::{self, LONGEST_WINDOW};
 use crate::reduce::NormType;
 use crate::rounding::Rounding;
 use crate::rule::{Epsilon, Hyperparameters, WeightDecay};
-use crate::scaler::GradScaler;
+use crate::scaler::LossScale;
 use crate::schedule::{LearningRate, ReduceLrOnPlateau, scalar};
 
 /// What the bias correction `1 - beta1^t` of a variable counts.
@@ -155,7 +155,7 @@ pub enum SparseUpdate {
     ///   paying once, so all of these are part of the run.
     /// - Call [`Adamax::catch_up`](crate::Adamax::catch_up) also before weights are written other than by this crate
     ///   (`Var::set`, `VarMap::load`): updates that were missed before would move what was written. In host memory most such
-    ///   writes are noticed, and are [`ErrorKind::WrittenRow`] in the next lookup or step of
+    ///   writes are noticed, and are [`ErrorKind::WrittenRow`](crate::ErrorKind::WrittenRow) in the next lookup or step of
     ///   such a row; a call of `catch_up` then lets what was written stand. A write is not noticed where the new bits are the
     ///   old ones, in a row that was not updated or looked up since all rows were up to date, in one case of 8,191 by
     ///   chance, and on a GPU.
@@ -311,11 +311,9 @@ pub struct ParamsAdamax {
     /// Measure the L2 norm of all gradients at each update, for [`StepReport`](crate::StepReport), where no clip does
     /// so anyway; that reads all gradients once more. Default: false.
     pub measure_norm: bool,
-    /// What the loss was multiplied by, which gradients are divided by before anything else; in `[2^-126, 2^126]`.
-    pub loss_scale_factor: Option<f64>,
-    /// A loss scale that follows the gradients, for f16: bad calls are skipped, as with `skip_nonfinite`. It excludes
-    /// `loss_scale_factor`. Default: none.
-    pub grad_scaler: Option<GradScaler>,
+    /// What the loss is multiplied by, which gradients are divided by before anything else. Default:
+    /// [`LossScale::None`].
+    pub loss_scale: LossScale,
     /// Keep a moving average of the weights. Default: none.
     pub ema: Option<Ema>,
     /// Update once in so many calls of `step`, with the mean of their gradients; at least 1. Of the calls that
@@ -362,8 +360,7 @@ impl Default for ParamsAdamax {
             maximize: false,
             clip: None,
             measure_norm: false,
-            loss_scale_factor: None,
-            grad_scaler: None,
+            loss_scale: LossScale::None,
             ema: None,
             gradient_accumulation_steps: 1,
             skip_nonfinite: false,
@@ -424,17 +421,7 @@ impl ParamsAdamax {
         check::require(no_empty_part, "no_decay", "parts of names", "an empty one, which is part of every name")?;
         self.clip.map_or(Ok(()), Clip::validate)?;
         self.keeping().validate(&self.hyperparameters())?;
-        if let Some(factor) = self.loss_scale_factor {
-            check_positive("loss_scale_factor", factor)?;
-            // Its reciprocal multiplies gradients, in f32 for most of them, where it must not vanish nor overflow.
-            let is_in_range = (2f64.powi(-126)..=2f64.powi(126)).contains(&factor);
-            check::require(is_in_range, "loss_scale_factor", "a number in [2^-126, 2^126]", factor)?;
-        }
-        self.grad_scaler.map_or(Ok(()), |scaler| scaler.validate().map_err(|e| e.within("grad_scaler")))?;
-        if self.grad_scaler.is_some() && self.loss_scale_factor.is_some() {
-            let (first, second) = ("loss_scale_factor", "grad_scaler");
-            return Err(ErrorKind::Exclusive { first, second, allowed: "`loss_scale_factor`, `grad_scaler`" }.into());
-        }
+        self.loss_scale.validate()?;
         if let Some(Ema { momentum, overwrite_frequency }) = self.ema {
             check::share("ema.momentum", momentum)?;
             check::at_least_one("ema.overwrite_frequency", overwrite_frequency.unwrap_or(1))?;
@@ -444,7 +431,7 @@ impl ParamsAdamax {
 
     /// Whether a call in which something is not finite is skipped.
     pub(crate) fn skips_nonfinite(&self) -> bool {
-        self.skip_nonfinite || self.grad_scaler.is_some()
+        self.skip_nonfinite || self.loss_scale.scaler().is_some()
     }
 
     /// Which norm is to be measured, and [reported](crate::StepReport::total_norm).
@@ -496,8 +483,4 @@ pub(crate) fn check_decay(decay: WeightDecay) -> Result<()> {
         WeightDecay::None => Ok(()),
         WeightDecay::L2(lambda) | WeightDecay::Decoupled(lambda) => check::not_negative("weight_decay", lambda),
     }
-}
-
-fn check_positive(field: &str, x: f64) -> Result<()> {
-    check::require(x > 0.0 && x.is_finite(), field, "a finite number above 0", x)
 }

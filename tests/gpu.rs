@@ -12,8 +12,8 @@ mod reader;
 use std::sync::LazyLock;
 
 use candle_adamax::{
-    Adamax, Bags, Clip, CosineDecay, Ema, Embedding, EmbeddingBag, Epsilon, GradScaler, Kernel, NormType, ParamsAdamax,
-    Pooling, Rounding, SparseGrad, SparseUpdate, StateDType, StepCount, Table, WeightDecay,
+    Adamax, Bags, Clip, CosineDecay, Ema, Embedding, EmbeddingBag, Epsilon, GradScaler, Kernel, LossScale, NormType,
+    ParamsAdamax, Pooling, Rounding, SparseGrad, SparseUpdate, StateDType, StepCount, Table, WeightDecay,
 };
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor, Var};
@@ -112,7 +112,7 @@ fn every_setting_has_the_bits_of_the_cpu() {
         ParamsAdamax { epsilon: Epsilon::Inside, weight_decay: WeightDecay::L2(0.1), ..base() },
         ParamsAdamax { weight_decay: WeightDecay::Decoupled(0.1), maximize: true, ..base() },
         ParamsAdamax { clip: Some(Clip::Value(1e-3)), ..base() },
-        ParamsAdamax { clip: Some(Clip::Norm(0.1)), loss_scale_factor: Some(128.0), ..base() },
+        ParamsAdamax { clip: Some(Clip::Norm(0.1)), loss_scale: LossScale::Static(128.0), ..base() },
         ParamsAdamax { clip: Some(Clip::GlobalNorm(0.1)), ..base() },
         ParamsAdamax { clip: Some(Clip::GradNorm { max_norm: 0.1, norm_type: NormType::L1 }), ..base() },
         ParamsAdamax { clip: Some(Clip::GradNorm { max_norm: 0.1, norm_type: NormType::Inf }), ..base() },
@@ -199,12 +199,12 @@ fn calls_that_only_the_gpu_knows_to_be_skipped_have_the_bits_of_the_cpu() {
         state_dtype: StateDType::Q8,
         ..Default::default()
     };
-    let grad_scaler = Some(GradScaler { growth_factor: 1.7, growth_interval: 3, ..GradScaler::default() });
+    let loss_scale = LossScale::Dynamic(GradScaler { growth_factor: 1.7, growth_interval: 3, ..GradScaler::default() });
     for params in [
         base.clone(),
         ParamsAdamax { clip: Some(Clip::GlobalNorm(0.5)), step_count: StepCount::PerVar, ..base.clone() },
-        ParamsAdamax { skip_nonfinite: false, grad_scaler, ..base.clone() },
-        ParamsAdamax { grad_scaler, gradient_accumulation_steps: 2, ..base.clone() },
+        ParamsAdamax { skip_nonfinite: false, loss_scale, ..base.clone() },
+        ParamsAdamax { loss_scale, gradient_accumulation_steps: 2, ..base.clone() },
         ParamsAdamax { clip: Some(Clip::Norm(0.5)), gradient_accumulation_steps: 2, ..base.clone() },
         ParamsAdamax { ema: Some(Ema { momentum: 0.9, overwrite_frequency: None }), measure_norm: true, ..base },
     ] {

@@ -300,9 +300,10 @@ fn check_trainer(params: &ParamsAdamax, scaler: Option<&GradScalerState>, platea
         (false, true) => Err(Error::checkpoint(entry, "none, since the settings have none", "a state")),
         _ => Ok(()),
     };
-    fits("grad_scaler", params.grad_scaler.is_some(), scaler.is_some())?;
+    let settings = params.loss_scale.scaler();
+    fits("grad_scaler", settings.is_some(), scaler.is_some())?;
     fits("plateau", params.plateau.is_some(), plateau.is_some())?;
-    if let (Some(settings), Some(state)) = (&params.grad_scaler, scaler) {
+    if let (Some(settings), Some(state)) = (settings, scaler) {
         settings.check(state)?;
     }
     plateau.map_or(Ok(()), Plateau::check)

@@ -104,7 +104,8 @@ impl Adamax {
     /// or, for u in [`StateDType::Q8`], up. What came from Q8 keeps its bits on its way back there, but for a table
     /// that has had gradients of rows, whose rows come back in blocks of 1,024 elements: its u is rounded up once more.
     ///
-    /// Loss scale and plateau stay what they have come to; another `grad_scaler.init_scale` is the scale of the next call.
+    /// Loss scale and plateau stay what they have come to; another [`init_scale`](crate::GradScaler::init_scale) is
+    /// the scale of the next call.
     ///
     /// # Errors
     ///
@@ -125,11 +126,7 @@ impl Adamax {
                 param.info.decays = params.decays(&param.name);
                 param.average = param.average.take().filter(|_| params.ema.is_some());
             }
-            let scaler = &mut adamax.progress.scaler;
-            *scaler = match (&params.grad_scaler, &adamax.params.grad_scaler, *scaler) {
-                (Some(scaler), Some(before), Some(state)) => Some(scaler.carried(before, state)),
-                (scaler, ..) => scaler.map(|scaler| scaler.start()),
-            };
+            adamax.progress.scaler = params.loss_scale.carried(adamax.params.loss_scale, adamax.progress.scaler);
             adamax.plateau = params.plateau.map(|_| adamax.plateau.unwrap_or_default());
             adamax.params = params;
             adamax.take_converted(converted, resolved);

@@ -7,6 +7,7 @@ use crate::clip::Clip;
 use crate::error::{Error, Result};
 use crate::params::{Ema, ParamsAdamax, StepCount};
 use crate::rule::{Epsilon, WeightDecay};
+use crate::scaler::LossScale;
 use crate::schedule::{InverseTimeDecay, LearningRate, Schedule};
 
 /// What the JSON text is called in errors.
@@ -145,7 +146,7 @@ impl ParamsAdamax {
             eps: config.epsilon,
             weight_decay: config.weight_decay.map_or(WeightDecay::None, WeightDecay::Decoupled),
             clip,
-            loss_scale_factor: config.loss_scale_factor,
+            loss_scale: config.loss_scale_factor.map_or(LossScale::None, LossScale::Static),
             ema: config.use_ema.then_some(Ema {
                 momentum: config.ema_momentum,
                 // Keras takes 0 for never, too.
@@ -205,9 +206,13 @@ impl ParamsAdamax {
         if self.skip_nonfinite {
             return Err(only("skip_nonfinite", "false", "true"));
         }
-        if let Some(scaler) = self.grad_scaler {
-            return Err(only("grad_scaler", "none", format_args!("{scaler:?}")));
-        }
+        let loss_scale_factor = match self.loss_scale {
+            LossScale::None => None,
+            LossScale::Static(scale) => Some(scale),
+            LossScale::Dynamic(_) => {
+                return Err(only("loss_scale", "None or Static", format_args!("{:?}", self.loss_scale)));
+            }
+        };
         if let Some(plateau) = self.plateau {
             return Err(only("plateau", "none", format_args!("{plateau:?}")));
         }
@@ -235,7 +240,7 @@ impl ParamsAdamax {
             use_ema: self.ema.is_some(),
             ema_momentum: ema.momentum,
             ema_overwrite_frequency: ema.overwrite_frequency,
-            loss_scale_factor: self.loss_scale_factor,
+            loss_scale_factor,
             gradient_accumulation_steps: Some(self.gradient_accumulation_steps).filter(|&steps| steps > 1),
             beta_1: self.beta1,
             beta_2: self.beta2,

@@ -163,7 +163,7 @@ fn a_missing_entry() -> Result<()> {
             parts.header["counters"].as_object_mut().unwrap().remove(field);
         })?;
     }
-    for field in ["lr", "beta1", "epsilon", "gradient_accumulation_steps", "grad_scaler", "plateau"] {
+    for field in ["lr", "beta1", "epsilon", "gradient_accumulation_steps", "loss_scale", "plateau"] {
         fixture.refuse_edited(&[field], |parts| {
             parts.header["params"].as_object_mut().unwrap().remove(field);
         })?;
@@ -273,7 +273,7 @@ fn values_that_are_not_allowed() -> Result<()> {
         ("weight_decay", json!({"L2": -1.0})),
         ("no_decay", json!([""])),
         ("clip", json!({"Value": 0.0})),
-        ("loss_scale_factor", json!(0.0)),
+        ("loss_scale", json!({"Static": 0.0})),
         ("gradient_accumulation_steps", json!(0)),
     ] {
         fixture.refuse_edited(&[field], |parts| parts.header["params"][field] = value)?;
@@ -285,11 +285,12 @@ fn values_that_are_not_allowed() -> Result<()> {
     let state = json!({"scale": 8.0, "growth_tracker": 0});
     fixture.refuse_edited(&["grad_scaler"], |parts| parts.header["grad_scaler"] = state.clone())?;
     let scaler = json!({"init_scale": 8.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 3});
-    fixture.refuse_edited(&["grad_scaler"], |parts| parts.header["params"]["grad_scaler"] = scaler.clone())?;
+    fixture.refuse_edited(&["grad_scaler"], |parts| {
+        parts.header["params"]["loss_scale"] = json!({"Dynamic": scaler});
+    })?;
     let mut both = |parts_scaler: &serde_json::Value, state: serde_json::Value, entry: &str| {
         fixture.refuse_edited(&[entry], |parts| {
-            parts.header["params"]["loss_scale_factor"] = json!(null);
-            parts.header["params"]["grad_scaler"] = parts_scaler.clone();
+            parts.header["params"]["loss_scale"] = json!({"Dynamic": parts_scaler});
             parts.header["grad_scaler"] = state;
         })
     };

@@ -5,7 +5,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use candle_adamax::{Clip, Epsilon, Gradient, GroupLr, NormType, ParamsAdamax, Snapshot, StepCount, WeightDecay};
+use candle_adamax::{
+    Clip, Epsilon, Gradient, GroupLr, LossScale, NormType, ParamsAdamax, Snapshot, StepCount, WeightDecay,
+};
 use candle_core::{DType, Var};
 
 use super::gradients::Whole;
@@ -143,7 +145,10 @@ where
 {
     let Snapshot { params, groups, counters, vars, .. } = before;
     let lr = params.lr.at(counters.calls).unwrap();
-    let unscale = 1.0 / params.loss_scale_factor.unwrap_or(1.0);
+    let unscale = match params.loss_scale {
+        LossScale::Static(scale) => 1.0 / scale,
+        _ => 1.0,
+    };
     let steps = params.gradient_accumulation_steps;
     // A call without any gradient is none: it does nothing.
     let counts = !grads.is_empty();

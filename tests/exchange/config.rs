@@ -2,8 +2,9 @@
 
 use anyhow::Result;
 use candle_adamax::{
-    Clip, CosineDecay, CosineDecayRestarts, Ema, ExponentialDecay, InverseTimeDecay, Join, LearningRate, LinearWarmup,
-    NormType, ParamsAdamax, PiecewiseConstantDecay, PolynomialDecay, Schedule, StateDType, StepCount, WeightDecay,
+    Clip, CosineDecay, CosineDecayRestarts, Ema, ExponentialDecay, GradScaler, InverseTimeDecay, Join, LearningRate,
+    LinearWarmup, LossScale, NormType, ParamsAdamax, PiecewiseConstantDecay, PolynomialDecay, Schedule, StateDType,
+    StepCount, WeightDecay,
 };
 use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
@@ -49,7 +50,7 @@ fn every_setting_goes_there_and_back() -> Result<()> {
         eps: 1e-3,
         weight_decay: WeightDecay::Decoupled(0.125),
         clip: Some(Clip::Value(3.0)),
-        loss_scale_factor: Some(128.0),
+        loss_scale: LossScale::Static(128.0),
         ema: Some(Ema { momentum: 0.9, overwrite_frequency: Some(5) }),
         gradient_accumulation_steps: 4,
         ..Default::default()
@@ -194,6 +195,7 @@ fn what_keras_does_not_have_is_refused() -> Result<()> {
         ("step_count", ParamsAdamax { step_count: StepCount::PerVar, ..Default::default() }),
         ("weight_decay", ParamsAdamax { weight_decay: WeightDecay::L2(0.1), ..Default::default() }),
         ("maximize", ParamsAdamax { maximize: true, ..Default::default() }),
+        ("loss_scale", ParamsAdamax { loss_scale: LossScale::Dynamic(GradScaler::default()), ..Default::default() }),
         ("skip_nonfinite", ParamsAdamax { skip_nonfinite: true, ..Default::default() }),
         (
             "clip",

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use candle_adamax::{
     Adamax, Clip, CosineDecay, CosineDecayRestarts, Ema, Epsilon, ErrorKind, ExponentialDecay, GradScaler, GroupLr,
-    GroupSettings, InverseTimeDecay, Join, LearningRate, LearningRateSchedule, LinearWarmup, MissingGradients,
-    NormType, OneCycle, ParamGroup, ParamsAdamax, PiecewiseConstantDecay, PolynomialDecay, ReduceLrOnPlateau,
-    WeightDecay,
+    GroupSettings, InverseTimeDecay, Join, LearningRate, LearningRateSchedule, LinearWarmup, LossScale,
+    MissingGradients, NormType, OneCycle, ParamGroup, ParamsAdamax, PiecewiseConstantDecay, PolynomialDecay,
+    ReduceLrOnPlateau, WeightDecay,
 };
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
@@ -119,32 +119,28 @@ fn clips_and_the_loss_scale() {
             let expected = format!("{POSITIVE} for `{variant}`");
             assert_invalid(ParamsAdamax { clip: Some(clip), ..named() }, "clip", &expected, got);
         }
-        let loss_scale_factor = Some(x);
-        assert_invalid(ParamsAdamax { loss_scale_factor, ..named() }, "loss_scale_factor", POSITIVE, got);
+        let expected = "a number in [2^-126, 2^126] for `Static`";
+        assert_invalid(ParamsAdamax { loss_scale: LossScale::Static(x), ..named() }, "loss_scale", expected, got);
     }
 }
 
 #[test]
 fn a_loss_scale_that_follows() {
     let check = |scaler: GradScaler, field: &str, expected: &str, got: &str| {
-        assert_invalid(ParamsAdamax { grad_scaler: Some(scaler), ..named() }, field, expected, got);
+        assert_invalid(ParamsAdamax { loss_scale: LossScale::Dynamic(scaler), ..named() }, field, expected, got);
     };
     let default = GradScaler::default();
     let range = "a number in [2^-126, 2^127]";
-    check(GradScaler { init_scale: 0.0, ..default }, "grad_scaler.init_scale", range, "0");
-    check(GradScaler { init_scale: f64::NAN, ..default }, "grad_scaler.init_scale", range, "NaN");
-    check(GradScaler { init_scale: f64::INFINITY, ..default }, "grad_scaler.init_scale", range, "inf");
+    check(GradScaler { init_scale: 0.0, ..default }, "loss_scale.init_scale", range, "0");
+    check(GradScaler { init_scale: f64::NAN, ..default }, "loss_scale.init_scale", range, "NaN");
+    check(GradScaler { init_scale: f64::INFINITY, ..default }, "loss_scale.init_scale", range, "inf");
     let above = "a finite number above 1";
-    check(GradScaler { growth_factor: 1.0, ..default }, "grad_scaler.growth_factor", above, "1");
-    check(GradScaler { growth_factor: f64::INFINITY, ..default }, "grad_scaler.growth_factor", above, "inf");
+    check(GradScaler { growth_factor: 1.0, ..default }, "loss_scale.growth_factor", above, "1");
+    check(GradScaler { growth_factor: f64::INFINITY, ..default }, "loss_scale.growth_factor", above, "inf");
     let share = "a number in (0, 1)";
-    check(GradScaler { backoff_factor: 0.0, ..default }, "grad_scaler.backoff_factor", share, "0");
-    check(GradScaler { backoff_factor: 1.0, ..default }, "grad_scaler.backoff_factor", share, "1");
-    check(GradScaler { growth_interval: 0, ..default }, "grad_scaler.growth_interval", "at least 1 step", "0");
-    assert_refused(
-        ParamsAdamax { grad_scaler: Some(default), loss_scale_factor: Some(2.0), ..named() },
-        "`loss_scale_factor` and `grad_scaler` exclude each other: set at most one of `loss_scale_factor`, `grad_scaler`",
-    );
+    check(GradScaler { backoff_factor: 0.0, ..default }, "loss_scale.backoff_factor", share, "0");
+    check(GradScaler { backoff_factor: 1.0, ..default }, "loss_scale.backoff_factor", share, "1");
+    check(GradScaler { growth_interval: 0, ..default }, "loss_scale.growth_interval", "at least 1 step", "0");
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! Variables, groups and settings: in, out and changed between steps.
 
 use candle_adamax::{
-    Adamax, Clip, Ema, Epsilon, ErrorKind, ExponentialDecay, GradScaler, GroupLr, GroupSettings, MissingGradients,
-    ParamGroup, ParamsAdamax, Rounding, SparseUpdate, StateDType, StepCount, WeightDecay,
+    Adamax, Clip, Ema, Epsilon, ErrorKind, ExponentialDecay, GradScaler, GroupLr, GroupSettings, LossScale,
+    MissingGradients, ParamGroup, ParamsAdamax, Rounding, SparseUpdate, StateDType, StepCount, WeightDecay,
 };
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -586,7 +586,7 @@ step_count = "PerVar"
 clip = { GlobalNorm = 1 }
 state_dtype = "BF16"
 ema = { momentum = 0.5 }
-grad_scaler = { init_scale = 1024 }
+loss_scale = { Dynamic = { init_scale = 1024 } }
 
 [[groups]]
 name = "default"
@@ -614,7 +614,7 @@ optimizer:
   state_dtype: BF16
   ema:
     momentum: 0.5
-  grad_scaler:
+  loss_scale: !Dynamic
     init_scale: 1024
 groups:
   - name: default
@@ -636,7 +636,7 @@ fn settings_come_from_toml_and_yaml() -> anyhow::Result<()> {
         clip: Some(Clip::GlobalNorm(1.0)),
         state_dtype: StateDType::BF16,
         ema: Some(Ema { momentum: 0.5, overwrite_frequency: None }),
-        grad_scaler: Some(GradScaler { init_scale: 1024.0, ..GradScaler::default() }),
+        loss_scale: LossScale::Dynamic(GradScaler { init_scale: 1024.0, ..GradScaler::default() }),
         ..ParamsAdamax::default()
     };
     let mut head = GroupSettings::new("head");

@@ -1,7 +1,7 @@
 //! Variables without a gradient: which updates are refused, by which text, and the report of the others.
 
 use candle_adamax::{
-    Adamax, Clip, ErrorKind, GradScaler, GroupLr, GroupSettings, LinearWarmup, MissingGradients, ParamGroup,
+    Adamax, Clip, ErrorKind, GradScaler, GroupLr, GroupSettings, LinearWarmup, LossScale, MissingGradients, ParamGroup,
     ParamsAdamax, SparseGrad, Table,
 };
 use candle_core::backprop::GradStore;
@@ -388,7 +388,7 @@ fn a_refused_last_call_leaves_the_sums_alone() {
 fn a_call_that_is_skipped_is_no_update() {
     for kernel in KERNELS {
         let vars = scalars(&["a", "b", "c"]);
-        let params = ParamsAdamax { grad_scaler: Some(GradScaler::default()), ..Default::default() };
+        let params = ParamsAdamax { loss_scale: LossScale::Dynamic(GradScaler::default()), ..Default::default() };
         let mut optimizer = Adamax::from_named(vars.clone(), params).unwrap();
         optimizer.set_kernel(kernel).unwrap();
         let infinite = tensor(&[f64::INFINITY], &[1], DType::F32);

@@ -4,7 +4,8 @@
 use std::collections::BTreeMap;
 
 use candle_adamax::{
-    Adamax, Clip, Ema, Epsilon, Kernel, MissingGradients, NormType, ParamGroup, ParamsAdamax, StepCount, WeightDecay,
+    Adamax, Clip, Ema, Epsilon, Kernel, LossScale, MissingGradients, NormType, ParamGroup, ParamsAdamax, StepCount,
+    WeightDecay,
 };
 use candle_core::{DType, Tensor, Var};
 use proptest::prelude::*;
@@ -153,7 +154,7 @@ fn params() -> impl Strategy<Value = ParamsAdamax> {
                 weight_decay,
                 no_decay: if spare { vec!["var1".into()] } else { Vec::new() },
                 maximize,
-                loss_scale_factor: scale,
+                loss_scale: scale.map_or(LossScale::None, LossScale::Static),
                 ema: ema.map(|(momentum, overwrite_frequency)| Ema { momentum, overwrite_frequency }),
                 gradient_accumulation_steps: steps,
                 missing_gradients: MissingGradients::Allow,
@@ -342,8 +343,8 @@ proptest! {
         let vars = setup.vars.iter().cloned().map(|one| OneVar { f32_gradient: true, size: Size::Normal, ..one });
         let setup = Setup { vars: vars.collect(), ..setup };
         let run = |scale: f64| {
-            let loss_scale_factor = (scale != 1.0).then_some(scale);
-            let setup = Setup { params: ParamsAdamax { loss_scale_factor, ..setup.params.clone() }, ..setup.clone() };
+            let loss_scale = if scale == 1.0 { LossScale::None } else { LossScale::Static(scale) };
+            let setup = Setup { params: ParamsAdamax { loss_scale, ..setup.params.clone() }, ..setup.clone() };
             let weights = setup.weights();
             let mut optimizer = setup.optimizer(&weights, &setup.in_order(), Kernel::Auto);
             for call in 0..4 {
@@ -381,8 +382,11 @@ proptest! {
                 [values(&state.exp_avg), values(&state.exp_inf), values(&weights[&Setup::name(i)])]
             }).collect::<Vec<_>>()
         };
-        let setup_scale = setup.params.loss_scale_factor;
-        let exact = n.is_power_of_two() && setup_scale.is_none_or(|scale| scale.log2().fract() == 0.0);
+        let exact = n.is_power_of_two()
+            && match setup.params.loss_scale {
+                LossScale::Static(scale) => scale.log2().fract() == 0.0,
+                _ => true,
+            };
         for ((accumulated, at_once), one) in run(n).into_iter().zip(run(1)).zip(&setup.vars) {
             if exact {
                 prop_assert!(accumulated == at_once, "{n} equal micro-batches differ from one batch: {one:?}");
@@ -558,9 +562,9 @@ fn clips_are_right_over_the_whole_range_of_f64() {
         (1e-200, 1.0),
     ] {
         for (which, params) in clips.iter().enumerate() {
-            for loss_scale in [None, Some(2f64.powi(100)), Some(2f64.powi(-4))] {
-                let params = ParamsAdamax { beta1: 0.5, loss_scale_factor: loss_scale, ..params(limit) };
-                let scale = 1.0 / loss_scale.unwrap_or(1.0);
+            for loss_scale in [1.0, 2f64.powi(100), 2f64.powi(-4)] {
+                let params = ParamsAdamax { beta1: 0.5, loss_scale: LossScale::Static(loss_scale), ..params(limit) };
+                let scale = 1.0 / loss_scale;
                 let (a, b) = (vec![3.0, -4.0, 3.0, 4.0], vec![0.0, 2.0, -2.0, 1.0]);
                 let vars = [&a, &b].map(|g| var(&vec![0.5; g.len()], &[g.len()], DType::F64));
                 let mut optimizer =
@@ -648,7 +652,7 @@ fn settings_at_the_edges_follow_the_formula() {
         optimizer.apply_gradients([(&w, &tensor(&[1.0, -1.0], &[2], dtype))]).unwrap();
         assert_eq!(values(&w), before);
     }
-    for loss_scale_factor in [1e-40, 1e40, 0.0, f64::NAN].map(Some) {
-        assert!(ParamsAdamax { loss_scale_factor, ..Default::default() }.validate().is_err());
+    for loss_scale in [1e-40, 1e40, 0.0, f64::NAN].map(LossScale::Static) {
+        assert!(ParamsAdamax { loss_scale, ..Default::default() }.validate().is_err());
     }
 }

@@ -1,6 +1,8 @@
 //! Gradients that are missing, zero, or of nothing.
 
-use candle_adamax::{Adamax, Clip, GradScaler, MissingGradients, NormType, ParamsAdamax, StepCount, WeightDecay};
+use candle_adamax::{
+    Adamax, Clip, GradScaler, LossScale, MissingGradients, NormType, ParamsAdamax, StepCount, WeightDecay,
+};
 use candle_core::{DType, Tensor};
 use candle_nn::VarMap;
 
@@ -50,8 +52,8 @@ fn the_norm_of_an_empty_variable_is_zero_in_every_norm() {
 fn a_loss_scale_survives_a_call_without_any_gradient() {
     for missing_gradients in [MissingGradients::Half, MissingGradients::Allow] {
         let (w, other) = (var(&[1.0], &[1], DType::F16), var(&[1.0], &[1], DType::F16));
-        let grad_scaler = Some(GradScaler { growth_interval: 2, ..Default::default() });
-        let params = ParamsAdamax { grad_scaler, missing_gradients, ..Default::default() };
+        let loss_scale = LossScale::Dynamic(GradScaler { growth_interval: 2, ..Default::default() });
+        let params = ParamsAdamax { loss_scale, missing_gradients, ..Default::default() };
         let mut optimizer = Adamax::from_named([("w", w.clone())], params).unwrap();
         for _ in 0..4 {
             let result = optimizer.backward_step(&other.to_dtype(DType::F32).unwrap().sum_all().unwrap());

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use candle_adamax::{AccumulatedGrad, Adamax, Clip, Kernel, MissingGradients, NormType, ParamsAdamax, WeightDecay};
+use candle_adamax::{
+    AccumulatedGrad, Adamax, Clip, Kernel, LossScale, MissingGradients, NormType, ParamsAdamax, WeightDecay,
+};
 use candle_core::{DType, Tensor, Var};
 
 use crate::common::folder::Folder;
@@ -143,8 +145,8 @@ fn calls_of_both_kinds_follow_the_formulas() {
     let rows = |call: u64, dtype| Grad::Sparse(noisy(&[4, call as u32 % 9, 4], call, &[2], dtype));
     for dtype in DTYPES {
         for kernel in KERNELS {
-            for scale in [None, Some(8.0)] {
-                let params = ParamsAdamax { loss_scale_factor: scale, clip: Some(Clip::Norm(0.2)), ..accumulating(3) };
+            for loss_scale in [LossScale::None, LossScale::Static(8.0)] {
+                let params = ParamsAdamax { loss_scale, clip: Some(Clip::Norm(0.2)), ..accumulating(3) };
                 let mut checked = table_and_bias(dtype, kernel, params);
                 // Rows first, a dense one first, dense ones only, rows only, and calls without any in between.
                 let kinds = ["rdr", "drr", "r.d", "d.r", "ddd", "rrr", "...", "..r", "r..", ".d."];

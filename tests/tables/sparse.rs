@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use candle_adamax::{
-    AccumulatedGrad, Adamax, Clip, Ema, Epsilon, ErrorKind, Gradient, Kernel, MissingGradients, NormType, ParamGroup,
-    ParamsAdamax, SparseGrad, StepCount, WeightDecay,
+    AccumulatedGrad, Adamax, Clip, Ema, Epsilon, ErrorKind, Gradient, Kernel, LossScale, MissingGradients, NormType,
+    ParamGroup, ParamsAdamax, SparseGrad, StepCount, WeightDecay,
 };
 use candle_core::{DType, Device, Tensor, Var};
 use proptest::prelude::*;
@@ -114,12 +114,12 @@ fn every_setting_follows_the_formulas() {
             ..base.clone()
         },
         ParamsAdamax { step_count: StepCount::PerVar, ..base.clone() },
-        ParamsAdamax { maximize: true, loss_scale_factor: Some(8.0), ..base.clone() },
+        ParamsAdamax { maximize: true, loss_scale: LossScale::Static(8.0), ..base.clone() },
         ParamsAdamax { gradient_accumulation_steps: 3, ..base.clone() },
         ParamsAdamax {
             gradient_accumulation_steps: 5,
             clip: Some(Clip::GlobalNorm(0.2)),
-            loss_scale_factor: Some(4.0),
+            loss_scale: LossScale::Static(4.0),
             step_count: StepCount::PerVar,
             skip_nonfinite: true,
             ..base

@@ -1,8 +1,8 @@
 //! Steps of gradients of rows: each follows the formulas, restricted to the rows that it names.
 
 use candle_adamax::{
-    Adamax, Clip, Gradient, Kernel, MissingGradients, NormType, ParamGroup, ParamsAdamax, SparseGrad, StepCount,
-    WeightDecay,
+    Adamax, Clip, Gradient, Kernel, LossScale, MissingGradients, NormType, ParamGroup, ParamsAdamax, SparseGrad,
+    StepCount, WeightDecay,
 };
 use candle_core::{DType, Tensor, Var};
 use candle_nn::Module as _;
@@ -34,7 +34,10 @@ fn settings() -> Vec<(&'static str, ParamsAdamax)> {
             ParamsAdamax { weight_decay: WeightDecay::Decoupled(0.1), no_decay: vec!["table".into()], ..base() },
         ),
         ("own counters", ParamsAdamax { step_count: StepCount::PerVar, beta1: 0.5, ..base() }),
-        ("scaled loss", ParamsAdamax { loss_scale_factor: Some(3.0), clip: Some(Clip::GlobalNorm(0.1)), ..base() }),
+        (
+            "scaled loss",
+            ParamsAdamax { loss_scale: LossScale::Static(3.0), clip: Some(Clip::GlobalNorm(0.1)), ..base() },
+        ),
         ("upwards", ParamsAdamax { maximize: true, clip: Some(Clip::Value(0.5)), ..base() }),
     ]
 }

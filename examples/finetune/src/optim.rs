@@ -6,8 +6,8 @@ use std::sync::{Arc, PoisonError};
 
 use anyhow::Result;
 use candle_adamax::{
-    Adamax, Clip, CosineDecay, GradScaler, Join, LearningRate, LearningRateSchedule, LinearWarmup, ParamGroup,
-    ParamsAdamax, PolynomialDecay, Schedule as Decay, WeightDecay,
+    Adamax, Clip, CosineDecay, GradScaler, Join, LearningRate, LearningRateSchedule, LinearWarmup, LossScale,
+    ParamGroup, ParamsAdamax, PolynomialDecay, Schedule as Decay, WeightDecay,
 };
 use candle_core::Var;
 use candle_nn::VarMap;
@@ -66,7 +66,10 @@ fn params(settings: &Settings, length: Length, pretrained: bool) -> ParamsAdamax
         clip: Some(Clip::GlobalNorm(settings.clip_norm)),
         gradient_accumulation_steps: length.calls as u64,
         // Small gradients vanish in f16.
-        grad_scaler: (settings.dtype == Float::F16).then(GradScaler::default),
+        loss_scale: match settings.dtype {
+            Float::F16 => LossScale::Dynamic(GradScaler::default()),
+            _ => LossScale::None,
+        },
         state_dtype: settings.state.dtype(),
         rounding: settings.rounding.rounding(),
         seed: settings.seed,

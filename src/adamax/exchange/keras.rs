@@ -12,6 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::group::{GroupLr, GroupSettings};
 use crate::params::{ParamsAdamax, StepCount};
 use crate::rule::{Epsilon, WeightDecay};
+use crate::scaler::LossScale;
 use crate::schedule::LearningRate;
 
 impl Adamax {
@@ -32,7 +33,7 @@ impl Adamax {
     /// # Errors
     ///
     /// What Keras cannot hold: another convention of [`epsilon`](crate::ParamsAdamax::epsilon), L2,
-    /// [`maximize`](crate::ParamsAdamax::maximize), a [`grad_scaler`](crate::ParamsAdamax::grad_scaler) or a
+    /// [`maximize`](crate::ParamsAdamax::maximize), [`LossScale::Dynamic`] or a
     /// [`plateau`](crate::ParamsAdamax::plateau), variables whose own counters differ where those count, groups with numbers of
     /// their own, a number of calls that is not N for each update where a schedule counts them; variables without names;
     /// the system's errors.
@@ -168,15 +169,17 @@ impl Adamax {
 
     /// Makes sure that no setting is one that Keras's optimizer does not have: the next steps would be others there.
     fn require_keras_settings(&self) -> Result<()> {
-        let ParamsAdamax { weight_decay, maximize, grad_scaler, plateau, .. } = &self.params;
+        let ParamsAdamax { weight_decay, maximize, loss_scale, plateau, .. } = &self.params;
         let refuse =
             |entry, expected, got: &dyn std::fmt::Debug| Err(Error::checkpoint(entry, expected, format!("{got:?}")));
-        match (weight_decay, maximize, grad_scaler, plateau) {
+        match (weight_decay, maximize, loss_scale, plateau) {
             (WeightDecay::L2(decay), ..) if *decay != 0.0 => {
                 refuse("weight_decay", "None or Decoupled, Keras's way of decaying", weight_decay)
             }
             (_, true, ..) => refuse("maximize", "false, since Keras always goes down", maximize),
-            (_, _, Some(scaler), _) => refuse("grad_scaler", "none, which Keras's Adamax does not have", scaler),
+            (_, _, LossScale::Dynamic(_), _) => {
+                refuse("loss_scale", "None or Static, all that Keras's Adamax has", loss_scale)
+            }
             (_, _, _, Some(plateau)) => refuse("plateau", "none, which Keras's Adamax does not have", plateau),
             _ => Ok(()),
         }

@@ -70,7 +70,7 @@ impl Adamax {
         let vars = vars.collect::<Result<_>>()?;
         // Loss scale and plateau belong to the training loop there, and begin anew: what metrics have made of a learning rate
         // is in the file's, unless that is a schedule's.
-        let grad_scaler = params.grad_scaler.map(|scaler| scaler.start());
+        let grad_scaler = params.loss_scale.start();
         let plateau = params.plateau.map(|_| Plateau::default());
         self.try_restore(&Snapshot { params, groups, counters, grad_scaler, plateau, vars })
     }

@@ -66,7 +66,7 @@ impl Adamax {
     ///   rate that is a schedule or comes from outside stays, as does a scheduler in PyTorch. Change settings afterwards.
     /// - What PyTorch's optimizer does not know stays as it is: clipping, accumulation, averages (which begin anew), how
     ///   state is stored, the names that `no_decay` spares.
-    /// - A [`grad_scaler`](crate::ParamsAdamax::grad_scaler) and a [`plateau`](crate::ParamsAdamax::plateau) begin anew, as they
+    /// - A [dynamic loss scale](crate::LossScale::Dynamic) and a [`plateau`](crate::ParamsAdamax::plateau) begin anew, as they
     ///   are no part of the optimizer there. What a plateau has made of a learning rate is in the file's; of a schedule, which
     ///   stays, it is forgotten.
     /// - `foreach`, `capturable` and `differentiable` mean nothing here, nor does what PyTorch's schedulers keep in

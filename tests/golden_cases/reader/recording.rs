@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use candle_adamax::{Epsilon, Kernel, MissingGradients, ParamsAdamax, SparseGrad, StepCount, WeightDecay};
+use candle_adamax::{Epsilon, Kernel, LossScale, MissingGradients, ParamsAdamax, SparseGrad, StepCount, WeightDecay};
 use candle_core::DType;
 use serde_json::{Map, Value};
 
@@ -226,7 +226,7 @@ impl<'c> Recording<'c> {
             weight_decay: self.decay(self.hyper.weight_decay),
             maximize,
             clip: self.hyper.clips.first().copied(),
-            loss_scale_factor: loss_scale,
+            loss_scale: loss_scale.map_or(LossScale::None, LossScale::Static),
             ema,
             gradient_accumulation_steps: accumulation,
             missing_gradients: MissingGradients::Allow,

@@ -2,7 +2,7 @@
 //! `SparseUpdate::Exact`, and densely in f64 with a gradient that is zero for all other rows.
 
 use candle_adamax::{
-    Adamax, Clip, CosineDecay, Embedding, Epsilon, ExponentialDecay, Kernel, MissingGradients, ParamGroup,
+    Adamax, Clip, CosineDecay, Embedding, Epsilon, ExponentialDecay, Kernel, LossScale, MissingGradients, ParamGroup,
     ParamsAdamax, Rounding, Snapshot, SparseGrad, SparseUpdate, StateDType, StepCount, Table, WeightDecay,
 };
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -163,7 +163,7 @@ fn every_setting_that_changes_a_step() -> Result<()> {
         ("clip by Norm", ParamsAdamax { clip: Some(Clip::Norm(0.5)), ..base() }),
         ("clip by Value", ParamsAdamax { clip: Some(Clip::Value(0.1)), ..base() }),
         ("clip by GlobalNorm", ParamsAdamax { clip: Some(Clip::GlobalNorm(0.5)), ..base() }),
-        ("loss scale", ParamsAdamax { loss_scale_factor: Some(8.0), ..base() }),
+        ("loss scale", ParamsAdamax { loss_scale: LossScale::Static(8.0), ..base() }),
         ("own counters", ParamsAdamax { step_count: StepCount::PerVar, ..base() }),
         ("exponential", ParamsAdamax { lr: ExponentialDecay::new(0.05, 10, 0.9).into(), ..base() }),
         ("a strong decay", ParamsAdamax { weight_decay: WeightDecay::Decoupled(5.0), ..base() }),
