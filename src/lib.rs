@@ -27,7 +27,7 @@
 //! | for | see |
 //! | --- | --- |
 //! | the optimizer: making one, stepping, saving | [`Adamax`] |
-//! | its settings, and the conventions of the frameworks | [`ParamsAdamax`], [`Epsilon`], [`WeightDecay`], [`StepCount`] |
+//! | its settings, and the conventions of the frameworks | [`ParamsAdamax`], [`EpsMode`], [`WeightDecay`], [`StepCount`] |
 //! | learning rates that change | [`LearningRate`], [`Schedule`], [`LearningRateSchedule`], [`ReduceLrOnPlateau`] |
 //! | mixed precision | [`GradScaler`], [`StateDType`], [`Rounding`] |
 //! | settings of some variables | [`ParamGroup`] |
@@ -142,7 +142,7 @@ pub use kernel::Kernel;
 pub use params::{Ema, MissingGradients, ParamsAdamax, SparseUpdate, StepCount};
 pub use reduce::NormType;
 pub use rounding::Rounding;
-pub use rule::{Epsilon, WeightDecay};
+pub use rule::{EpsMode, WeightDecay};
 pub use scaler::{GradScaler, GradScalerState, LossScale};
 pub use schedule::{
     AnnealStrategy, Constant, CosineDecay, CosineDecayRestarts, ExponentialDecay, InverseTimeDecay, Join, LearningRate,

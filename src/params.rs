@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::ledger::{self, LONGEST_WINDOW};
 use crate::reduce::NormType;
 use crate::rounding::Rounding;
-use crate::rule::{Epsilon, Hyperparameters, WeightDecay};
+use crate::rule::{EpsMode, Hyperparameters, WeightDecay};
 use crate::scaler::LossScale;
 use crate::schedule::{LearningRate, ReduceLrOnPlateau, scalar};
 
@@ -226,8 +226,8 @@ impl Keeping {
 /// ```text
 /// g  = gradient / loss scale, accumulated, clipped, negated if maximize, + lambda * w for L2
 /// m  = beta1 * m + (1 - beta1) * g
-/// u  = max(beta2 * u, |g|)                               with Epsilon::Inside: max(beta2 * u, |g| + eps)
-/// w  = w - lr * lambda * w for Decoupled - lr / (1 - beta1^t) * m / (u + eps)      Epsilon::Inside: / u
+/// u  = max(beta2 * u, |g|)                                                       InsideMax: max(beta2 * u, |g| + eps)
+/// w  = w - lr * lambda * w for Decoupled - lr / (1 - beta1^t) * m / (u + eps)    InsideMax: / u
 /// ```
 ///
 /// (Kingma & Ba 2015, section 7.1; `tf.keras.optimizers.Adamax`; `torch.optim.Adamax`.)
@@ -294,8 +294,8 @@ pub struct ParamsAdamax {
     pub beta2: f64,
     /// Keeps the quotient finite; not negative, and where it is 0, `0 / 0` counts as 0. Default: 1e-7.
     pub eps: f64,
-    /// Where `eps` stands. Default: [`Epsilon::Outside`], of Keras.
-    pub epsilon: Epsilon,
+    /// Where `eps` stands. Default: [`EpsMode::AddToNorm`], of Keras.
+    pub eps_mode: EpsMode,
     /// How weights decay. Default: not at all.
     pub weight_decay: WeightDecay,
     /// Variables whose name contains one of these parts are spared from decay. A part that spares no variable is an error
@@ -344,7 +344,7 @@ pub struct ParamsAdamax {
 }
 
 impl Default for ParamsAdamax {
-    /// Keras's defaults: lr 1e-3, betas 0.9 and 0.999, epsilon 1e-7 outside.
+    /// Keras's defaults: lr 1e-3, betas 0.9 and 0.999, epsilon 1e-7 added to the norm.
     fn default() -> Self {
         Self {
             name: "Adamax".to_owned(),
@@ -353,7 +353,7 @@ impl Default for ParamsAdamax {
             beta1: 0.9,
             beta2: 0.999,
             eps: 1e-7,
-            epsilon: Epsilon::Outside,
+            eps_mode: EpsMode::AddToNorm,
             weight_decay: WeightDecay::None,
             no_decay: Vec::new(),
             step_count: StepCount::Shared,
@@ -375,11 +375,17 @@ impl Default for ParamsAdamax {
 }
 
 impl ParamsAdamax {
-    /// PyTorch's defaults: lr 2e-3, betas 0.9 and 0.999, epsilon 1e-8 inside of the maximum, own counters.
+    /// PyTorch's defaults: lr 2e-3, betas 0.9 and 0.999, epsilon 1e-8 inside the maximum, own counters.
     ///
     /// `torch.optim.Adamax(weight_decay=x)` is [`WeightDecay::L2`]`(x)`.
     pub fn pytorch() -> Self {
-        Self { lr: 2e-3.into(), eps: 1e-8, epsilon: Epsilon::Inside, step_count: StepCount::PerVar, ..Self::default() }
+        Self {
+            lr: 2e-3.into(),
+            eps: 1e-8,
+            eps_mode: EpsMode::InsideMax,
+            step_count: StepCount::PerVar,
+            ..Self::default()
+        }
     }
 
     /// The same settings with `beta1` from a tensor with one element, which is read now and not again.
@@ -453,7 +459,7 @@ impl ParamsAdamax {
             beta1: self.beta1,
             beta2: self.beta2,
             eps: self.eps,
-            epsilon: self.epsilon,
+            eps_mode: self.eps_mode,
             weight_decay: self.weight_decay,
         }
     }

@@ -12,7 +12,7 @@ mod reader;
 use std::sync::LazyLock;
 
 use candle_adamax::{
-    Adamax, Bags, Clip, CosineDecay, Ema, Embedding, EmbeddingBag, Epsilon, GradScaler, Kernel, LossScale, NormType,
+    Adamax, Bags, Clip, CosineDecay, Ema, Embedding, EmbeddingBag, EpsMode, GradScaler, Kernel, LossScale, NormType,
     ParamsAdamax, Pooling, Rounding, SparseGrad, SparseUpdate, StateDType, StepCount, Table, WeightDecay,
 };
 use candle_core::backend::{BackendDevice, BackendStorage};
@@ -109,7 +109,7 @@ fn every_dtype_and_encoding_has_the_bits_of_the_cpu() {
 fn every_setting_has_the_bits_of_the_cpu() {
     let base = || ParamsAdamax { state_dtype: StateDType::Q8, ..Default::default() };
     let all = [
-        ParamsAdamax { epsilon: Epsilon::Inside, weight_decay: WeightDecay::L2(0.1), ..base() },
+        ParamsAdamax { eps_mode: EpsMode::InsideMax, weight_decay: WeightDecay::L2(0.1), ..base() },
         ParamsAdamax { weight_decay: WeightDecay::Decoupled(0.1), maximize: true, ..base() },
         ParamsAdamax { clip: Some(Clip::Value(1e-3)), ..base() },
         ParamsAdamax { clip: Some(Clip::Norm(0.1)), loss_scale: LossScale::Static(128.0), ..base() },
@@ -301,7 +301,7 @@ fn rows_that_owe_pay_with_the_bits_of_the_cpu() {
                 ParamsAdamax { skip_nonfinite: true, clip: Some(Clip::GlobalNorm(0.1)), ..params.clone() },
                 ParamsAdamax {
                     weight_decay: decay,
-                    epsilon: Epsilon::Inside,
+                    eps_mode: EpsMode::InsideMax,
                     rounding: Rounding::Stochastic,
                     ..params
                 },

@@ -87,7 +87,7 @@ impl Adamax {
     ///
     /// # Errors
     ///
-    /// Another convention for [`epsilon`](crate::ParamsAdamax::epsilon) or
+    /// Another convention for [`eps_mode`](crate::ParamsAdamax::eps_mode) or
     /// [`step_count`](crate::ParamsAdamax::step_count); more calls that wait for their update than
     /// [`gradient_accumulation_steps`](crate::ParamsAdamax::gradient_accumulation_steps) allows; not one variable that fits,
     /// which is the sign of other names; tensors and counters that no run can have made. Nothing has changed then.

@@ -66,7 +66,7 @@ impl Adamax {
                 Err(Error::checkpoint(entry, format!("this optimizer's convention, {own}"), theirs))
             }
         };
-        convention("epsilon", &self.params.epsilon, &theirs.epsilon)?;
+        convention("eps_mode", &self.params.eps_mode, &theirs.eps_mode)?;
         convention("step_count", &self.params.step_count, &theirs.step_count)
     }
 

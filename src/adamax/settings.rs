@@ -109,7 +109,7 @@ impl Adamax {
     ///
     /// # Errors
     ///
-    /// A setting that is not allowed; another [`epsilon`](ParamsAdamax::epsilon) after the first update, since u holds
+    /// A setting that is not allowed; another [`eps_mode`](ParamsAdamax::eps_mode) after the first update, since u holds
     /// something else then; another number of accumulation steps while gradients [wait](Self::pending); a part of
     /// [`no_decay`](ParamsAdamax::no_decay) that spares no variable. Nothing has changed then.
     pub fn set_params(&mut self, params: ParamsAdamax) -> Result<()> {
@@ -136,9 +136,9 @@ impl Adamax {
 
     /// Refuses settings that the state does not allow any more.
     fn check_changes(&self, params: &ParamsAdamax) -> Result<()> {
-        if params.epsilon != self.params.epsilon && self.progress.counters.updates > 0 {
-            let expected = format!("{:?} as before, since u is made for it", self.params.epsilon);
-            return Err(Error::invalid("epsilon", expected, format!("{:?}", params.epsilon)));
+        if params.eps_mode != self.params.eps_mode && self.progress.counters.updates > 0 {
+            let expected = format!("{:?} as before, since u is made for it", self.params.eps_mode);
+            return Err(Error::invalid("eps_mode", expected, format!("{:?}", params.eps_mode)));
         }
         let (steps, got) = (self.params.gradient_accumulation_steps, params.gradient_accumulation_steps);
         if got != steps && self.progress.counters.pending > 0 {

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use crate::clip::Clip;
 use crate::error::{Error, Result};
 use crate::params::{Ema, ParamsAdamax, StepCount};
-use crate::rule::{Epsilon, WeightDecay};
+use crate::rule::{EpsMode, WeightDecay};
 use crate::scaler::LossScale;
 use crate::schedule::{InverseTimeDecay, LearningRate, Schedule};
 
@@ -174,7 +174,7 @@ impl ParamsAdamax {
     /// assert_eq!(ParamsAdamax::from_keras_json(&json)?.weight_decay, params.weight_decay);
     ///
     /// let error = ParamsAdamax::pytorch().to_keras_json().unwrap_err();
-    /// assert_eq!(error.to_string(), "Adamax: invalid `epsilon`: expected Outside, all that Keras can do, got Inside");
+    /// assert_eq!(error.to_string(), "Adamax: invalid `eps_mode`: expected AddToNorm, all that Keras can do, got InsideMax");
     /// # Ok::<(), candle_adamax::Error>(())
     /// ```
     ///
@@ -194,8 +194,8 @@ impl ParamsAdamax {
                 return Err(only("weight_decay", "None or Decoupled", format_args!("{:?}", self.weight_decay)));
             }
         };
-        if self.epsilon != Epsilon::Outside {
-            return Err(only("epsilon", "Outside", format_args!("{:?}", self.epsilon)));
+        if self.eps_mode != EpsMode::AddToNorm {
+            return Err(only("eps_mode", "AddToNorm", format_args!("{:?}", self.eps_mode)));
         }
         if self.step_count != StepCount::Shared {
             return Err(only("step_count", "Shared", format_args!("{:?}", self.step_count)));

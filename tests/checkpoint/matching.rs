@@ -192,7 +192,7 @@ fn what_cannot_be_taken_is_refused() -> Result<()> {
     train(&mut optimizer, &old, 3)?;
     let good = optimizer.snapshot()?;
     let mut other = Adamax::from_named(new.clone(), ParamsAdamax::pytorch())?;
-    assert!(refuse(&mut other, &good)?.to_string().contains("epsilon"));
+    assert!(refuse(&mut other, &good)?.to_string().contains("eps_mode"));
     let per_var = ParamsAdamax { step_count: StepCount::PerVar, ..Default::default() };
     assert!(refuse(&mut Adamax::from_named(new.clone(), per_var)?, &good)?.to_string().contains("step_count"));
 

@@ -102,7 +102,7 @@ fn settings() -> Vec<(&'static str, ParamsAdamax)> {
 
 /// A fresh optimizer that knows nothing but the conventions, which a file cannot change.
 fn conventions(params: &ParamsAdamax) -> ParamsAdamax {
-    ParamsAdamax { epsilon: params.epsilon, step_count: params.step_count, lr: 0.77.into(), ..Default::default() }
+    ParamsAdamax { eps_mode: params.eps_mode, step_count: params.step_count, lr: 0.77.into(), ..Default::default() }
 }
 
 #[test]

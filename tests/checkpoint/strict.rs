@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use candle_adamax::{
-    Adamax, Ema, Epsilon, Error, ErrorKind, ExponentialDecay, LearningRate, ParamGroup, ParamsAdamax, StateDType,
+    Adamax, Ema, EpsMode, Error, ErrorKind, ExponentialDecay, LearningRate, ParamGroup, ParamsAdamax, StateDType,
     StepCount,
 };
 use candle_core::{DType, Device, Var};
@@ -163,7 +163,7 @@ fn a_missing_entry() -> Result<()> {
             parts.header["counters"].as_object_mut().unwrap().remove(field);
         })?;
     }
-    for field in ["lr", "beta1", "epsilon", "gradient_accumulation_steps", "loss_scale", "plateau"] {
+    for field in ["lr", "beta1", "eps_mode", "gradient_accumulation_steps", "loss_scale", "plateau"] {
         fixture.refuse_edited(&[field], |parts| {
             parts.header["params"].as_object_mut().unwrap().remove(field);
         })?;
@@ -325,9 +325,9 @@ fn another_convention() -> Result<()> {
     let model = Model::new(DType::F32)?;
     let keras = ParamsAdamax::default;
     for (entry, params) in [
-        ("epsilon", ParamsAdamax { epsilon: Epsilon::Inside, ..keras() }),
+        ("eps_mode", ParamsAdamax { eps_mode: EpsMode::InsideMax, ..keras() }),
         ("step_count", ParamsAdamax { step_count: StepCount::PerVar, ..keras() }),
-        ("epsilon", ParamsAdamax::pytorch()),
+        ("eps_mode", ParamsAdamax::pytorch()),
     ] {
         let mut optimizer = model.optimizer(params.clone())?;
         model.run(&mut optimizer, 0..2, false)?;

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use candle_adamax::{
-    Clip, Epsilon, Gradient, GroupLr, LossScale, NormType, ParamsAdamax, Snapshot, StepCount, WeightDecay,
+    Clip, EpsMode, Gradient, GroupLr, LossScale, NormType, ParamsAdamax, Snapshot, StepCount, WeightDecay,
 };
 use candle_core::{DType, Var};
 
@@ -216,9 +216,9 @@ where
         };
         let (beta1, beta2) = (group.beta1.unwrap_or(params.beta1), group.beta2.unwrap_or(params.beta2));
         let epsilon = group.eps.unwrap_or(params.eps);
-        let (inside, outside) = match params.epsilon {
-            Epsilon::Inside => (epsilon, 0.0),
-            Epsilon::Outside => (0.0, epsilon),
+        let (inside, outside) = match params.eps_mode {
+            EpsMode::InsideMax => (epsilon, 0.0),
+            EpsMode::AddToNorm => (0.0, epsilon),
         };
         let spared = params.no_decay.iter().any(|part| name.contains(part.as_str()));
         let (l2, decoupled) = match group.weight_decay.unwrap_or(params.weight_decay) {

@@ -191,7 +191,7 @@ fn what_keras_does_not_have_is_refused() -> Result<()> {
     let rate = |lr: LearningRate| ParamsAdamax { lr, ..Default::default() };
     let schedules = [CosineDecay::new(0.5, 10).into(), CosineDecay::new(0.5, 10).into()];
     for (field, params) in [
-        ("epsilon", ParamsAdamax { step_count: StepCount::Shared, ..ParamsAdamax::pytorch() }),
+        ("eps_mode", ParamsAdamax { step_count: StepCount::Shared, ..ParamsAdamax::pytorch() }),
         ("step_count", ParamsAdamax { step_count: StepCount::PerVar, ..Default::default() }),
         ("weight_decay", ParamsAdamax { weight_decay: WeightDecay::L2(0.1), ..Default::default() }),
         ("maximize", ParamsAdamax { maximize: true, ..Default::default() }),

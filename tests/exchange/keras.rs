@@ -197,7 +197,7 @@ fn what_keras_cannot_hold_is_refused() -> Result<()> {
     let with = |params: ParamsAdamax| Adamax::from_named(model.vars(), params);
     let plain = ParamsAdamax::default;
     for (entry, optimizer) in [
-        ("epsilon", with(ParamsAdamax::pytorch())?),
+        ("eps_mode", with(ParamsAdamax::pytorch())?),
         ("weight_decay", with(ParamsAdamax { weight_decay: WeightDecay::L2(0.1), ..plain() })?),
         ("maximize", with(ParamsAdamax { maximize: true, ..plain() })?),
         ("loss_scale", with(ParamsAdamax { loss_scale: LossScale::Dynamic(GradScaler::default()), ..plain() })?),

@@ -191,7 +191,7 @@ fn what_pytorch_cannot_hold_is_refused() -> Result<()> {
     let file = folder.file("refused");
     let pytorch = ParamsAdamax::pytorch;
     let cases = [
-        ("epsilon", ParamsAdamax::default()),
+        ("eps_mode", ParamsAdamax::default()),
         ("weight_decay", ParamsAdamax { weight_decay: WeightDecay::Decoupled(0.1), ..pytorch() }),
         (".ema", ParamsAdamax { ema: Some(Default::default()), ..pytorch() }),
         ("accumulated", ParamsAdamax { gradient_accumulation_steps: 2, ..pytorch() }),
@@ -220,7 +220,8 @@ fn the_other_epsilon_is_refused() -> Result<()> {
     let run = Run::read("torch_plain", 0)?;
     let mut optimizer = plain(&run.model("at_50")?, ParamsAdamax::default())?;
     let error = optimizer.load_torch(run.state()).unwrap_err().to_string();
-    let expected = "Adamax: checkpoint entry `epsilon`: expected Inside, which is PyTorch's convention, got Outside";
+    let expected =
+        "Adamax: checkpoint entry `eps_mode`: expected InsideMax, which is PyTorch's convention, got AddToNorm";
     assert_eq!(error, expected);
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use candle_adamax::{
-    Adamax, Clip, CosineDecay, CosineDecayRestarts, Ema, Epsilon, ErrorKind, ExponentialDecay, GradScaler, GroupLr,
+    Adamax, Clip, CosineDecay, CosineDecayRestarts, Ema, EpsMode, ErrorKind, ExponentialDecay, GradScaler, GroupLr,
     GroupSettings, InverseTimeDecay, Join, LearningRate, LearningRateSchedule, LinearWarmup, LossScale,
     MissingGradients, NormType, OneCycle, ParamGroup, ParamsAdamax, PiecewiseConstantDecay, PolynomialDecay,
     ReduceLrOnPlateau, WeightDecay,
@@ -598,9 +598,10 @@ fn settings_that_are_refused_change_nothing() {
         let clip = Some(Clip::Value(-1.0));
         let error = text(optimizer.set_params(ParamsAdamax { clip, ..own.clone() }).unwrap_err());
         assert_eq!(error, "Encoder: invalid `clip`: expected a finite number above 0 for `Value`, got -1");
-        let inside = ParamsAdamax { epsilon: Epsilon::Inside, ema: None, ..own.clone() };
+        let inside = ParamsAdamax { eps_mode: EpsMode::InsideMax, ema: None, ..own.clone() };
         let error = text(optimizer.set_params(inside).unwrap_err());
-        let expected = "Encoder: invalid `epsilon`: expected Outside as before, since u is made for it, got Inside";
+        let expected =
+            "Encoder: invalid `eps_mode`: expected AddToNorm as before, since u is made for it, got InsideMax";
         assert_eq!(error, expected);
         if own.gradient_accumulation_steps > 1 {
             let other = ParamsAdamax { gradient_accumulation_steps: 5, ema: None, ..own };
@@ -650,8 +651,8 @@ fn snapshots_that_do_not_fit_change_nothing() {
                 "checkpoint entry `last`: expected a var of group `default`, got `g`",
             ),
             (
-                with(&|s| s.params.epsilon = Epsilon::Inside),
-                "checkpoint entry `epsilon`: expected this optimizer's convention, Outside, got Inside",
+                with(&|s| s.params.eps_mode = EpsMode::InsideMax),
+                "checkpoint entry `eps_mode`: expected this optimizer's convention, AddToNorm, got InsideMax",
             ),
             (
                 with(&|s| s.counters.pending = 9),

@@ -1,7 +1,7 @@
 //! Variables, groups and settings: in, out and changed between steps.
 
 use candle_adamax::{
-    Adamax, Clip, Ema, Epsilon, ErrorKind, ExponentialDecay, GradScaler, GroupLr, GroupSettings, LossScale,
+    Adamax, Clip, Ema, EpsMode, ErrorKind, ExponentialDecay, GradScaler, GroupLr, GroupSettings, LossScale,
     MissingGradients, ParamGroup, ParamsAdamax, Rounding, SparseUpdate, StateDType, StepCount, WeightDecay,
 };
 use candle_core::backprop::GradStore;
@@ -196,14 +196,14 @@ fn scalars_come_from_tensors() -> Result<()> {
 fn settings_can_be_replaced_where_the_state_allows() -> Result<()> {
     let w = var(&[8.0]);
     let mut adamax = Adamax::from_named([("w", w.clone())], plain(1.0))?;
-    let inside = ParamsAdamax { epsilon: Epsilon::Inside, ..plain(1.0) };
+    let inside = ParamsAdamax { eps_mode: EpsMode::InsideMax, ..plain(1.0) };
     adamax.set_params(inside.clone())?;
     adamax.set_params(ParamsAdamax { ema: Some(Ema::default()), ..plain(1.0) })?;
     adamax.step(&grads(&[&w], &[1.0]))?;
     assert!(adamax.state("w")?.ema.is_some());
 
     let error = adamax.set_params(inside).unwrap_err();
-    let expected = "Adamax: invalid `epsilon`: expected Outside as before, since u is made for it, got Inside";
+    let expected = "Adamax: invalid `eps_mode`: expected AddToNorm as before, since u is made for it, got InsideMax";
     assert_eq!(error.to_string(), expected);
     assert!(adamax.set_params(ParamsAdamax { beta1: -0.1, ..plain(1.0) }).is_err());
     assert_eq!((adamax.params().beta1, adamax.params().ema), (0.5, Some(Ema::default())));
@@ -329,7 +329,7 @@ fn names_are_not_empty() {
 fn an_optimizer_says_what_it_is() -> Result<()> {
     let params = ParamsAdamax { name: "tables".to_owned(), ..Default::default() };
     let adamax = Adamax::from_named([("w", var(&[1.0; 1000]))], params)?;
-    let text = "tables(lr: 0.001, beta1: 0.9, beta2: 0.999, eps: 1e-7 Outside, vars: 1, updates: 0)";
+    let text = "tables(lr: 0.001, beta1: 0.9, beta2: 0.999, eps: 1e-7 AddToNorm, vars: 1, updates: 0)";
     assert_eq!(adamax.to_string(), text);
     let settings = ParamsAdamax {
         state_dtype: StateDType::Q8,
@@ -338,7 +338,7 @@ fn an_optimizer_says_what_it_is() -> Result<()> {
         sparse_update: SparseUpdate::Exact,
         ..Default::default()
     };
-    let text = "Adamax(lr: 0.001, beta1: 0.9, beta2: 0.999, eps: 1e-7 Outside, moments: Q8, one norm a row, \
+    let text = "Adamax(lr: 0.001, beta1: 0.9, beta2: 0.999, eps: 1e-7 AddToNorm, moments: Q8, one norm a row, \
                 rounding: Stochastic, rows: Exact, vars: 0, updates: 0)";
     assert_eq!(Adamax::new(vec![], settings)?.to_string(), text);
     assert!(format!("{adamax:?}").len() < 2000, "the moments are not for printing");

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use candle_adamax::{
-    Adamax, Clip, Ema, Epsilon, Kernel, LossScale, MissingGradients, NormType, ParamGroup, ParamsAdamax, StepCount,
+    Adamax, Clip, Ema, EpsMode, Kernel, LossScale, MissingGradients, NormType, ParamGroup, ParamsAdamax, StepCount,
     WeightDecay,
 };
 use candle_core::{DType, Tensor, Var};
@@ -149,7 +149,7 @@ fn params() -> impl Strategy<Value = ParamsAdamax> {
                 beta1,
                 beta2,
                 eps,
-                epsilon: if inside { Epsilon::Inside } else { Epsilon::Outside },
+                eps_mode: if inside { EpsMode::InsideMax } else { EpsMode::AddToNorm },
                 step_count: if per_var { StepCount::PerVar } else { StepCount::Shared },
                 weight_decay,
                 no_decay: if spare { vec!["var1".into()] } else { Vec::new() },
@@ -614,14 +614,14 @@ fn settings_at_the_edges_follow_the_formula() {
     for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
         for lr in [0.0, 5e-324, 1e-3, 1e30, f64::MAX] {
             for (beta1, beta2) in [(0.0, 0.0), (0.0, beta), (0.9, beta), (5e-324, 0.5), (beta, 0.999)] {
-                for (eps, epsilon) in [
-                    (0.0, Epsilon::Outside),
-                    (0.0, Epsilon::Inside),
-                    (5e-324, Epsilon::Inside),
-                    (1e300, Epsilon::Outside),
+                for (eps, eps_mode) in [
+                    (0.0, EpsMode::AddToNorm),
+                    (0.0, EpsMode::InsideMax),
+                    (5e-324, EpsMode::InsideMax),
+                    (1e300, EpsMode::AddToNorm),
                 ] {
                     let w = var(&[1.0, -2.0, 0.0], &[3], dtype);
-                    let params = ParamsAdamax { lr: lr.into(), beta1, beta2, eps, epsilon, ..Default::default() };
+                    let params = ParamsAdamax { lr: lr.into(), beta1, beta2, eps, eps_mode, ..Default::default() };
                     let mut optimizer = Adamax::from_named([("w", w.clone())], params).unwrap();
                     for _ in 0..3 {
                         optimizer.apply_gradients([(&w, &tensor(&[0.5, 0.0, 0.0], &[3], dtype))]).unwrap();

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use candle_adamax::{
-    Adamax, Clip, Epsilon, ErrorKind, Kernel, ParamGroup, ParamsAdamax, Rounding, SparseGrad, StateDType, StepCount,
+    Adamax, Clip, EpsMode, ErrorKind, Kernel, ParamGroup, ParamsAdamax, Rounding, SparseGrad, StateDType, StepCount,
     WeightDecay,
 };
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -282,13 +282,13 @@ proptest! {
         beta1 in prop_oneof![Just(0.9f64), Just(0.0), Just(0.99)],
         beta2 in prop_oneof![Just(0.999f64), Just(0.9999), Just(0.992)],
         eps in prop_oneof![Just(1e-7f64), Just(0.0)],
-        epsilon in prop_oneof![Just(Epsilon::Outside), Just(Epsilon::Inside)],
+        eps_mode in prop_oneof![Just(EpsMode::AddToNorm), Just(EpsMode::InsideMax)],
         sparse: bool,
         rowwise_norm: bool,
     ) {
         let lr = 0.125;
         let var = Var::zeros((3, 3), DType::F32, &Device::Cpu).unwrap();
-        let params = ParamsAdamax { lr: lr.into(), beta1, beta2, eps, epsilon, rowwise_norm, ..params(StateDType::Q8) };
+        let params = ParamsAdamax { lr: lr.into(), beta1, beta2, eps, eps_mode, rowwise_norm, ..params(StateDType::Q8) };
         let mut optimizer = Adamax::from_named([("w", var.clone())], params).unwrap();
         let c = (1.0 - beta1) / (1.0 - beta1 / beta2);
         let mut before = vec![0.0f64; 9];

@@ -2,7 +2,7 @@
 //! weight, and what is not finite.
 
 use candle_adamax::{
-    AccumulatedGrad, Adamax, Bags, Clip, Embedding, EmbeddingBag, Epsilon, Gradient, ParamsAdamax, Pooling, SparseGrad,
+    AccumulatedGrad, Adamax, Bags, Clip, Embedding, EmbeddingBag, EpsMode, Gradient, ParamsAdamax, Pooling, SparseGrad,
     Table, TouchedRows, WeightDecay,
 };
 use candle_core::backprop::GradStore;
@@ -103,7 +103,7 @@ fn lookups_and_some_rows_of_a_dense_gradient_are_added() {
     let candles = (w.index_select(&ids(&[2, 3]), 0).unwrap() * factors(2, 2)).unwrap().sum_all().unwrap();
     let grads = (ours + candles).unwrap().backward().unwrap();
     // m is the gradient, and u is not 0 where there was one.
-    let params = ParamsAdamax { beta1: 0.0, eps: 1.0, epsilon: Epsilon::Inside, ..Default::default() };
+    let params = ParamsAdamax { beta1: 0.0, eps: 1.0, eps_mode: EpsMode::InsideMax, ..Default::default() };
     let mut optimizer = Adamax::from_named([("w", w.clone())], params).unwrap();
     optimizer.step_rows(&grads, [(&w, TouchedRows::NonZero)]).unwrap();
     let expected = scatter(&[1, 2, 2, 3], &[coarse(1, 6), coarse(2, 6)].concat(), 20, 3);

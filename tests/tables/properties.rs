@@ -2,7 +2,7 @@
 //! `index_select` is, and the number of threads makes no difference.
 
 use candle_adamax::{
-    Adamax, Bags, Clip, Embedding, EmbeddingBag, Epsilon, Gradient, Kernel, NormType, ParamsAdamax, Pooling,
+    Adamax, Bags, Clip, Embedding, EmbeddingBag, EpsMode, Gradient, Kernel, NormType, ParamsAdamax, Pooling,
     SparseGrad, Table, WeightDecay,
 };
 use candle_core::{DType, Tensor};
@@ -45,7 +45,7 @@ fn params() -> impl Strategy<Value = ParamsAdamax> {
                 1 => WeightDecay::L2(0.1),
                 _ => WeightDecay::Decoupled(0.1),
             },
-            epsilon: if inside { Epsilon::Inside } else { Epsilon::Outside },
+            eps_mode: if inside { EpsMode::InsideMax } else { EpsMode::AddToNorm },
             maximize,
             ..Default::default()
         },

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use candle_adamax::{
-    AccumulatedGrad, Adamax, Clip, Ema, Epsilon, ErrorKind, Gradient, Kernel, LossScale, MissingGradients, NormType,
+    AccumulatedGrad, Adamax, Clip, Ema, EpsMode, ErrorKind, Gradient, Kernel, LossScale, MissingGradients, NormType,
     ParamGroup, ParamsAdamax, SparseGrad, StepCount, WeightDecay,
 };
 use candle_core::{DType, Device, Tensor, Var};
@@ -110,7 +110,7 @@ fn every_setting_follows_the_formulas() {
         ParamsAdamax {
             weight_decay: WeightDecay::Decoupled(0.1),
             no_decay: vec!["table".into()],
-            epsilon: Epsilon::Inside,
+            eps_mode: EpsMode::InsideMax,
             ..base.clone()
         },
         ParamsAdamax { step_count: StepCount::PerVar, ..base.clone() },

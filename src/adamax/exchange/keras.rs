@@ -11,7 +11,7 @@ use crate::checkpoint::{AtomicFile, Counters};
 use crate::error::{Error, ErrorKind, Result};
 use crate::group::{GroupLr, GroupSettings};
 use crate::params::{ParamsAdamax, StepCount};
-use crate::rule::{Epsilon, WeightDecay};
+use crate::rule::{EpsMode, WeightDecay};
 use crate::scaler::LossScale;
 use crate::schedule::LearningRate;
 
@@ -32,7 +32,7 @@ impl Adamax {
     ///
     /// # Errors
     ///
-    /// What Keras cannot hold: another convention of [`epsilon`](crate::ParamsAdamax::epsilon), L2,
+    /// What Keras cannot hold: another convention of [`eps_mode`](crate::ParamsAdamax::eps_mode), L2,
     /// [`maximize`](crate::ParamsAdamax::maximize), [`LossScale::Dynamic`] or a
     /// [`plateau`](crate::ParamsAdamax::plateau), variables whose own counters differ where those count, groups with numbers of
     /// their own, a number of calls that is not N for each update where a schedule counts them; variables without names;
@@ -61,12 +61,12 @@ impl Adamax {
     /// # Errors
     ///
     /// A file that is missing, truncated or of another kind; a tensor that is missing, surplus or of another shape or
-    /// dtype; an optimizer whose [`epsilon`](crate::ParamsAdamax::epsilon) is not [`Outside`](crate::Epsilon::Outside);
+    /// dtype; an optimizer whose [`eps_mode`](crate::ParamsAdamax::eps_mode) is not [`AddToNorm`](crate::EpsMode::AddToNorm);
     /// a learning rate or a count that is not allowed. Nothing has changed then.
     pub fn load_keras(&mut self, path: impl AsRef<Path>) -> Result<()> {
         self.require_names()?;
         let path = path.as_ref();
-        let loaded = self.require_epsilon(Epsilon::Outside, "Keras");
+        let loaded = self.require_eps_mode(EpsMode::AddToNorm, "Keras");
         let loaded = loaded.and_then(|()| self.try_load_keras(path).map_err(|error| error.in_file(path)));
         loaded.map_err(|error| self.own(error))
     }
@@ -108,7 +108,7 @@ impl Adamax {
     /// Makes sure that Keras can hold all that [`keras_state`](Self::keras_state) gives. It comes before that, since rows
     /// catch up there, which changes weights.
     fn require_keras(&self) -> Result<()> {
-        self.require_epsilon(Epsilon::Outside, "Keras")?;
+        self.require_eps_mode(EpsMode::AddToNorm, "Keras")?;
         self.require_keras_settings()?;
         self.groups.iter().enumerate().try_for_each(|(index, group)| self.require_no_numbers(index, group))?;
         let counters = self.resolved().counters;
@@ -240,7 +240,7 @@ impl Adamax {
 
     /// The order of variables in a legacy file, which has each of this optimizer's once.
     fn legacy_order<'o>(&self, order: &'o [impl AsRef<str>]) -> Result<Vec<&'o str>> {
-        self.require_epsilon(Epsilon::Outside, "Keras")?;
+        self.require_eps_mode(EpsMode::AddToNorm, "Keras")?;
         let ParamsAdamax { ema, gradient_accumulation_steps, .. } = &self.params;
         if ema.is_some() {
             return Err(Error::checkpoint("ema", "none, which the legacy optimizers do not have", "moving averages"));

@@ -19,7 +19,7 @@ use crate::gradient::sparse::{densify, row_len};
 use crate::group::GroupSettings;
 use crate::kernel::RowGrad;
 use crate::params::ParamsAdamax;
-use crate::rule::Epsilon;
+use crate::rule::EpsMode;
 use crate::schedule::Plateau;
 use crate::state::{Layout, Master, MomentTensors, Moments, Place};
 
@@ -76,13 +76,13 @@ impl Adamax {
     }
 
     /// Makes sure that epsilon stands where the framework has it, since u holds something else otherwise.
-    fn require_epsilon(&self, expected: Epsilon, framework: &str) -> Result<()> {
-        let own = self.params.epsilon;
+    fn require_eps_mode(&self, expected: EpsMode, framework: &str) -> Result<()> {
+        let own = self.params.eps_mode;
         if own == expected {
             return Ok(());
         }
         Err(Error::checkpoint(
-            "epsilon",
+            "eps_mode",
             format!("{expected:?}, which is {framework}'s convention"),
             format!("{own:?}"),
         ))

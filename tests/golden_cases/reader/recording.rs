@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use candle_adamax::{Epsilon, Kernel, LossScale, MissingGradients, ParamsAdamax, SparseGrad, StepCount, WeightDecay};
+use candle_adamax::{EpsMode, Kernel, LossScale, MissingGradients, ParamsAdamax, SparseGrad, StepCount, WeightDecay};
 use candle_core::DType;
 use serde_json::{Map, Value};
 
@@ -210,7 +210,7 @@ impl<'c> Recording<'c> {
             "torch" => ParamsAdamax::pytorch(),
             "optax" => {
                 let step_count = StepCount::Shared;
-                ParamsAdamax { epsilon: Epsilon::Inside, step_count, ..ParamsAdamax::default() }
+                ParamsAdamax { eps_mode: EpsMode::InsideMax, step_count, ..ParamsAdamax::default() }
             }
             _ => ParamsAdamax::default(),
         };
