@@ -2,7 +2,6 @@
 
 use std::fmt;
 
-use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::check;
@@ -14,7 +13,7 @@ use crate::reduce::NormType;
 use crate::rounding::Rounding;
 use crate::rule::{EpsMode, Hyperparameters, WeightDecay};
 use crate::scaler::LossScale;
-use crate::schedule::{LearningRate, ReduceLrOnPlateau, scalar};
+use crate::schedule::{LearningRate, ReduceLrOnPlateau};
 
 /// What the bias correction `1 - beta1^t` of a variable counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -386,24 +385,6 @@ impl ParamsAdamax {
             step_count: StepCount::PerVar,
             ..Self::default()
         }
-    }
-
-    /// The same settings with `beta1` from a tensor with one element, which is read now and not again.
-    ///
-    /// # Errors
-    ///
-    /// The tensor has not exactly one element, or is not of a floating-point dtype.
-    pub fn beta1_from(self, beta1: &Tensor) -> Result<Self> {
-        Ok(Self { beta1: scalar("beta1", beta1)?, ..self })
-    }
-
-    /// The same settings with `beta2` from a tensor with one element, which is read now and not again.
-    ///
-    /// # Errors
-    ///
-    /// As [`beta1_from`](Self::beta1_from).
-    pub fn beta2_from(self, beta2: &Tensor) -> Result<Self> {
-        Ok(Self { beta2: scalar("beta2", beta2)?, ..self })
     }
 
     /// Checks every setting; [`Adamax::new`](candle_nn::Optimizer::new) does so too.
