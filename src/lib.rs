@@ -121,6 +121,7 @@ mod maps;
 mod mark;
 mod pages;
 mod params;
+mod pattern;
 mod reduce;
 mod rounding;
 mod rule;

@@ -9,6 +9,7 @@ use crate::clip::Clip;
 use crate::codec::{LARGEST_NOISE, StateDType, q8_noise};
 use crate::error::{Error, Result};
 use crate::ledger::{self, LONGEST_WINDOW};
+use crate::pattern;
 use crate::reduce::NormType;
 use crate::rounding::Rounding;
 use crate::rule::{EpsMode, Hyperparameters, WeightDecay};
@@ -248,7 +249,7 @@ impl Keeping {
 ///     [optimizer]
 ///     lr = { class_name = "CosineDecay", config = { initial_learning_rate = 2e-3, decay_steps = 10_000 } }
 ///     weight_decay = { Decoupled = 0.01 }
-///     no_decay = ["bias", "norm"]
+///     no_decay = ["bias", "*norm*"]
 ///     clip = { GlobalNorm = 1.0 }
 ///
 ///     [[groups]]
@@ -269,7 +270,7 @@ impl Keeping {
 /// let params = ParamsAdamax {
 ///     lr: CosineDecay::new(2e-3, 10_000).into(),
 ///     weight_decay: WeightDecay::Decoupled(0.01),
-///     no_decay: vec!["bias".into(), "norm".into()],
+///     no_decay: vec!["bias".into(), "*norm*".into()],
 ///     clip: Some(Clip::GlobalNorm(1.0)),
 ///     ..Default::default()
 /// };
@@ -297,9 +298,18 @@ pub struct ParamsAdamax {
     pub eps_mode: EpsMode,
     /// How weights decay. Default: not at all.
     pub weight_decay: WeightDecay,
-    /// Variables whose name contains one of these parts are spared from decay. A part that spares no variable is an error
-    /// when the optimizer is made, where anything decays and there are variables;
-    /// [`Adamax::spared_names`](crate::Adamax::spared_names) has those that are spared. Default: none.
+    /// Patterns of the names of variables that are spared from decay. A pattern is one or several components of a name
+    /// between its dots, each as a whole; `*` is any run of characters but dots, and case counts.
+    ///
+    /// | pattern | spares | and not |
+    /// | --- | --- | --- |
+    /// | `"bias"` | `bias`, `encoder.0.bias` | `encoder.0.bias_table` |
+    /// | `"norm"` | `norm.weight`, `layers.1.norm.bias` | `normal_head.weight`, `layers.1.layer_norm.bias` |
+    /// | `"layer_norm.weight"` | `layers.1.layer_norm.weight` | `layers.1.layer_norm.bias` |
+    /// | `"*norm*"` | `norm.weight`, `layers.1.input_layernorm.weight` | `bert.LayerNorm.weight` |
+    ///
+    /// A pattern that spares no variable is an error when the optimizer is made, where anything decays and there are
+    /// variables; [`Adamax::spared_names`](crate::Adamax::spared_names) has those that are spared. Default: none.
     pub no_decay: Vec<String>,
     /// What t counts. Default: [`StepCount::Shared`], of Keras.
     pub step_count: StepCount,
@@ -404,8 +414,9 @@ impl ParamsAdamax {
         check_beta("beta2", self.beta2)?;
         check::not_negative("eps", self.eps)?;
         check_decay(self.weight_decay)?;
-        let no_empty_part = self.no_decay.iter().all(|part| !part.is_empty());
-        check::require(no_empty_part, "no_decay", "parts of names", "an empty one, which is part of every name")?;
+        if let Some(pattern) = self.no_decay.iter().find(|pattern| pattern.split('.').any(str::is_empty)) {
+            return Err(Error::invalid("no_decay", "patterns without empty components", format_args!("{pattern:?}")));
+        }
         self.clip.map_or(Ok(()), Clip::validate)?;
         self.keeping().validate(&self.hyperparameters())?;
         self.loss_scale.validate()?;
@@ -457,7 +468,7 @@ impl ParamsAdamax {
 
     /// Whether a variable of this name decays.
     pub(crate) fn decays(&self, name: &str) -> bool {
-        !self.no_decay.iter().any(|part| name.contains(part.as_str()))
+        !self.no_decay.iter().any(|pattern| pattern::matches(pattern, name))
     }
 }
 

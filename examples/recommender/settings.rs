@@ -160,7 +160,7 @@ impl Settings {
             lr,
             eps: self.eps.unwrap_or(defaults.eps),
             weight_decay: WeightDecay::Decoupled(self.weight_decay),
-            // Also part of the names of the tables of biases.
+            // The tables of biases are named so, too.
             no_decay: vec!["bias".into()],
             clip: self.clip_norm.map(Clip::GlobalNorm),
             state_dtype: self.state.dtype(),

@@ -260,7 +260,7 @@ impl candle_nn::Optimizer for Adamax {
     ///
     /// # Errors
     ///
-    /// A setting that is not allowed; a variable that is given twice or has an unsupported float dtype; a part of
+    /// A setting that is not allowed; a variable that is given twice or has an unsupported float dtype; a pattern of
     /// [`no_decay`](ParamsAdamax::no_decay) that spares no variable.
     fn new(vars: Vec<Var>, params: ParamsAdamax) -> candle_core::Result<Self> {
         Ok(Self::unnamed(vars, params)?)

@@ -8,6 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::group::GroupSettings;
 use crate::kernel::Kernel;
 use crate::params::{Keeping, ParamsAdamax};
+use crate::pattern;
 use crate::rule::{Hyperparameters, WeightDecay};
 use crate::state::{Layout, Place};
 
@@ -110,7 +111,7 @@ impl Adamax {
     /// # Errors
     ///
     /// A setting that is not allowed; another [`eps_mode`](ParamsAdamax::eps_mode) after the first update, since u holds
-    /// something else then; another number of accumulation steps while gradients [wait](Self::pending); a part of
+    /// something else then; another number of accumulation steps while gradients [wait](Self::pending); a pattern of
     /// [`no_decay`](ParamsAdamax::no_decay) that spares no variable. Nothing has changed then.
     pub fn set_params(&mut self, params: ParamsAdamax) -> Result<()> {
         params.validate()?;
@@ -118,9 +119,9 @@ impl Adamax {
             adamax.sync()?;
             adamax.check_changes(&params)?;
             let resolved = adamax.resolve(&params, &adamax.groups, adamax.kernel)?;
-            // Parts that were accepted before stay so, even if the variables that they spared have been removed.
+            // Patterns that were accepted before stay so, even if the variables that they spared have been removed.
             let known = if decays_any(&adamax.params, &adamax.groups) { &adamax.params.no_decay[..] } else { &[] };
-            adamax.check_parts(&params, &adamax.groups, known)?;
+            adamax.check_patterns(&params, &adamax.groups, known)?;
             let converted = adamax.converted(&resolved)?;
             for param in adamax.vars.iter_mut() {
                 param.info.decays = params.decays(&param.name);
@@ -154,7 +155,7 @@ impl Adamax {
     ///
     /// # Errors
     ///
-    /// No group has this name, or a setting is not allowed; it is the first one with a decay, and a part of
+    /// No group has this name, or a setting is not allowed; it is the first one with a decay, and a pattern of
     /// [`no_decay`](ParamsAdamax::no_decay) spares no variable. Nothing has changed then.
     pub fn set_group(&mut self, settings: GroupSettings) -> Result<()> {
         self.named(|adamax| {
@@ -165,7 +166,7 @@ impl Adamax {
             groups[index] = settings;
             let resolved = adamax.resolve(&adamax.params, &groups, adamax.kernel)?;
             if !decays_any(&adamax.params, &adamax.groups) {
-                adamax.check_parts(&adamax.params, &groups, &[])?;
+                adamax.check_patterns(&adamax.params, &groups, &[])?;
             }
             let converted = adamax.converted(&resolved)?;
             adamax.groups = groups;
@@ -186,22 +187,24 @@ impl Adamax {
         Ok(resolved)
     }
 
-    /// Refuses parts of `no_decay` that spare no variable.
+    /// Refuses patterns of `no_decay` that spare no variable.
     pub(super) fn check_no_decay(&self) -> Result<()> {
-        self.check_parts(&self.params, &self.groups, &[]).map_err(|error| self.own(error))
+        self.check_patterns(&self.params, &self.groups, &[]).map_err(|error| self.own(error))
     }
 
-    /// Checks settings to come in this way, but for parts that are `known`.
-    fn check_parts(&self, params: &ParamsAdamax, groups: &[GroupSettings], known: &[String]) -> Result<()> {
+    /// Checks settings to come in this way, but for patterns that are `known`.
+    fn check_patterns(&self, params: &ParamsAdamax, groups: &[GroupSettings], known: &[String]) -> Result<()> {
         if self.vars.is_empty() || !decays_any(params, groups) {
             return Ok(());
         }
-        let spares = |part: &String| self.vars.iter().any(|param| param.name.contains(part.as_str()));
-        match params.no_decay.iter().find(|part| !known.contains(part) && !spares(part)) {
+        let spares = |pattern: &String| self.names().any(|name| pattern::matches(pattern, name));
+        match params.no_decay.iter().find(|pattern| !known.contains(pattern) && !spares(pattern)) {
             None => Ok(()),
-            Some(part) => {
-                let expected = format!("parts of the names of vars, which are {}", some_of(self.names()));
-                Err(Error::invalid("no_decay", expected, format!("`{part}`, which is part of none")))
+            Some(pattern) => {
+                let names = some_of(self.names());
+                let expected =
+                    format!("whole components of the names of vars, `*` for a part of one; they are {names}");
+                Err(Error::invalid("no_decay", expected, format!("`{pattern}`, which matches none")))
             }
         }
     }

@@ -122,6 +122,11 @@ pub(crate) fn clipped(params: &ParamsAdamax, g: f64, own: f64, total: f64) -> f6
     }
 }
 
+/// Whether whole components of `name` are `part`, which has no `*`.
+pub(crate) fn is_part(part: &str, name: &str) -> bool {
+    format!(".{name}.").contains(&format!(".{part}."))
+}
+
 /// The norm that the settings clip by.
 pub(crate) fn norm_of_clip(params: &ParamsAdamax) -> Option<NormType> {
     match params.clip? {
@@ -220,7 +225,7 @@ where
             EpsMode::InsideMax => (epsilon, 0.0),
             EpsMode::AddToNorm => (0.0, epsilon),
         };
-        let spared = params.no_decay.iter().any(|part| name.contains(part.as_str()));
+        let spared = params.no_decay.iter().any(|part| is_part(part, name));
         let (l2, decoupled) = match group.weight_decay.unwrap_or(params.weight_decay) {
             _ if spared => (0.0, 0.0),
             WeightDecay::None => (0.0, 0.0),

@@ -92,14 +92,11 @@ fn epsilon_and_decay() {
             assert_invalid(ParamsAdamax { weight_decay, ..named() }, "weight_decay", NOT_NEGATIVE, got);
         }
     }
-    let no_decay = vec!["bias".to_owned(), String::new()];
-    let allowed = "parts of names";
-    assert_invalid(
-        ParamsAdamax { no_decay, ..named() },
-        "no_decay",
-        allowed,
-        "an empty one, which is part of every name",
-    );
+    for pattern in ["", ".", "fc.", ".bias", "fc..bias"] {
+        let no_decay = vec!["bias".to_owned(), pattern.to_owned()];
+        let (allowed, got) = ("patterns without empty components", format!("{pattern:?}"));
+        assert_invalid(ParamsAdamax { no_decay, ..named() }, "no_decay", allowed, &got);
+    }
     assert!(ParamsAdamax { eps: 0.0, ..named() }.validate().is_ok());
 }
 

@@ -31,9 +31,10 @@ pub(crate) fn adamax(
     for (name, var) in vars.iter().filter(|(name, _)| is_trained(name)) {
         groups.entry(height(name, layers)).or_default().push((name.clone(), var.clone()));
     }
-    // Where the head alone is trained there is no normalization to spare, and a part that spares nothing is an error.
+    // Where the head alone is trained there is no normalization to spare, and a pattern that spares nothing is an error.
     let mut params = params(settings, length, pretrained);
-    params.no_decay.retain(|part| groups.values().flatten().any(|(name, _)| name.contains(part.as_str())));
+    let has = |part: &str, name: &str| name.split('.').any(|component| component == part);
+    params.no_decay.retain(|part| groups.values().flatten().any(|(name, _)| has(part, name)));
     let groups = groups.into_iter().map(|(height, vars)| {
         let name = match height {
             0 => "embeddings".to_owned(),

@@ -61,9 +61,12 @@ impl Recording<'_> {
         let mut vars = BTreeMap::new();
         let mut groups: BTreeMap<String, ParamGroup> = BTreeMap::new();
         let spared: Vec<&str> = self.vars.iter().filter(|var| var.is_spared()).map(|var| var.name.as_str()).collect();
-        // A part of a name spares all names that contain it; where that is too much, and on the portable path, a group.
+        // A name spares all names that it is a part of; where that is too much, and on the portable path, a group.
         let by_name = self.kernel == Kernel::Auto
-            && self.vars.iter().all(|var| var.is_spared() || !spared.iter().any(|part| var.name.contains(part)));
+            && self
+                .vars
+                .iter()
+                .all(|var| var.is_spared() || !spared.iter().any(|part| formulas::is_part(part, &var.name)));
         for recorded in &self.vars {
             let init = self.case.tensor(&format!("{}.init", recorded.name))?;
             ensure!(init.dtype()? == self.dtype, "{}.init is not of the case's dtype", recorded.name);
