@@ -172,7 +172,7 @@ KERNEL(summary_norms, NormsArgs) {
     if (threadIdx.x == 0) args.norms[blockIdx.x] = times(norm, args.unscale);
 }
 
-enum Clip { CLIP_NONE = 0, CLIP_EACH = 1, CLIP_GLOBAL = 2, CLIP_TORCH = 3 };
+enum Clip { CLIP_NONE = 0, CLIP_NORM = 1, CLIP_GLOBAL_NORM = 2, CLIP_GRAD_NORM = 3 };
 
 struct JoinArgs {
     const double* norms;
@@ -191,10 +191,10 @@ DEVICE double keras_factor(double norm, double limit) { return norm <= limit ? 1
 // src/clip.rs, `Clip::scale`.
 DEVICE double clipped(u32 clip, double limit, double scale, double own, double total) {
     if (clip == CLIP_NONE) return scale;
-    double norm = clip == CLIP_EACH ? own : total;
+    double norm = clip == CLIP_NORM ? own : total;
     if (norm < 0.0) return scale * (limit / BEYOND) / -norm;
-    if (clip == CLIP_EACH) return scale * keras_factor(norm, limit);
-    if (clip == CLIP_GLOBAL) return scale * (is_finite(norm) ? keras_factor(norm, limit) : not_a_number());
+    if (clip == CLIP_NORM) return scale * keras_factor(norm, limit);
+    if (clip == CLIP_GLOBAL_NORM) return scale * (is_finite(norm) ? keras_factor(norm, limit) : not_a_number());
     double factor = limit / (norm + 1e-6);
     return scale * (factor > 1.0 ? 1.0 : factor);
 }

@@ -7,7 +7,7 @@
 //! cargo run --release --example 02_schedule_and_clipping
 //! ```
 
-use candle_adamax::{Adamax, CosineDecay, ParamsAdamax};
+use candle_adamax::{Adamax, Clip, CosineDecay, ParamsAdamax};
 use candle_core::{Device, Result, Tensor, Var};
 
 const STEPS: u64 = 2_000;
@@ -18,11 +18,11 @@ fn main() -> Result<()> {
         CosineDecay { warmup_target: Some(0.1), warmup_steps: 100, alpha: 0.01, ..CosineDecay::new(0.0, STEPS - 100) };
     println!("learning rate: {schedule}");
 
-    for clip_global_norm in [None, Some(1.0)] {
-        println!("\nclip_global_norm: {clip_global_norm:?}");
+    for clip in [None, Some(Clip::GlobalNorm(1.0))] {
+        println!("\nclip: {clip:?}");
         let params = ParamsAdamax {
             lr: schedule.clone().into(),
-            clip_global_norm,
+            clip,
             measure_norm: true, // also where nothing is clipped
             ..Default::default()
         };

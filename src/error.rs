@@ -136,17 +136,6 @@ pub enum ErrorKind {
         got: String,
     },
 
-    /// Two settings exclude each other.
-    #[error("`{first}` and `{second}` exclude each other: set at most one of {allowed}")]
-    Exclusive {
-        /// One setting.
-        first: &'static str,
-        /// The other one.
-        second: &'static str,
-        /// All settings of which at most one may be set.
-        allowed: &'static str,
-    },
-
     // === Variables ===
     /// A variable was given twice, or two variables share their memory.
     #[error("var given twice: `{first}` and `{second}` are the same memory; give each var once")]

@@ -114,7 +114,7 @@ impl GroupSettings {
             beta1: self.beta1.unwrap_or(base.beta1),
             beta2: self.beta2.unwrap_or(base.beta2),
             eps: self.eps.unwrap_or(base.eps),
-            epsilon: base.epsilon,
+            eps_mode: base.eps_mode,
             weight_decay: self.weight_decay.unwrap_or(base.weight_decay),
         }
     }

@@ -27,7 +27,7 @@
 //! what does not is computed here, for kernels too, which read its entries.
 
 use crate::element::Arithmetic;
-use crate::rule::{self, Coefficients, Epsilon, Hyperparameters};
+use crate::rule::{self, Coefficients, EpsMode, Hyperparameters};
 
 /// Terms of the series in y.
 const TERMS: usize = 6;
@@ -112,7 +112,7 @@ pub(crate) struct Ledger {
 impl Ledger {
     /// A ledger in which nothing is owed.
     pub(crate) fn new(hyper: &Hyperparameters) -> Self {
-        let Hyperparameters { beta1, beta2, eps, epsilon, .. } = *hyper;
+        let Hyperparameters { beta1, beta2, eps, eps_mode, .. } = *hyper;
         let rho = if beta1 == 0.0 { 0.0 } else { beta1 / beta2 };
         let mut powers = Vec::new();
         let mut k = 0;
@@ -124,10 +124,10 @@ impl Ledger {
             }
             powers.push((power, 1.0 / shrunk - 1.0));
         }
-        let smallest_u = match epsilon {
+        let smallest_u = match eps_mode {
             // u stays at its epsilon from some update on, which must be behind the window.
-            Epsilon::Inside => eps / beta2.powi(powers.len() as i32),
-            Epsilon::Outside => {
+            EpsMode::InsideMax => eps / beta2.powi(powers.len() as i32),
+            EpsMode::AddToNorm => {
                 // What the first term that is left out is of the first one, for y = 1: it falls with y to this power.
                 let whole: f64 = powers.iter().map(|(power, _)| power).sum();
                 let rest: f64 = powers.iter().map(|(power, x)| power * x.powi(TERMS as i32)).sum();
@@ -182,10 +182,10 @@ impl Ledger {
 
     /// What of a debt is the same for all rows.
     pub(crate) fn terms(&self) -> Terms {
-        let Hyperparameters { beta1, beta2, eps, epsilon, .. } = self.hyper;
-        let (eps_inside, eps_outside) = match epsilon {
-            Epsilon::Inside => (eps, 0.0),
-            Epsilon::Outside => (0.0, eps),
+        let Hyperparameters { beta1, beta2, eps, eps_mode, .. } = self.hyper;
+        let (eps_inside, eps_outside) = match eps_mode {
+            EpsMode::InsideMax => (eps, 0.0),
+            EpsMode::AddToNorm => (0.0, eps),
         };
         let window = self.powers.len() as u64;
         Terms { beta1, beta2, eps_inside, eps_outside, smallest_u: self.smallest_u, window }
@@ -415,7 +415,7 @@ mod tests {
             beta1: 0.9,
             beta2: 0.999,
             eps: 1e-7,
-            epsilon: Epsilon::Outside,
+            eps_mode: EpsMode::AddToNorm,
             weight_decay: crate::rule::WeightDecay::Decoupled(0.1),
         };
         let mut ledger = Ledger::new(&hyper);

@@ -27,7 +27,7 @@
 //! | for | see |
 //! | --- | --- |
 //! | the optimizer: making one, stepping, saving | [`Adamax`] |
-//! | its settings, and the conventions of the frameworks | [`ParamsAdamax`], [`Epsilon`], [`WeightDecay`], [`StepCount`] |
+//! | its settings, and the conventions of the frameworks | [`ParamsAdamax`], [`EpsMode`], [`WeightDecay`], [`StepCount`] |
 //! | learning rates that change | [`LearningRate`], [`Schedule`], [`LearningRateSchedule`], [`ReduceLrOnPlateau`] |
 //! | mixed precision | [`GradScaler`], [`StateDType`], [`Rounding`] |
 //! | settings of some variables | [`ParamGroup`] |
@@ -121,6 +121,7 @@ mod maps;
 mod mark;
 mod pages;
 mod params;
+mod pattern;
 mod reduce;
 mod rounding;
 mod rule;
@@ -132,17 +133,18 @@ mod trace;
 
 pub use adamax::{Adamax, Audit, MomentStatistics, Restored, State, StateBytes, Statistics, StepReport};
 pub use checkpoint::{AccumulatedGrad, Counters, MissedUpdates, Snapshot, TorchOptions, VarSnapshot};
+pub use clip::Clip;
 pub use codec::StateDType;
 pub use embedding::{Bags, Embedding, EmbeddingBag, Pooling, embedding, embedding_bag};
 pub use error::{Error, ErrorKind, Result};
 pub use gradient::{Gradient, SparseGrad, TouchedRows};
 pub use group::{GroupLr, GroupSettings, ParamGroup};
 pub use kernel::Kernel;
-pub use params::{ClipGradNorm, Ema, MissingGradients, ParamsAdamax, SparseUpdate, StepCount};
+pub use params::{Ema, MissingGradients, ParamsAdamax, SparseUpdate, StepCount};
 pub use reduce::NormType;
 pub use rounding::Rounding;
-pub use rule::{Epsilon, WeightDecay};
-pub use scaler::{GradScaler, GradScalerState};
+pub use rule::{EpsMode, WeightDecay};
+pub use scaler::{GradScaler, GradScalerState, LossScale};
 pub use schedule::{
     AnnealStrategy, Constant, CosineDecay, CosineDecayRestarts, ExponentialDecay, InverseTimeDecay, Join, LearningRate,
     LearningRateSchedule, LinearWarmup, OneCycle, PiecewiseConstantDecay, Plateau, PlateauMode, PolynomialDecay,

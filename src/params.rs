@@ -2,18 +2,19 @@
 
 use std::fmt;
 
-use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::check;
+use crate::clip::Clip;
 use crate::codec::{LARGEST_NOISE, StateDType, q8_noise};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::ledger::{self, LONGEST_WINDOW};
+use crate::pattern;
 use crate::reduce::NormType;
 use crate::rounding::Rounding;
-use crate::rule::{Epsilon, Hyperparameters, WeightDecay};
-use crate::scaler::GradScaler;
-use crate::schedule::{LearningRate, ReduceLrOnPlateau, scalar};
+use crate::rule::{EpsMode, Hyperparameters, WeightDecay};
+use crate::scaler::LossScale;
+use crate::schedule::{LearningRate, ReduceLrOnPlateau};
 
 /// What the bias correction `1 - beta1^t` of a variable counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,16 +109,6 @@ impl fmt::Display for MissingGradients {
     }
 }
 
-/// PyTorch's `clip_grad_norm_`: all gradients are multiplied by `min(max_norm / (total_norm + 1e-6), 1)`.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ClipGradNorm {
-    /// The norm that is allowed.
-    pub max_norm: f64,
-    /// Which norm.
-    pub norm_type: NormType,
-}
-
 /// Keras 3's moving average of the weights.
 ///
 /// After every call of `step`: `average = momentum * average + (1 - momentum) * w`. An average begins as a copy of the
@@ -164,7 +155,7 @@ pub enum SparseUpdate {
     ///   rounds differently from catching up once, so lookups and `catch_up` are part of the run.
     /// - Call [`Adamax::catch_up`](crate::Adamax::catch_up) also before weights are written other than by this crate
     ///   (`Var::set`, `VarMap::load`): updates that were missed before would move what was written. In host memory most such
-    ///   writes are noticed, and are [`ErrorKind::WrittenRow`] in the next lookup or step of
+    ///   writes are noticed, and are [`ErrorKind::WrittenRow`](crate::ErrorKind::WrittenRow) in the next lookup or step of
     ///   such a row; a call of `catch_up` then lets what was written stand. A write is not noticed where the new bits are the
     ///   old ones, in a row that was not updated or looked up since all rows were up to date, in one case of 8,191 by
     ///   chance, and on a GPU.
@@ -235,8 +226,8 @@ impl Keeping {
 /// ```text
 /// g  = gradient / loss scale, accumulated, clipped, negated if maximize, + lambda * w for L2
 /// m  = beta1 * m + (1 - beta1) * g
-/// u  = max(beta2 * u, |g|)                               with Epsilon::Inside: max(beta2 * u, |g| + eps)
-/// w  = w - lr * lambda * w for Decoupled - lr / (1 - beta1^t) * m / (u + eps)      Epsilon::Inside: / u
+/// u  = max(beta2 * u, |g|)                                                       InsideMax: max(beta2 * u, |g| + eps)
+/// w  = w - lr * lambda * w for Decoupled - lr / (1 - beta1^t) * m / (u + eps)    InsideMax: / u
 /// ```
 ///
 /// (Kingma & Ba 2015, section 7.1; `tf.keras.optimizers.Adamax`; `torch.optim.Adamax`.)
@@ -258,8 +249,8 @@ impl Keeping {
 ///     [optimizer]
 ///     lr = { class_name = "CosineDecay", config = { initial_learning_rate = 2e-3, decay_steps = 10_000 } }
 ///     weight_decay = { Decoupled = 0.01 }
-///     no_decay = ["bias", "norm"]
-///     clip_global_norm = 1.0
+///     no_decay = ["bias", "*norm*"]
+///     clip = { GlobalNorm = 1.0 }
 ///
 ///     [[groups]]
 ///     name = "head"
@@ -274,13 +265,13 @@ impl Keeping {
 /// The same settings in Rust:
 ///
 /// ```
-/// use candle_adamax::{CosineDecay, ParamsAdamax, WeightDecay};
+/// use candle_adamax::{Clip, CosineDecay, ParamsAdamax, WeightDecay};
 ///
 /// let params = ParamsAdamax {
 ///     lr: CosineDecay::new(2e-3, 10_000).into(),
 ///     weight_decay: WeightDecay::Decoupled(0.01),
-///     no_decay: vec!["bias".into(), "norm".into()],
-///     clip_global_norm: Some(1.0),
+///     no_decay: vec!["bias".into(), "*norm*".into()],
+///     clip: Some(Clip::GlobalNorm(1.0)),
 ///     ..Default::default()
 /// };
 /// params.validate()?;
@@ -303,35 +294,35 @@ pub struct ParamsAdamax {
     pub beta2: f64,
     /// Keeps the quotient finite; not negative, and where it is 0, `0 / 0` counts as 0. Default: 1e-7.
     pub eps: f64,
-    /// Where `eps` stands. Default: [`Epsilon::Outside`], of Keras.
-    pub epsilon: Epsilon,
+    /// Where `eps` stands. Default: [`EpsMode::AddToNorm`], of Keras.
+    pub eps_mode: EpsMode,
     /// How weights decay. Default: not at all.
     pub weight_decay: WeightDecay,
-    /// Variables whose name contains one of these parts are spared from decay. A part that spares no variable is an error
-    /// when the optimizer is made, where anything decays and there are variables;
-    /// [`Adamax::spared_names`](crate::Adamax::spared_names) has those that are spared. Default: none.
+    /// Patterns of the names of variables that are spared from decay. A pattern is one or several components of a name
+    /// between its dots, each as a whole; `*` is any run of characters but dots, and case counts.
+    ///
+    /// | pattern | spares | and not |
+    /// | --- | --- | --- |
+    /// | `"bias"` | `bias`, `encoder.0.bias` | `encoder.0.bias_table` |
+    /// | `"norm"` | `norm.weight`, `layers.1.norm.bias` | `normal_head.weight`, `layers.1.layer_norm.bias` |
+    /// | `"layer_norm.weight"` | `layers.1.layer_norm.weight` | `layers.1.layer_norm.bias` |
+    /// | `"*norm*"` | `norm.weight`, `layers.1.input_layernorm.weight` | `bert.LayerNorm.weight` |
+    ///
+    /// A pattern that spares no variable is an error when the optimizer is made, where anything decays and there are
+    /// variables; [`Adamax::spared_names`](crate::Adamax::spared_names) has those that are spared. Default: none.
     pub no_decay: Vec<String>,
     /// What t counts. Default: [`StepCount::Shared`], of Keras.
     pub step_count: StepCount,
     /// Go up the gradient instead of down. Default: false.
     pub maximize: bool,
-    /// Clip every element of a gradient to `[-c, c]` (Keras `clipvalue`). At most one of the four clips may be set.
-    pub clip_value: Option<f64>,
-    /// Clip the L2 norm of each variable's gradient, `g * c / max(|g|, c)` (Keras `clipnorm`).
-    pub clip_norm: Option<f64>,
-    /// Clip the L2 norm of all gradients together, `g * c / max(|all|, c)` (Keras `global_clipnorm`); a norm that is
-    /// not finite makes every gradient NaN, as there.
-    pub clip_global_norm: Option<f64>,
-    /// Clip as PyTorch's `clip_grad_norm_`, in one of three norms.
-    pub clip_grad_norm: Option<ClipGradNorm>,
+    /// How gradients are clipped. Default: not at all.
+    pub clip: Option<Clip>,
     /// Measure the L2 norm of all gradients at each update, for [`StepReport`](crate::StepReport), where no clip does
     /// so anyway; that reads all gradients once more. Default: false.
     pub measure_norm: bool,
-    /// What the loss was multiplied by, which gradients are divided by before anything else; in `[2^-126, 2^126]`.
-    pub loss_scale_factor: Option<f64>,
-    /// A loss scale that follows the gradients, for f16: bad calls are skipped, as with `skip_nonfinite`. It excludes
-    /// `loss_scale_factor`. Default: none.
-    pub grad_scaler: Option<GradScaler>,
+    /// What the loss is multiplied by, which gradients are divided by before anything else. Default:
+    /// [`LossScale::None`].
+    pub loss_scale: LossScale,
     /// Keep a moving average of the weights. Default: none.
     pub ema: Option<Ema>,
     /// Update once in so many calls of `step`, with the mean of their gradients; at least 1. Of the calls that
@@ -362,7 +353,7 @@ pub struct ParamsAdamax {
 }
 
 impl Default for ParamsAdamax {
-    /// Keras's defaults: lr 1e-3, betas 0.9 and 0.999, epsilon 1e-7 outside.
+    /// Keras's defaults: lr 1e-3, betas 0.9 and 0.999, epsilon 1e-7 added to the norm.
     fn default() -> Self {
         Self {
             name: "Adamax".to_owned(),
@@ -371,18 +362,14 @@ impl Default for ParamsAdamax {
             beta1: 0.9,
             beta2: 0.999,
             eps: 1e-7,
-            epsilon: Epsilon::Outside,
+            eps_mode: EpsMode::AddToNorm,
             weight_decay: WeightDecay::None,
             no_decay: Vec::new(),
             step_count: StepCount::Shared,
             maximize: false,
-            clip_value: None,
-            clip_norm: None,
-            clip_global_norm: None,
-            clip_grad_norm: None,
+            clip: None,
             measure_norm: false,
-            loss_scale_factor: None,
-            grad_scaler: None,
+            loss_scale: LossScale::None,
             ema: None,
             gradient_accumulation_steps: 1,
             skip_nonfinite: false,
@@ -397,29 +384,17 @@ impl Default for ParamsAdamax {
 }
 
 impl ParamsAdamax {
-    /// PyTorch's defaults: lr 2e-3, betas 0.9 and 0.999, epsilon 1e-8 inside of the maximum, own counters.
+    /// PyTorch's defaults: lr 2e-3, betas 0.9 and 0.999, epsilon 1e-8 inside the maximum, own counters.
     ///
     /// `torch.optim.Adamax(weight_decay=x)` is [`WeightDecay::L2`]`(x)`.
     pub fn pytorch() -> Self {
-        Self { lr: 2e-3.into(), eps: 1e-8, epsilon: Epsilon::Inside, step_count: StepCount::PerVar, ..Self::default() }
-    }
-
-    /// The same settings with `beta1` from a tensor with one element, which is read now and not again.
-    ///
-    /// # Errors
-    ///
-    /// The tensor has not exactly one element, or is not of a floating-point dtype.
-    pub fn beta1_from(self, beta1: &Tensor) -> Result<Self> {
-        Ok(Self { beta1: scalar("beta1", beta1)?, ..self })
-    }
-
-    /// The same settings with `beta2` from a tensor with one element, which is read now and not again.
-    ///
-    /// # Errors
-    ///
-    /// As [`beta1_from`](Self::beta1_from).
-    pub fn beta2_from(self, beta2: &Tensor) -> Result<Self> {
-        Ok(Self { beta2: scalar("beta2", beta2)?, ..self })
+        Self {
+            lr: 2e-3.into(),
+            eps: 1e-8,
+            eps_mode: EpsMode::InsideMax,
+            step_count: StepCount::PerVar,
+            ..Self::default()
+        }
     }
 
     /// Checks every setting; [`Adamax::new`](candle_nn::Optimizer::new) does so too.
@@ -439,21 +414,12 @@ impl ParamsAdamax {
         check_beta("beta2", self.beta2)?;
         check::not_negative("eps", self.eps)?;
         check_decay(self.weight_decay)?;
-        let no_empty_part = self.no_decay.iter().all(|part| !part.is_empty());
-        check::require(no_empty_part, "no_decay", "parts of names", "an empty one, which is part of every name")?;
-        self.validate_clips()?;
+        if let Some(pattern) = self.no_decay.iter().find(|pattern| pattern.split('.').any(str::is_empty)) {
+            return Err(Error::invalid("no_decay", "patterns without empty components", format_args!("{pattern:?}")));
+        }
+        self.clip.map_or(Ok(()), Clip::validate)?;
         self.keeping().validate(&self.hyperparameters())?;
-        if let Some(factor) = self.loss_scale_factor {
-            check_positive("loss_scale_factor", factor)?;
-            // Its reciprocal multiplies gradients, in f32 for most of them, where it must not vanish nor overflow.
-            let is_in_range = (2f64.powi(-126)..=2f64.powi(126)).contains(&factor);
-            check::require(is_in_range, "loss_scale_factor", "a number in [2^-126, 2^126]", factor)?;
-        }
-        self.grad_scaler.map_or(Ok(()), |scaler| scaler.validate().map_err(|e| e.within("grad_scaler")))?;
-        if self.grad_scaler.is_some() && self.loss_scale_factor.is_some() {
-            let (first, second) = ("loss_scale_factor", "grad_scaler");
-            return Err(ErrorKind::Exclusive { first, second, allowed: "`loss_scale_factor`, `grad_scaler`" }.into());
-        }
+        self.loss_scale.validate()?;
         if let Some(Ema { momentum, overwrite_frequency }) = self.ema {
             check::share("ema.momentum", momentum)?;
             check::at_least_one("ema.overwrite_frequency", overwrite_frequency.unwrap_or(1))?;
@@ -461,43 +427,21 @@ impl ParamsAdamax {
         check::at_least_one("gradient_accumulation_steps", self.gradient_accumulation_steps)
     }
 
-    fn validate_clips(&self) -> Result<()> {
-        let clips = [
-            ("clip_value", self.clip_value),
-            ("clip_norm", self.clip_norm),
-            ("clip_global_norm", self.clip_global_norm),
-            ("clip_grad_norm", self.clip_grad_norm.map(|clip| clip.max_norm)),
-        ];
-        let mut set = None;
-        for (field, clip) in clips {
-            let Some(limit) = clip else { continue };
-            let field_of_limit = if field == "clip_grad_norm" { "clip_grad_norm.max_norm" } else { field };
-            check_positive(field_of_limit, limit)?;
-            if let Some(first) = set.replace(field) {
-                return Err(ErrorKind::Exclusive {
-                    first,
-                    second: field,
-                    allowed: "`clip_value`, `clip_norm`, `clip_global_norm`, `clip_grad_norm`",
-                }
-                .into());
-            }
-        }
-        Ok(())
-    }
-
     /// Whether a call in which something is not finite is skipped.
     pub(crate) fn skips_nonfinite(&self) -> bool {
-        self.skip_nonfinite || self.grad_scaler.is_some()
+        self.skip_nonfinite || self.loss_scale.scaler().is_some()
     }
 
     /// Which norm is to be measured, and [reported](crate::StepReport::total_norm).
     pub(crate) fn norm_type(&self) -> Option<NormType> {
-        match self.clip_grad_norm {
-            Some(clip) => Some(clip.norm_type),
-            None => {
-                let measured = self.clip_norm.is_some() || self.clip_global_norm.is_some() || self.measure_norm;
-                measured.then_some(NormType::L2)
-            }
+        self.clip.and_then(Clip::norm_type).or(self.measure_norm.then_some(NormType::L2))
+    }
+
+    /// The largest magnitude that an element of a gradient keeps.
+    pub(crate) fn clamp(&self) -> f64 {
+        match self.clip {
+            Some(Clip::Value(limit)) => limit,
+            _ => f64::INFINITY,
         }
     }
 
@@ -507,7 +451,7 @@ impl ParamsAdamax {
             beta1: self.beta1,
             beta2: self.beta2,
             eps: self.eps,
-            epsilon: self.epsilon,
+            eps_mode: self.eps_mode,
             weight_decay: self.weight_decay,
         }
     }
@@ -524,7 +468,7 @@ impl ParamsAdamax {
 
     /// Whether a variable of this name decays.
     pub(crate) fn decays(&self, name: &str) -> bool {
-        !self.no_decay.iter().any(|part| name.contains(part.as_str()))
+        !self.no_decay.iter().any(|pattern| pattern::matches(pattern, name))
     }
 }
 
@@ -537,8 +481,4 @@ pub(crate) fn check_decay(decay: WeightDecay) -> Result<()> {
         WeightDecay::None => Ok(()),
         WeightDecay::L2(lambda) | WeightDecay::Decoupled(lambda) => check::not_negative("weight_decay", lambda),
     }
-}
-
-fn check_positive(field: &str, x: f64) -> Result<()> {
-    check::require(x > 0.0 && x.is_finite(), field, "a finite number above 0", x)
 }

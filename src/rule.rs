@@ -19,12 +19,12 @@ use crate::element::Arithmetic;
 
 /// Where epsilon stands; `u` means something else in each, so a state cannot move from one to the other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Epsilon {
-    /// Beside the norm: `u = max(beta2 * u, |g|)`, `w -= step_size * m / (u + eps)`. TensorFlow and Keras.
+pub enum EpsMode {
+    /// Added to the norm: `u = max(beta2 * u, |g|)`, `w -= step_size * m / (u + eps)`. TensorFlow and Keras.
     #[default]
-    Outside,
-    /// Inside of the maximum: `u = max(beta2 * u, |g| + eps)`, `w -= step_size * m / u`. PyTorch and optax.
-    Inside,
+    AddToNorm,
+    /// Inside the maximum: `u = max(beta2 * u, |g| + eps)`, `w -= step_size * m / u`. PyTorch and optax.
+    InsideMax,
 }
 
 /// How weights decay.
@@ -47,7 +47,7 @@ pub(crate) struct Hyperparameters {
     pub(crate) beta1: f64,
     pub(crate) beta2: f64,
     pub(crate) eps: f64,
-    pub(crate) epsilon: Epsilon,
+    pub(crate) eps_mode: EpsMode,
     pub(crate) weight_decay: WeightDecay,
 }
 
@@ -70,9 +70,9 @@ pub(crate) struct Coefficients<A> {
 impl Coefficients<f64> {
     /// The coefficients of update number `t`, from 1: `step_size = lr / (1 - beta1^t)`. None is infinite but `clamp`.
     pub(crate) fn of_update(hyper: &Hyperparameters, lr: f64, t: u64) -> Self {
-        let (eps_inside, eps_outside) = match hyper.epsilon {
-            Epsilon::Inside => (hyper.eps, 0.0),
-            Epsilon::Outside => (0.0, hyper.eps),
+        let (eps_inside, eps_outside) = match hyper.eps_mode {
+            EpsMode::InsideMax => (hyper.eps, 0.0),
+            EpsMode::AddToNorm => (0.0, hyper.eps),
         };
         let (l2, decay) = match hyper.weight_decay {
             WeightDecay::None => (0.0, 0.0),
@@ -217,7 +217,7 @@ mod tests {
         beta1: 0.9,
         beta2: 0.999,
         eps: 1e-7,
-        epsilon: Epsilon::Outside,
+        eps_mode: EpsMode::AddToNorm,
         weight_decay: WeightDecay::None,
     };
 
@@ -246,7 +246,7 @@ mod tests {
         let (w, _, u) = update(&Coefficients::of_update(&keras, 1.0, 1), 0.0, 1.0, 0.0, 0.0);
         close(u, 1.0);
         close(w, -1.0 / 1.5);
-        let torch = Hyperparameters { epsilon: Epsilon::Inside, ..keras };
+        let torch = Hyperparameters { eps_mode: EpsMode::InsideMax, ..keras };
         let (w, _, u) = update(&Coefficients::of_update(&torch, 1.0, 1), 0.0, 1.0, 0.0, 0.0);
         close(u, 1.5);
         close(w, -1.0 / 1.5);

@@ -1,11 +1,77 @@
-//! The dynamic loss scale: what a call makes of it. Pure.
+//! The loss scale: which one there is, and what a call makes of one that follows the gradients. Pure.
 //!
-//! Invariant: a scale is a finite f32 above 0 whose reciprocal is one, too.
+//! Invariant: a scale that follows is a finite f32 above 0 whose reciprocal is one, too.
 
 use serde::{Deserialize, Serialize};
 
 use crate::check;
 use crate::error::{Error, Result};
+
+/// What the loss is multiplied by before the backward pass. Gradients are divided by it before anything else.
+///
+/// ```
+/// use candle_adamax::{GradScaler, LossScale, ParamsAdamax};
+///
+/// let params = ParamsAdamax { loss_scale: LossScale::Dynamic(GradScaler::default()), ..Default::default() };
+/// params.validate()?;
+/// # Ok::<(), candle_adamax::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum LossScale {
+    /// 1: the loss stays as it is.
+    #[default]
+    None,
+    /// `Static(s)`: s, in `[2^-126, 2^126]`, by which the caller multiplies the loss. Keras's `loss_scale_factor`.
+    Static(f64),
+    /// A scale that follows the gradients, for f16: calls in which a gradient is not finite are skipped, as with
+    /// [`skip_nonfinite`](crate::ParamsAdamax::skip_nonfinite). PyTorch's `torch.amp.GradScaler`.
+    Dynamic(GradScaler),
+}
+
+impl LossScale {
+    /// Checks the numbers.
+    pub(crate) fn validate(self) -> Result<()> {
+        match self {
+            Self::None => Ok(()),
+            // Its reciprocal multiplies gradients, in f32 for most of them, where it must not vanish nor overflow.
+            Self::Static(scale) => {
+                let is_in_range = (f64::from(SMALLEST)..=2f64.powi(126)).contains(&scale);
+                check::require(is_in_range, "loss_scale", "a number in [2^-126, 2^126] for `Static`", scale)
+            }
+            Self::Dynamic(scaler) => scaler.validate().map_err(|error| error.within("loss_scale")),
+        }
+    }
+
+    /// What makes the scale follow the gradients.
+    pub(crate) fn scaler(self) -> Option<GradScaler> {
+        match self {
+            Self::Dynamic(scaler) => Some(scaler),
+            Self::None | Self::Static(_) => None,
+        }
+    }
+
+    /// The state before the first call.
+    pub(crate) fn start(self) -> Option<GradScalerState> {
+        self.scaler().map(|scaler| scaler.start())
+    }
+
+    /// The state for this setting in the place of `before`, with which a run has come to `state`.
+    pub(crate) fn carried(self, before: Self, state: Option<GradScalerState>) -> Option<GradScalerState> {
+        match (self.scaler(), before.scaler(), state) {
+            (Some(scaler), Some(before), Some(state)) => Some(scaler.carried(&before, state)),
+            _ => self.start(),
+        }
+    }
+
+    /// The scale of all calls, unless it follows them.
+    pub(crate) fn constant(self) -> f64 {
+        match self {
+            Self::Static(scale) => scale,
+            Self::None | Self::Dynamic(_) => 1.0,
+        }
+    }
+}
 
 /// A loss scale that follows the gradients: PyTorch's `torch.amp.GradScaler`, with its defaults.
 ///
@@ -18,10 +84,9 @@ use crate::error::{Error, Result};
 ///     tracker = growth_interval: scale = f32(scale * growth_factor) unless that is infinite,  tracker = 0
 /// ```
 ///
-/// Set [`ParamsAdamax::grad_scaler`](crate::ParamsAdamax::grad_scaler), and
-/// [`backward_step`](candle_nn::Optimizer::backward_step) does all of it. Where loss and step are apart,
-/// [`Adamax::scale`](crate::Adamax::scale) is for the loss, and [`step`](candle_nn::Optimizer::step) takes the gradients of
-/// the scaled loss. The state is in checkpoints.
+/// With [`LossScale::Dynamic`] [`backward_step`](candle_nn::Optimizer::backward_step) does all of it. Where loss and step
+/// are apart, [`Adamax::scale`](crate::Adamax::scale) is for the loss, and [`step`](candle_nn::Optimizer::step) takes the
+/// gradients of the scaled loss. The state is in checkpoints.
 ///
 /// Source: `torch.amp.GradScaler` and `torch._amp_update_scale_`, whose scales these are, bit for bit. Departures:
 ///
@@ -32,12 +97,12 @@ use crate::error::{Error, Result};
 /// - `init_scale` and the factors are checked.
 ///
 /// ```
-/// use candle_adamax::{Adamax, GradScaler, ParamsAdamax};
+/// use candle_adamax::{Adamax, GradScaler, LossScale, ParamsAdamax};
 /// use candle_core::{DType, Device, Var};
 /// use candle_nn::Optimizer;
 ///
 /// let w = Var::ones(4, DType::F16, &Device::Cpu)?;
-/// let params = ParamsAdamax { grad_scaler: Some(GradScaler::default()), ..Default::default() };
+/// let params = ParamsAdamax { loss_scale: LossScale::Dynamic(GradScaler::default()), ..Default::default() };
 /// let mut optimizer = Adamax::from_named([("w", w.clone())], params)?;
 ///
 /// // 0.5 * 65536 is nothing that f16 has trouble with; 2 * 65536 is: the call is skipped, the scale halved.

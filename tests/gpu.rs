@@ -12,7 +12,7 @@ mod reader;
 use std::sync::LazyLock;
 
 use candle_adamax::{
-    Adamax, Bags, ClipGradNorm, CosineDecay, Ema, Embedding, EmbeddingBag, Epsilon, GradScaler, Kernel, NormType,
+    Adamax, Bags, Clip, CosineDecay, Ema, Embedding, EmbeddingBag, EpsMode, GradScaler, Kernel, LossScale, NormType,
     ParamsAdamax, Pooling, Rounding, SparseGrad, SparseUpdate, StateDType, StepCount, Table, WeightDecay,
 };
 use candle_core::backend::{BackendDevice, BackendStorage};
@@ -109,15 +109,15 @@ fn every_dtype_and_encoding_has_the_bits_of_the_cpu() {
 fn every_setting_has_the_bits_of_the_cpu() {
     let base = || ParamsAdamax { state_dtype: StateDType::Q8, ..Default::default() };
     let all = [
-        ParamsAdamax { epsilon: Epsilon::Inside, weight_decay: WeightDecay::L2(0.1), ..base() },
+        ParamsAdamax { eps_mode: EpsMode::InsideMax, weight_decay: WeightDecay::L2(0.1), ..base() },
         ParamsAdamax { weight_decay: WeightDecay::Decoupled(0.1), maximize: true, ..base() },
-        ParamsAdamax { clip_value: Some(1e-3), ..base() },
-        ParamsAdamax { clip_norm: Some(0.1), loss_scale_factor: Some(128.0), ..base() },
-        ParamsAdamax { clip_global_norm: Some(0.1), ..base() },
-        ParamsAdamax { clip_grad_norm: Some(ClipGradNorm { max_norm: 0.1, norm_type: NormType::L1 }), ..base() },
-        ParamsAdamax { clip_grad_norm: Some(ClipGradNorm { max_norm: 0.1, norm_type: NormType::Inf }), ..base() },
+        ParamsAdamax { clip: Some(Clip::Value(1e-3)), ..base() },
+        ParamsAdamax { clip: Some(Clip::Norm(0.1)), loss_scale: LossScale::Static(128.0), ..base() },
+        ParamsAdamax { clip: Some(Clip::GlobalNorm(0.1)), ..base() },
+        ParamsAdamax { clip: Some(Clip::GradNorm { max_norm: 0.1, norm_type: NormType::L1 }), ..base() },
+        ParamsAdamax { clip: Some(Clip::GradNorm { max_norm: 0.1, norm_type: NormType::Inf }), ..base() },
         ParamsAdamax { measure_norm: true, skip_nonfinite: true, ..base() },
-        ParamsAdamax { gradient_accumulation_steps: 3, clip_norm: Some(0.5), ..base() },
+        ParamsAdamax { gradient_accumulation_steps: 3, clip: Some(Clip::Norm(0.5)), ..base() },
         ParamsAdamax { ema: Some(Ema { momentum: 0.9, overwrite_frequency: Some(4) }), ..base() },
         ParamsAdamax { state_dtype: StateDType::F32, eps: 0.0, ..ParamsAdamax::pytorch() },
     ];
@@ -131,7 +131,7 @@ fn every_setting_has_the_bits_of_the_cpu() {
 #[test]
 fn a_thousand_clipped_steps_have_the_bits_of_the_cpu() {
     for state_dtype in STATES {
-        let params = ParamsAdamax { state_dtype, clip_global_norm: Some(1.0), ..Default::default() };
+        let params = ParamsAdamax { state_dtype, clip: Some(Clip::GlobalNorm(1.0)), ..Default::default() };
         compare((DType::F32, DType::F32), &params, 1000, 0);
         compare((DType::BF16, DType::BF16), &ParamsAdamax { rounding: Rounding::Stochastic, ..params }, 1000, 0);
     }
@@ -199,13 +199,13 @@ fn calls_that_only_the_gpu_knows_to_be_skipped_have_the_bits_of_the_cpu() {
         state_dtype: StateDType::Q8,
         ..Default::default()
     };
-    let grad_scaler = Some(GradScaler { growth_factor: 1.7, growth_interval: 3, ..GradScaler::default() });
+    let loss_scale = LossScale::Dynamic(GradScaler { growth_factor: 1.7, growth_interval: 3, ..GradScaler::default() });
     for params in [
         base.clone(),
-        ParamsAdamax { clip_global_norm: Some(0.5), step_count: StepCount::PerVar, ..base.clone() },
-        ParamsAdamax { skip_nonfinite: false, grad_scaler, ..base.clone() },
-        ParamsAdamax { grad_scaler, gradient_accumulation_steps: 2, ..base.clone() },
-        ParamsAdamax { clip_norm: Some(0.5), gradient_accumulation_steps: 2, ..base.clone() },
+        ParamsAdamax { clip: Some(Clip::GlobalNorm(0.5)), step_count: StepCount::PerVar, ..base.clone() },
+        ParamsAdamax { skip_nonfinite: false, loss_scale, ..base.clone() },
+        ParamsAdamax { loss_scale, gradient_accumulation_steps: 2, ..base.clone() },
+        ParamsAdamax { clip: Some(Clip::Norm(0.5)), gradient_accumulation_steps: 2, ..base.clone() },
         ParamsAdamax { ema: Some(Ema { momentum: 0.9, overwrite_frequency: None }), measure_norm: true, ..base },
     ] {
         assert!(run(gpu(), &params) == run(&Device::Cpu, &params), "{params:?}");
@@ -278,7 +278,7 @@ fn rows_of_tables_have_the_bits_of_the_cpu() {
         for state_dtype in STATES {
             for rowwise_norm in [false, true] {
                 let params = ParamsAdamax { state_dtype, rowwise_norm, ..Default::default() };
-                for params in [params.clone(), ParamsAdamax { clip_global_norm: Some(0.1), ..params }] {
+                for params in [params.clone(), ParamsAdamax { clip: Some(Clip::GlobalNorm(0.1)), ..params }] {
                     let expected = train_table(&Device::Cpu, dtype, &params, false);
                     assert!(train_table(gpu(), dtype, &params, false) == expected, "{dtype:?} {params:?}");
                 }
@@ -298,10 +298,10 @@ fn rows_that_owe_pay_with_the_bits_of_the_cpu() {
             let params = ParamsAdamax { state_dtype, ..exact.clone() };
             for params in [
                 ParamsAdamax { rowwise_norm: true, ..params.clone() },
-                ParamsAdamax { skip_nonfinite: true, clip_global_norm: Some(0.1), ..params.clone() },
+                ParamsAdamax { skip_nonfinite: true, clip: Some(Clip::GlobalNorm(0.1)), ..params.clone() },
                 ParamsAdamax {
                     weight_decay: decay,
-                    epsilon: Epsilon::Inside,
+                    eps_mode: EpsMode::InsideMax,
                     rounding: Rounding::Stochastic,
                     ..params
                 },
@@ -360,7 +360,7 @@ fn train_bags(device: &Device, dtype: DType, pooling: Pooling, weighted: bool) -
         let weights = var(&noise(4, IDS), &[IDS], dtype);
         let layer = EmbeddingBag::new(table.as_tensor().clone(), pooling).unwrap();
         let all = [("table".to_owned(), table), ("weights".to_owned(), weights.clone())];
-        let params = ParamsAdamax { clip_global_norm: Some(0.1), ..Default::default() };
+        let params = ParamsAdamax { clip: Some(Clip::GlobalNorm(0.1)), ..Default::default() };
         let mut optimizer = Adamax::from_named(all.clone(), params).unwrap();
         let mut forward = Vec::new();
         for t in 1..=6u64 {
@@ -399,7 +399,7 @@ fn a_lookup_of_nothing_has_the_bits_of_the_cpu() {
             let (table, bias) = (var(&noise(1, 80), &[10, 8], DType::F32), var(&noise(2, 3000), &[3000], DType::F32));
             let layer = EmbeddingBag::new(table.as_tensor().clone(), Pooling::Sum).unwrap().padding_idx(3).unwrap();
             let all = [("bias".to_owned(), bias.clone()), ("table".to_owned(), table)];
-            let params = ParamsAdamax { clip_global_norm: Some(0.1), skip_nonfinite: true, ..Default::default() };
+            let params = ParamsAdamax { clip: Some(Clip::GlobalNorm(0.1)), skip_nonfinite: true, ..Default::default() };
             let mut optimizer = Adamax::from_named(all.clone(), params).unwrap();
             // First some rows, then the padding alone, and then no id.
             for ids in [vec![1u32, 3, 2, 2], vec![3; 4], vec![]] {
@@ -426,7 +426,8 @@ fn steps_from_several_threads_have_the_bits_of_the_cpu() {
         let (table, bias) =
             on(device, || (var(&noise(1, 8000), &[1000, 8], DType::F32), var(&noise(2, 8), &[8], DType::F32)));
         let all = [("bias".to_owned(), bias.clone()), ("table".to_owned(), table.clone())];
-        let params = ParamsAdamax { sparse_update: SparseUpdate::Exact, clip_norm: Some(0.1), ..Default::default() };
+        let params =
+            ParamsAdamax { sparse_update: SparseUpdate::Exact, clip: Some(Clip::Norm(0.1)), ..Default::default() };
         let mut optimizer = Adamax::from_named(all.clone(), params).unwrap();
         let lookups = Table::new(&table).unwrap();
         for t in 1..=6u64 {
@@ -567,7 +568,7 @@ fn tensor_operations_and_kernels_take_turns() {
 
 #[test]
 fn devices_with_streams_of_their_own() {
-    let params = ParamsAdamax { clip_global_norm: Some(0.1), ..Default::default() };
+    let params = ParamsAdamax { clip: Some(Clip::GlobalNorm(0.1)), ..Default::default() };
     let expected = train(&Device::Cpu, (DType::F32, DType::F32), &params, 20, 0);
     let (one, other) = (gpu_with_stream(), gpu_with_stream());
     for device in [&one, &other, &one] {
@@ -590,7 +591,7 @@ fn variables_on_the_cpu_and_on_the_gpu_in_one_optimizer() {
     let run = |device: &Device| {
         let here = var(&noise(1, 3000), &[3000], DType::F32);
         let there = on(device, || var(&noise(2, 5000), &[5000], DType::F32));
-        let params = ParamsAdamax { clip_global_norm: Some(0.5), ..Default::default() };
+        let params = ParamsAdamax { clip: Some(Clip::GlobalNorm(0.5)), ..Default::default() };
         let mut optimizer = Adamax::from_named([("here", here.clone()), ("there", there.clone())], params).unwrap();
         for t in 1..=5u64 {
             let grad = tensor(&noise(10 + t, 3000), &[3000], DType::F32);

@@ -17,7 +17,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use candle_adamax::{
-    Adamax, Bags, Ema, EmbeddingBag, ParamsAdamax, Pooling, Rounding, SparseUpdate, StateDType, Table, WeightDecay,
+    Adamax, Bags, Clip, Ema, EmbeddingBag, ParamsAdamax, Pooling, Rounding, SparseUpdate, StateDType, Table,
+    WeightDecay,
 };
 use candle_core::{DType, Device, Tensor, Var};
 use common::folder::Folder;
@@ -196,12 +197,12 @@ impl World {
         let small = |n: usize| (0..n).map(|_| random_var(&[6000], DType::F32));
         let (x, y) = (random_var(&[SIDE, SIDE], DType::F32), random_var(&[SIDE, SIDE], DType::F32));
         let dense = [x.clone(), y.clone()].into_iter().chain(small(60)).collect();
-        let clipped = ParamsAdamax { clip_global_norm: Some(1.0), ..ParamsAdamax::default() };
+        let clipped = ParamsAdamax { clip: Some(Clip::GlobalNorm(1.0)), ..ParamsAdamax::default() };
         let averaged = [random_var(&[200_000], DType::F32)].into_iter().chain(small(60)).collect();
         let averages = ParamsAdamax {
             gradient_accumulation_steps: 2,
             ema: Some(Ema { momentum: 0.9, overwrite_frequency: Some(2) }),
-            clip_norm: Some(1.0),
+            clip: Some(Clip::Norm(1.0)),
             ..ParamsAdamax::default()
         };
         let master = ParamsAdamax { rounding: Rounding::Master, ..ParamsAdamax::default() };
@@ -337,13 +338,13 @@ fn a_step_beside_lookups_in_tasks_of_its_pool() {
 #[test]
 fn a_step_beside_operations_of_its_variables() {
     let (x, y) = (&random_var(&[SIDE, SIDE], DType::F32), &random_var(&[SIDE, SIDE], DType::F32));
-    for clip_global_norm in [None, Some(1.0)] {
-        let params = ParamsAdamax { clip_global_norm, ..ParamsAdamax::default() };
+    for clip in [None, Some(Clip::GlobalNorm(1.0))] {
+        let params = ParamsAdamax { clip, ..ParamsAdamax::default() };
         let trained = &Trained::new(vec![x.clone(), y.clone()], params);
         let sum: Call<'_> = Box::new(|_| assert_eq!((y.as_tensor() + x.as_tensor()).unwrap().dims(), [SIDE, SIDE]));
         let product: Call<'_> = Box::new(|_| assert_eq!(y.matmul(x).unwrap().dims(), [SIDE, SIDE]));
         let step: Call<'_> = Box::new(|_| trained.step());
-        let scenario = format!("a step beside operations of its variables, clip_global_norm: {clip_global_norm:?}");
+        let scenario = format!("a step beside operations of its variables, clip: {clip:?}");
         beside(&scenario, [step, sum, product].map(|call| (Place::Thread, call)).into());
     }
 }
@@ -354,7 +355,7 @@ fn steps_of_several_optimizers_of_the_same_variables() {
     let shared: Vec<Var> = (0..4).map(|_| random_var(&[200_000], DType::F32)).collect();
     let more = (0..8).map(|_| random_var(&[1_000_000], DType::F32));
     let all: Vec<Var> = shared.iter().cloned().chain(more).collect();
-    let params = || ParamsAdamax { clip_global_norm: Some(1.0), ..ParamsAdamax::default() };
+    let params = || ParamsAdamax { clip: Some(Clip::GlobalNorm(1.0)), ..ParamsAdamax::default() };
     let trained: Vec<Trained> =
         (0..4).map(|i| Trained::new(if i % 2 == 0 { all.clone() } else { shared.clone() }, params())).collect();
     let step = |trained| (Place::Thread, Box::new(move |_| Trained::step(trained)) as Call<'_>);

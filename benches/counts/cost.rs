@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use candle_adamax::{
-    Adamax, Bags, EmbeddingBag, ParamsAdamax, Pooling, Rounding, SparseGrad, SparseUpdate, StateDType, Table,
+    Adamax, Bags, Clip, EmbeddingBag, ParamsAdamax, Pooling, Rounding, SparseGrad, SparseUpdate, StateDType, Table,
 };
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Optimizer as _;
@@ -45,7 +45,7 @@ fn clipping() -> Vec<Case> {
     let clipped = |name: &str, case: Dense| {
         Case::cost(format!("{name}, clipped"), move || {
             let (vars, grads) = case.vars_and_grads()?;
-            let params = ParamsAdamax { clip_global_norm: Some(1.0), ..ParamsAdamax::default() };
+            let params = ParamsAdamax { clip: Some(Clip::GlobalNorm(1.0)), ..ParamsAdamax::default() };
             let mut optimizer = Adamax::new(vars, params)?;
             again(move || optimizer.step(&grads).map(drop))
         })

@@ -4,7 +4,7 @@ use std::hint::black_box;
 use std::path::Path;
 
 use anyhow::{Result, ensure};
-use candle_adamax::{Adamax, Ema, MissingGradients, NormType, ParamGroup, ParamsAdamax};
+use candle_adamax::{Adamax, Clip, Ema, MissingGradients, NormType, ParamGroup, ParamsAdamax};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Optimizer as _, VarMap};
@@ -116,7 +116,7 @@ fn stepped() -> Vec<Case> {
     };
     vec![
         step("step, tensors", ParamsAdamax::default),
-        step("clipped step, tensors", || ParamsAdamax { clip_global_norm: Some(1.0), ..Default::default() }),
+        step("clipped step, tensors", || ParamsAdamax { clip: Some(Clip::GlobalNorm(1.0)), ..Default::default() }),
         step("averaged step, tensors", || ParamsAdamax { ema: Some(EMA), ..Default::default() }),
         Case::growth("step, elements", 16_384, LINEAR, |n| {
             let var = Var::ones(n, DType::F32, &Device::Cpu)?;

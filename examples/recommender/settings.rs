@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
-use candle_adamax::{CosineDecay, Ema, ExponentialDecay, LearningRate, ParamsAdamax, PolynomialDecay, WeightDecay};
+use candle_adamax::{
+    Clip, CosineDecay, Ema, ExponentialDecay, LearningRate, ParamsAdamax, PolynomialDecay, WeightDecay,
+};
 use clap::{Parser, ValueEnum};
 use serde::{Deserialize, Serialize};
 
@@ -158,9 +160,9 @@ impl Settings {
             lr,
             eps: self.eps.unwrap_or(defaults.eps),
             weight_decay: WeightDecay::Decoupled(self.weight_decay),
-            // Also part of the names of the tables of biases.
+            // The tables of biases are named so, too.
             no_decay: vec!["bias".into()],
-            clip_global_norm: self.clip_norm,
+            clip: self.clip_norm.map(Clip::GlobalNorm),
             state_dtype: self.state.dtype(),
             sparse_update: self.sparse.update(),
             ema: self.ema.map(|momentum| Ema { momentum, overwrite_frequency: None }),

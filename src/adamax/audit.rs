@@ -193,7 +193,7 @@ impl Adamax {
     /// - whatever is before a factor of zero. LoRA begins with `b = 0`, so that `a` has a gradient of zero in the first
     ///   step, and so has all that is before a head of zeros. Audit the second step, too.
     /// - the weights before a `relu` that was negative for the whole batch.
-    /// - gradients that are too small for f16: scale the loss ([`grad_scaler`](crate::ParamsAdamax::grad_scaler)).
+    /// - gradients that are too small for f16: scale the loss ([`LossScale::Dynamic`](crate::LossScale::Dynamic)).
     ///
     /// A gradient of NaN or infinity is one that is not zero: [`skip_nonfinite`](crate::ParamsAdamax::skip_nonfinite) finds
     /// those. This reads all gradients, waits for the devices that they are on and changes nothing. Gradients that are

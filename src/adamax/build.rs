@@ -168,7 +168,7 @@ impl Adamax {
         params.validate()?;
         let default = GroupSettings::new(DEFAULT_GROUP);
         Ok(Self {
-            progress: Progress { scaler: params.grad_scaler.map(|scaler| scaler.start()), ..Progress::default() },
+            progress: Progress { scaler: params.loss_scale.start(), ..Progress::default() },
             plateau: params.plateau.map(|_| Plateau::default()),
             resolved: vec![ResolvedGroup::of(&params, &default)?],
             params,

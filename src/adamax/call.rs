@@ -92,11 +92,8 @@ impl ArgsOf<'_> {
             _ => Coefficients::of_update(&group.hyper(info.decays), self.call.group_lrs[info.group], t),
         };
         self.last = Some((of, known));
-        let coefficients = Coefficients {
-            grad_scale: if params.maximize { -scale } else { scale },
-            clamp: params.clip_value.unwrap_or(f64::INFINITY),
-            ..known
-        };
+        let coefficients =
+            Coefficients { grad_scale: if params.maximize { -scale } else { scale }, clamp: params.clamp(), ..known };
         let layout = &state.moments.layout;
         let key = derive(derive(params.seed, info.key), step);
         let shrink = shrinkage(group.neg_log2_beta2, step, layout.by_rows.then_some(key));

@@ -11,9 +11,9 @@ use crate::rule::WeightDecay;
 
 impl fmt::Display for Adamax {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ParamsAdamax { name, lr, beta1, beta2, eps, epsilon, weight_decay, .. } = &self.params;
+        let ParamsAdamax { name, lr, beta1, beta2, eps, eps_mode, weight_decay, .. } = &self.params;
         let ParamsAdamax { state_dtype, rowwise_norm, rounding, sparse_update, missing_gradients, .. } = &self.params;
-        write!(f, "{name}(lr: {lr}, beta1: {beta1}, beta2: {beta2}, eps: {eps:e} {epsilon:?}")?;
+        write!(f, "{name}(lr: {lr}, beta1: {beta1}, beta2: {beta2}, eps: {eps:e} {eps_mode:?}")?;
         if *weight_decay != WeightDecay::None {
             write!(f, ", weight decay: {weight_decay:?}")?;
         }

@@ -88,7 +88,7 @@ impl Adamax {
     ///
     /// # Errors
     ///
-    /// Another convention for [`epsilon`](crate::ParamsAdamax::epsilon) or
+    /// Another convention for [`eps_mode`](crate::ParamsAdamax::eps_mode) or
     /// [`step_count`](crate::ParamsAdamax::step_count); more calls that wait for their update than
     /// [`gradient_accumulation_steps`](crate::ParamsAdamax::gradient_accumulation_steps) allows; not one variable that fits,
     /// which is the sign of other names; tensors and counters that no run can have made. Nothing has changed then.
@@ -146,10 +146,7 @@ impl Adamax {
             };
             return Err(Error::checkpoint(&first.name, "the state of this var, or of another one", got));
         }
-        let grad_scaler = match (&self.params.grad_scaler, &snapshot.params.grad_scaler, snapshot.grad_scaler) {
-            (Some(scaler), Some(there), Some(state)) => Some(scaler.carried(there, state)),
-            (scaler, ..) => scaler.map(|scaler| scaler.start()),
-        };
+        let grad_scaler = self.params.loss_scale.carried(snapshot.params.loss_scale, snapshot.grad_scaler);
         let plateau = self.params.plateau.map(|_| snapshot.plateau.unwrap_or_default());
         let (params, groups) = (self.params.clone(), self.groups.clone());
         self.try_restore(&Snapshot { params, groups, counters: snapshot.counters, grad_scaler, plateau, vars })?;

@@ -144,8 +144,8 @@ impl Adamax {
         self.step_found(grads, |_| None)
     }
 
-    /// The backward pass of a loss, and a call of [`step`](Self::step) with its gradients. With a
-    /// [`grad_scaler`](ParamsAdamax::grad_scaler) the loss is [scaled](Adamax::scale) first; for `loss_scale_factor` it has
+    /// The backward pass of a loss, and a call of [`step`](Self::step) with its gradients. With
+    /// [`LossScale::Dynamic`](crate::LossScale::Dynamic) the loss is [scaled](Adamax::scale) first; with `Static` it has
     /// been, as in Keras.
     ///
     /// # Errors
@@ -226,7 +226,7 @@ impl Adamax {
             true => Outcome::Skipped,
             false => self.update(&call, &grads, &norms)?,
         };
-        self.progress.record(call.turn, outcome, self.params.grad_scaler.as_ref());
+        self.progress.record(call.turn, outcome, self.params.loss_scale);
         self.report = Report::new(call, outcome, self.vars.len());
         self.report.note_missing(&mut self.vars, &grads);
         Ok(())
@@ -247,7 +247,7 @@ impl Adamax {
     fn flush(&mut self) -> Result<()> {
         let call = Call::flush(self)?;
         let outcome = self.update(&call, &Grads::none(), &Norms::not_needed(1.0))?;
-        self.progress.record(call.turn, outcome, self.params.grad_scaler.as_ref());
+        self.progress.record(call.turn, outcome, self.params.loss_scale);
         self.report = Report::new(call, outcome, self.vars.len());
         Ok(())
     }
@@ -260,7 +260,7 @@ impl candle_nn::Optimizer for Adamax {
     ///
     /// # Errors
     ///
-    /// A setting that is not allowed; a variable that is given twice or has an unsupported float dtype; a part of
+    /// A setting that is not allowed; a variable that is given twice or has an unsupported float dtype; a pattern of
     /// [`no_decay`](ParamsAdamax::no_decay) that spares no variable.
     fn new(vars: Vec<Var>, params: ParamsAdamax) -> candle_core::Result<Self> {
         Ok(Self::unnamed(vars, params)?)

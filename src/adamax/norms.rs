@@ -19,7 +19,7 @@ use crate::reduce::{Norm, NormType};
 pub(super) struct Norms {
     /// Factor that makes each gradient the true one.
     unscale: f64,
-    clip: Clip,
+    clip: Option<Clip>,
     known: Known,
 }
 
@@ -35,14 +35,14 @@ enum Known {
 impl Norms {
     /// Nothing has to be known.
     pub(super) fn not_needed(unscale: f64) -> Self {
-        Self { unscale, clip: Clip::None, known: Known::NotNeeded }
+        Self { unscale, clip: None, known: Known::NotNeeded }
     }
 
     /// Measures gradients whose true ones are `unscale` times as large, if clipping, `measure_norm` or `skip_nonfinite` asks
     /// for it; or has the GPU do so that all of them are on. Rows are summed first where the host measures.
     pub(super) fn measure(adamax: &mut Adamax, grads: &mut Grads<'_>, unscale: f64) -> Result<Self> {
         let Adamax { params, resolved, vars, backends, .. } = adamax;
-        let (clip, skips) = (clip_of(params), params.skips_nonfinite());
+        let (clip, skips) = (params.clip, params.skips_nonfinite());
         let is_reported = params.norm_type().is_some();
         // The norm that is asked for shows as well as the largest magnitude whether all elements are finite.
         let Some(norm) = params.norm_type().or(skips.then_some(NormType::Inf)) else {
@@ -53,7 +53,7 @@ impl Norms {
         let decides = || params.gradient_accumulation_steps > 1 || params.ema.is_some() || is_exact();
         if grads.are_on_one_gpu(vars) && !(skips && decides()) {
             let measure = Measure { norm, is_reported, clip, unscale: unscale.abs(), skips };
-            return Ok(Self { unscale, clip: Clip::None, known: Known::Device(measure) });
+            return Ok(Self { unscale, clip: None, known: Known::Device(measure) });
         }
         let each = of_each(vars, grads, norm, unscale, backends)?;
         let total = norm.join(&each);
@@ -78,9 +78,9 @@ impl Norms {
 
     /// The factor of gradient `nth`: unscaled and clipped.
     pub(super) fn grad_scale(&self, nth: usize) -> f64 {
-        match &self.known {
-            Known::Host { each, total, .. } => self.clip.scale(self.unscale, each[nth], *total),
-            Known::NotNeeded | Known::Device(_) => self.unscale,
+        match (&self.known, self.clip) {
+            (Known::Host { each, total, .. }, Some(clip)) => clip.scale(self.unscale, each[nth], *total),
+            _ => self.unscale,
         }
     }
 
@@ -115,16 +115,6 @@ fn of_each(
     grads.sum_rows(vars)?;
     let norms = backends.measure(&grads.sources(vars), norm)?;
     Ok(norms.into_iter().map(|norm| norm.times(unscale.abs())).collect())
-}
-
-/// How these settings clip.
-fn clip_of(params: &ParamsAdamax) -> Clip {
-    match (params.clip_norm, params.clip_global_norm, params.clip_grad_norm) {
-        (Some(limit), _, _) => Clip::Each(limit),
-        (_, Some(limit), _) => Clip::Global(limit),
-        (_, _, Some(clip)) => Clip::Torch(clip.max_norm),
-        _ => Clip::None,
-    }
 }
 
 impl Adamax {

@@ -10,7 +10,7 @@ use super::call::Turn;
 use super::report::{Outcome, TotalNorm};
 use crate::checkpoint::Counters;
 use crate::error::Result;
-use crate::scaler::{GradScaler, GradScalerState};
+use crate::scaler::{GradScalerState, LossScale};
 
 /// Counters and loss scale.
 #[derive(Clone, Debug, Default)]
@@ -42,7 +42,7 @@ impl InFlight {
 
 impl Progress {
     /// Counts a call, and lets the loss scale follow it. A call in flight is counted when it is known.
-    pub(super) fn record(&mut self, turn: Turn, outcome: Outcome, scaler: Option<&GradScaler>) {
+    pub(super) fn record(&mut self, turn: Turn, outcome: Outcome, loss_scale: LossScale) {
         let Counters { calls, updates, skipped, pending } = &mut self.counters;
         let found_inf = match outcome {
             Outcome::NoGradients | Outcome::InFlight { .. } => return,
@@ -61,7 +61,7 @@ impl Progress {
         let is_call = turn != Turn::Flush;
         *calls += u64::from(is_call && !found_inf);
         // A flush has no loss of its own. If it overflows, the scale was too large for the calls before.
-        if let (Some(scaler), Some(state), true) = (scaler, &mut self.scaler, is_call || found_inf) {
+        if let (Some(scaler), Some(state), true) = (loss_scale.scaler(), &mut self.scaler, is_call || found_inf) {
             *state = scaler.after(*state, found_inf);
         }
     }
@@ -86,7 +86,7 @@ impl Adamax {
             in_flight.vars.iter().for_each(|&index| self.vars[index].state.lock().step += 1);
         }
         self.progress.in_flight = None;
-        self.progress.record(Turn::Update, outcome, self.params.grad_scaler.as_ref());
+        self.progress.record(Turn::Update, outcome, self.params.loss_scale);
         self.report.outcome = Some(outcome);
         Ok(())
     }
@@ -97,7 +97,7 @@ impl Adamax {
         let mut progress = self.progress.clone();
         if let Some(in_flight) = progress.in_flight.take() {
             let outcome = in_flight.outcome(self.backends.was_skipped().unwrap_or(false));
-            progress.record(Turn::Update, outcome, self.params.grad_scaler.as_ref());
+            progress.record(Turn::Update, outcome, self.params.loss_scale);
         }
         progress
     }
@@ -131,14 +131,13 @@ impl Adamax {
         self.resolved().counters
     }
 
-    /// What the next loss is to be multiplied by: the scale of [`grad_scaler`](crate::ParamsAdamax::grad_scaler), or
-    /// [`loss_scale_factor`](crate::ParamsAdamax::loss_scale_factor), or 1.
+    /// What the next loss is to be multiplied by: what [`loss_scale`](crate::ParamsAdamax::loss_scale) has come to.
     ///
     /// Where a GPU has yet to say whether the last call was skipped, this waits for it.
     pub fn loss_scale(&self) -> f64 {
         match self.resolved().scaler {
             Some(state) => f64::from(state.scale),
-            None => self.params.loss_scale_factor.unwrap_or(1.0),
+            None => self.params.loss_scale.constant(),
         }
     }
 
@@ -150,11 +149,11 @@ impl Adamax {
     /// skipped. Better take the mean in f32 (`to_dtype(DType::F32)` before the loss).
     ///
     /// ```
-    /// use candle_adamax::{Adamax, GradScaler, ParamsAdamax};
+    /// use candle_adamax::{Adamax, GradScaler, LossScale, ParamsAdamax};
     /// use candle_core::{Device, Var};
     ///
     /// let w = Var::new(&[1f32, 2.0], &Device::Cpu)?;
-    /// let params = ParamsAdamax { grad_scaler: Some(GradScaler::default()), ..Default::default() };
+    /// let params = ParamsAdamax { loss_scale: LossScale::Dynamic(GradScaler::default()), ..Default::default() };
     /// let mut optimizer = Adamax::from_named([("w", w.clone())], params)?;
     /// let loss = w.sqr()?.sum_all()?;
     /// let grads = optimizer.scale(&loss)?.backward()?; // 65,536 times those of the loss

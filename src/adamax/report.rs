@@ -291,13 +291,13 @@ impl Adamax {
     /// What the last call of `step` did: its learning rate, the total norm, and which variables had no gradient.
     ///
     /// ```
-    /// use candle_adamax::{Adamax, ParamsAdamax};
+    /// use candle_adamax::{Adamax, Clip, ParamsAdamax};
     /// use candle_core::{Device, Var};
     /// use candle_nn::Optimizer;
     ///
     /// let used = Var::new(&[3.0f32, 4.0], &Device::Cpu)?;
     /// let unused = Var::new(1.0f32, &Device::Cpu)?;
-    /// let params = ParamsAdamax { clip_global_norm: Some(1.0), ..Default::default() };
+    /// let params = ParamsAdamax { clip: Some(Clip::GlobalNorm(1.0)), ..Default::default() };
     /// let mut optimizer = Adamax::from_named([("used", used.clone()), ("unused", unused)], params)?;
     /// optimizer.backward_step(&(used.sqr()? / 2.0)?.sum_all()?)?;
     ///

@@ -68,7 +68,7 @@ impl Adamax {
                 Err(Error::checkpoint(entry, format!("this optimizer's convention, {own}"), theirs))
             }
         };
-        convention("epsilon", &self.params.epsilon, &theirs.epsilon)?;
+        convention("eps_mode", &self.params.eps_mode, &theirs.eps_mode)?;
         convention("step_count", &self.params.step_count, &theirs.step_count)
     }
 
@@ -350,9 +350,10 @@ fn check_trainer(params: &ParamsAdamax, scaler: Option<&GradScalerState>, platea
         (false, true) => Err(Error::checkpoint(entry, "none, since the settings have none", "a state")),
         _ => Ok(()),
     };
-    fits("grad_scaler", params.grad_scaler.is_some(), scaler.is_some())?;
+    let settings = params.loss_scale.scaler();
+    fits("grad_scaler", settings.is_some(), scaler.is_some())?;
     fits("plateau", params.plateau.is_some(), plateau.is_some())?;
-    if let (Some(settings), Some(state)) = (&params.grad_scaler, scaler) {
+    if let (Some(settings), Some(state)) = (settings, scaler) {
         settings.check(state)?;
     }
     plateau.map_or(Ok(()), Plateau::check)

@@ -8,6 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::group::GroupSettings;
 use crate::kernel::Kernel;
 use crate::params::{Keeping, ParamsAdamax};
+use crate::pattern;
 use crate::rule::{Hyperparameters, WeightDecay};
 use crate::state::{Layout, Place};
 
@@ -104,12 +105,13 @@ impl Adamax {
     /// or, for u in [`StateDType::Q8`], up. What came from Q8 keeps its bits on its way back there, but for a table
     /// that has had gradients of rows, whose rows come back in blocks of 1,024 elements: its u is rounded up once more.
     ///
-    /// Loss scale and plateau stay what they have come to; another `grad_scaler.init_scale` is the scale of the next call.
+    /// Loss scale and plateau stay what they have come to; another [`init_scale`](crate::GradScaler::init_scale) is
+    /// the scale of the next call.
     ///
     /// # Errors
     ///
-    /// A setting that is not allowed; another [`epsilon`](ParamsAdamax::epsilon) after the first update, since u holds
-    /// something else then; another number of accumulation steps while gradients [wait](Self::pending); a part of
+    /// A setting that is not allowed; another [`eps_mode`](ParamsAdamax::eps_mode) after the first update, since u holds
+    /// something else then; another number of accumulation steps while gradients [wait](Self::pending); a pattern of
     /// [`no_decay`](ParamsAdamax::no_decay) that spares no variable. Nothing has changed then.
     pub fn set_params(&mut self, params: ParamsAdamax) -> Result<()> {
         params.validate()?;
@@ -117,19 +119,15 @@ impl Adamax {
             adamax.sync()?;
             adamax.check_changes(&params)?;
             let resolved = adamax.resolve(&params, &adamax.groups, adamax.kernel)?;
-            // Parts that were accepted before stay so, even if the variables that they spared have been removed.
+            // Patterns that were accepted before stay so, even if the variables that they spared have been removed.
             let known = if decays_any(&adamax.params, &adamax.groups) { &adamax.params.no_decay[..] } else { &[] };
-            adamax.check_parts(&params, &adamax.groups, known)?;
+            adamax.check_patterns(&params, &adamax.groups, known)?;
             let converted = adamax.converted(&resolved)?;
             for param in adamax.vars.iter_mut() {
                 param.info.decays = params.decays(&param.name);
                 param.average = param.average.take().filter(|_| params.ema.is_some());
             }
-            let scaler = &mut adamax.progress.scaler;
-            *scaler = match (&params.grad_scaler, &adamax.params.grad_scaler, *scaler) {
-                (Some(scaler), Some(before), Some(state)) => Some(scaler.carried(before, state)),
-                (scaler, ..) => scaler.map(|scaler| scaler.start()),
-            };
+            adamax.progress.scaler = params.loss_scale.carried(adamax.params.loss_scale, adamax.progress.scaler);
             adamax.plateau = params.plateau.map(|_| adamax.plateau.unwrap_or_default());
             adamax.params = params;
             adamax.take_converted(converted, resolved);
@@ -139,9 +137,9 @@ impl Adamax {
 
     /// Refuses settings that the state does not allow any more.
     fn check_changes(&self, params: &ParamsAdamax) -> Result<()> {
-        if params.epsilon != self.params.epsilon && self.progress.counters.updates > 0 {
-            let expected = format!("{:?} as before, since u is made for it", self.params.epsilon);
-            return Err(Error::invalid("epsilon", expected, format!("{:?}", params.epsilon)));
+        if params.eps_mode != self.params.eps_mode && self.progress.counters.updates > 0 {
+            let expected = format!("{:?} as before, since u is made for it", self.params.eps_mode);
+            return Err(Error::invalid("eps_mode", expected, format!("{:?}", params.eps_mode)));
         }
         let (steps, got) = (self.params.gradient_accumulation_steps, params.gradient_accumulation_steps);
         if got != steps && self.progress.counters.pending > 0 {
@@ -157,7 +155,7 @@ impl Adamax {
     ///
     /// # Errors
     ///
-    /// No group has this name, or a setting is not allowed; it is the first one with a decay, and a part of
+    /// No group has this name, or a setting is not allowed; it is the first one with a decay, and a pattern of
     /// [`no_decay`](ParamsAdamax::no_decay) spares no variable. Nothing has changed then.
     pub fn set_group(&mut self, settings: GroupSettings) -> Result<()> {
         self.named(|adamax| {
@@ -168,7 +166,7 @@ impl Adamax {
             groups[index] = settings;
             let resolved = adamax.resolve(&adamax.params, &groups, adamax.kernel)?;
             if !decays_any(&adamax.params, &adamax.groups) {
-                adamax.check_parts(&adamax.params, &groups, &[])?;
+                adamax.check_patterns(&adamax.params, &groups, &[])?;
             }
             let converted = adamax.converted(&resolved)?;
             adamax.groups = groups;
@@ -189,22 +187,24 @@ impl Adamax {
         Ok(resolved)
     }
 
-    /// Refuses parts of `no_decay` that spare no variable.
+    /// Refuses patterns of `no_decay` that spare no variable.
     pub(super) fn check_no_decay(&self) -> Result<()> {
-        self.check_parts(&self.params, &self.groups, &[]).map_err(|error| self.own(error))
+        self.check_patterns(&self.params, &self.groups, &[]).map_err(|error| self.own(error))
     }
 
-    /// Checks settings to come in this way, but for parts that are `known`.
-    fn check_parts(&self, params: &ParamsAdamax, groups: &[GroupSettings], known: &[String]) -> Result<()> {
+    /// Checks settings to come in this way, but for patterns that are `known`.
+    fn check_patterns(&self, params: &ParamsAdamax, groups: &[GroupSettings], known: &[String]) -> Result<()> {
         if self.vars.is_empty() || !decays_any(params, groups) {
             return Ok(());
         }
-        let spares = |part: &String| self.vars.iter().any(|param| param.name.contains(part.as_str()));
-        match params.no_decay.iter().find(|part| !known.contains(part) && !spares(part)) {
+        let spares = |pattern: &String| self.names().any(|name| pattern::matches(pattern, name));
+        match params.no_decay.iter().find(|pattern| !known.contains(pattern) && !spares(pattern)) {
             None => Ok(()),
-            Some(part) => {
-                let expected = format!("parts of the names of vars, which are {}", some_of(self.names()));
-                Err(Error::invalid("no_decay", expected, format!("`{part}`, which is part of none")))
+            Some(pattern) => {
+                let names = some_of(self.names());
+                let expected =
+                    format!("whole components of the names of vars, `*` for a part of one; they are {names}");
+                Err(Error::invalid("no_decay", expected, format!("`{pattern}`, which matches none")))
             }
         }
     }

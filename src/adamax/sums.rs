@@ -182,7 +182,7 @@ impl Adamax {
     /// if it is not finite and that is asked for, and [reported](Self::report), and the averages move once more. It
     /// is no call of its own: [`calls`](Self::calls) and schedules stay where they are, and its learning rate is
     /// that of the last call. Where it is skipped, the sums are dropped, and a
-    /// [`grad_scaler`](crate::ParamsAdamax::grad_scaler) follows.
+    /// [dynamic loss scale](crate::LossScale::Dynamic) follows.
     ///
     /// ```
     /// use candle_adamax::{Adamax, ParamsAdamax};

@@ -3,9 +3,11 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::clip::Clip;
 use crate::error::{Error, Result};
 use crate::params::{Ema, ParamsAdamax, StepCount};
-use crate::rule::{Epsilon, WeightDecay};
+use crate::rule::{EpsMode, WeightDecay};
+use crate::scaler::LossScale;
 use crate::schedule::{InverseTimeDecay, LearningRate, Schedule};
 
 /// What the JSON text is called in errors.
@@ -100,7 +102,7 @@ impl ParamsAdamax {
     /// Keras's default.
     ///
     /// ```
-    /// use candle_adamax::{CosineDecay, ParamsAdamax};
+    /// use candle_adamax::{Clip, CosineDecay, ParamsAdamax};
     ///
     /// let params = ParamsAdamax::from_keras_json(
     ///     r#"{"class_name": "Adamax", "config": {
@@ -109,7 +111,7 @@ impl ParamsAdamax {
     ///         "beta_2": 0.99
     ///     }}"#,
     /// )?;
-    /// assert_eq!((params.beta1, params.beta2, params.clip_norm), (0.9, 0.99, Some(1.0)));
+    /// assert_eq!((params.beta1, params.beta2, params.clip), (0.9, 0.99, Some(Clip::Norm(1.0))));
     /// assert_eq!(params.lr.at(500)?, 0.005);
     /// # Ok::<(), candle_adamax::Error>(())
     /// ```
@@ -135,6 +137,7 @@ impl ParamsAdamax {
             Some(steps @ 2..) => steps,
             Some(steps) => return Err(Error::invalid("gradient_accumulation_steps", "at least 2, or null", steps)),
         };
+        let clip = clip(&config)?;
         let params = Self {
             lr: learning_rate(config.learning_rate, config.decay)?,
             name: config.name,
@@ -142,10 +145,8 @@ impl ParamsAdamax {
             beta2: config.beta_2,
             eps: config.epsilon,
             weight_decay: config.weight_decay.map_or(WeightDecay::None, WeightDecay::Decoupled),
-            clip_value: config.clipvalue,
-            clip_norm: config.clipnorm,
-            clip_global_norm: config.global_clipnorm,
-            loss_scale_factor: config.loss_scale_factor,
+            clip,
+            loss_scale: config.loss_scale_factor.map_or(LossScale::None, LossScale::Static),
             ema: config.use_ema.then_some(Ema {
                 momentum: config.ema_momentum,
                 // Keras takes 0 for never, too.
@@ -173,7 +174,7 @@ impl ParamsAdamax {
     /// assert_eq!(ParamsAdamax::from_keras_json(&json)?.weight_decay, params.weight_decay);
     ///
     /// let error = ParamsAdamax::pytorch().to_keras_json().unwrap_err();
-    /// assert_eq!(error.to_string(), "Adamax: invalid `epsilon`: expected Outside, all that Keras can do, got Inside");
+    /// assert_eq!(error.to_string(), "Adamax: invalid `eps_mode`: expected AddToNorm, all that Keras can do, got InsideMax");
     /// # Ok::<(), candle_adamax::Error>(())
     /// ```
     ///
@@ -193,8 +194,8 @@ impl ParamsAdamax {
                 return Err(only("weight_decay", "None or Decoupled", format_args!("{:?}", self.weight_decay)));
             }
         };
-        if self.epsilon != Epsilon::Outside {
-            return Err(only("epsilon", "Outside", format_args!("{:?}", self.epsilon)));
+        if self.eps_mode != EpsMode::AddToNorm {
+            return Err(only("eps_mode", "AddToNorm", format_args!("{:?}", self.eps_mode)));
         }
         if self.step_count != StepCount::Shared {
             return Err(only("step_count", "Shared", format_args!("{:?}", self.step_count)));
@@ -205,15 +206,25 @@ impl ParamsAdamax {
         if self.skip_nonfinite {
             return Err(only("skip_nonfinite", "false", "true"));
         }
-        if let Some(scaler) = self.grad_scaler {
-            return Err(only("grad_scaler", "none", format_args!("{scaler:?}")));
-        }
+        let loss_scale_factor = match self.loss_scale {
+            LossScale::None => None,
+            LossScale::Static(scale) => Some(scale),
+            LossScale::Dynamic(_) => {
+                return Err(only("loss_scale", "None or Static", format_args!("{:?}", self.loss_scale)));
+            }
+        };
         if let Some(plateau) = self.plateau {
             return Err(only("plateau", "none", format_args!("{plateau:?}")));
         }
-        if let Some(clip) = self.clip_grad_norm {
-            return Err(only("clip_grad_norm", "none", format_args!("{clip:?}")));
-        }
+        let (clipvalue, clipnorm, global_clipnorm) = match self.clip {
+            None => (None, None, None),
+            Some(Clip::Value(limit)) => (Some(limit), None, None),
+            Some(Clip::Norm(limit)) => (None, Some(limit), None),
+            Some(Clip::GlobalNorm(limit)) => (None, None, Some(limit)),
+            Some(clip @ Clip::GradNorm { .. }) => {
+                return Err(only("clip", "none, Value, Norm or GlobalNorm", format_args!("{clip:?}")));
+            }
+        };
         if decay.is_some() && !self.no_decay.is_empty() {
             let expected = "none in a configuration; call the Keras optimizer's `exclude_from_weight_decay`";
             return Err(Error::invalid("no_decay", expected, format_args!("{:?}", self.no_decay)));
@@ -223,13 +234,13 @@ impl ParamsAdamax {
             name: self.name.clone(),
             learning_rate: keras_rate(&self.lr)?,
             weight_decay: decay,
-            clipnorm: self.clip_norm,
-            global_clipnorm: self.clip_global_norm,
-            clipvalue: self.clip_value,
+            clipnorm,
+            global_clipnorm,
+            clipvalue,
             use_ema: self.ema.is_some(),
             ema_momentum: ema.momentum,
             ema_overwrite_frequency: ema.overwrite_frequency,
-            loss_scale_factor: self.loss_scale_factor,
+            loss_scale_factor,
             gradient_accumulation_steps: Some(self.gradient_accumulation_steps).filter(|&steps| steps > 1),
             beta_1: self.beta1,
             beta_2: self.beta2,
@@ -249,6 +260,18 @@ impl ParamsAdamax {
 /// A setting that Keras has in one form only.
 fn only(field: &str, form: &str, got: impl std::fmt::Display) -> Error {
     Error::invalid(field, format!("{form}, all that Keras can do"), got)
+}
+
+/// The clip of a config, which has at most one.
+fn clip(config: &Config) -> Result<Option<Clip>> {
+    let value = config.clipvalue.map(|limit| ("clipvalue", limit, Clip::Value(limit)));
+    let norm = config.clipnorm.map(|limit| ("clipnorm", limit, Clip::Norm(limit)));
+    let global = config.global_clipnorm.map(|limit| ("global_clipnorm", limit, Clip::GlobalNorm(limit)));
+    let mut set = [value, norm, global].into_iter().flatten();
+    match (set.next(), set.next()) {
+        (Some((first, ..)), Some((key, limit, _))) => Err(Error::invalid(key, format!("null beside `{first}`"), limit)),
+        (one, _) => Ok(one.map(|(_, _, clip)| clip)),
+    }
 }
 
 /// The learning rate of a config: a number or a serialized schedule, with the `decay` of the legacy optimizers.

@@ -42,7 +42,7 @@ mod update;
 use serde::{Deserialize, Serialize};
 
 use crate::rounding::TWO_32;
-use crate::rule::{Epsilon, Hyperparameters};
+use crate::rule::{EpsMode, Hyperparameters};
 
 pub(crate) use convert::{decode_block, encode_block, encode_moment, in_unit};
 pub(crate) use format::{Bf16, F16, Format, Moment, Plain, Q8};
@@ -106,9 +106,9 @@ pub(crate) struct Encoding {
 
 impl Encoding {
     pub(crate) fn of(hyper: &Hyperparameters) -> Self {
-        let eps_outside = match hyper.epsilon {
-            Epsilon::Outside => hyper.eps,
-            Epsilon::Inside => 0.0,
+        let eps_outside = match hyper.eps_mode {
+            EpsMode::AddToNorm => hyper.eps,
+            EpsMode::InsideMax => 0.0,
         };
         Self { eps_outside, limit: largest_ratio(hyper.beta1, hyper.beta2) }
     }

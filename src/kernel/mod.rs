@@ -85,7 +85,7 @@ pub(crate) struct Measure {
     pub(crate) norm: NormType,
     /// Whether the norm was asked for, and not only the check that all is finite.
     pub(crate) is_reported: bool,
-    pub(crate) clip: Clip,
+    pub(crate) clip: Option<Clip>,
     /// Factor that makes norms those of the true gradients.
     pub(crate) unscale: f64,
     /// Whether a call that is not finite is skipped.

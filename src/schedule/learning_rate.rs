@@ -75,7 +75,7 @@ impl LearningRate {
         let value = match self {
             Self::Constant(value) => *value,
             Self::Schedule(schedule) => schedule.learning_rate(step),
-            Self::Tensor(tensor) => scalar("lr", tensor)?,
+            Self::Tensor(tensor) => scalar(tensor)?,
             Self::Custom(schedule) => schedule.learning_rate(step),
         };
         if !check::is_not_negative(value) {
@@ -131,12 +131,12 @@ impl LearningRate {
     }
 }
 
-/// The number in a tensor of one element, which is the setting `field`.
-pub(crate) fn scalar(field: &str, tensor: &Tensor) -> Result<f64> {
+/// The number in a tensor of one element.
+fn scalar(tensor: &Tensor) -> Result<f64> {
     let dims = tensor.dims();
-    check::require(tensor.elem_count() == 1, field, "a tensor of one element", format_args!("one of shape {dims:?}"))?;
+    check::require(tensor.elem_count() == 1, "lr", "a tensor of one element", format_args!("one of shape {dims:?}"))?;
     let dtype = tensor.dtype();
-    check::require(dtype.is_float(), field, "a tensor of a floating dtype", format_args!("one of {}", dtype.as_str()))?;
+    check::require(dtype.is_float(), "lr", "a tensor of a floating dtype", format_args!("one of {}", dtype.as_str()))?;
     let value = tensor.detach().flatten_all()?.get(0)?;
     Ok(match dtype {
         DType::F64 => value.to_scalar()?,

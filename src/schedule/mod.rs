@@ -24,7 +24,6 @@ pub use self::cosine::{CosineDecay, CosineDecayRestarts};
 pub use self::decay::{ExponentialDecay, InverseTimeDecay, PolynomialDecay};
 pub use self::join::Join;
 pub use self::learning_rate::LearningRate;
-pub(crate) use self::learning_rate::scalar;
 pub use self::one_cycle::{AnnealStrategy, OneCycle};
 pub use self::piecewise::PiecewiseConstantDecay;
 pub use self::plateau::{Plateau, PlateauMode, ReduceLrOnPlateau, ThresholdMode};

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use candle_adamax::{
-    Adamax, Ema, Error, ErrorKind, GradScaler, ParamGroup, ParamsAdamax, ReduceLrOnPlateau, Restored, Rounding,
-    Snapshot, SparseUpdate, StateDType, StepCount, Table,
+    Adamax, Ema, Error, ErrorKind, GradScaler, LossScale, ParamGroup, ParamsAdamax, ReduceLrOnPlateau, Restored,
+    Rounding, Snapshot, SparseUpdate, StateDType, StepCount, Table,
 };
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Optimizer;
@@ -103,7 +103,11 @@ fn all_of_it_is_what_load_takes() -> Result<()> {
                 rounding,
                 ema: Some(Ema::default()),
                 gradient_accumulation_steps: 3,
-                grad_scaler: Some(GradScaler { init_scale: 8.0, growth_interval: 3, ..Default::default() }),
+                loss_scale: LossScale::Dynamic(GradScaler {
+                    init_scale: 8.0,
+                    growth_interval: 3,
+                    ..Default::default()
+                }),
                 plateau: Some(ReduceLrOnPlateau::default()),
                 ..Default::default()
             };
@@ -188,7 +192,7 @@ fn what_cannot_be_taken_is_refused() -> Result<()> {
     train(&mut optimizer, &old, 3)?;
     let good = optimizer.snapshot()?;
     let mut other = Adamax::from_named(new.clone(), ParamsAdamax::pytorch())?;
-    assert!(refuse(&mut other, &good)?.to_string().contains("epsilon"));
+    assert!(refuse(&mut other, &good)?.to_string().contains("eps_mode"));
     let per_var = ParamsAdamax { step_count: StepCount::PerVar, ..Default::default() };
     assert!(refuse(&mut Adamax::from_named(new.clone(), per_var)?, &good)?.to_string().contains("step_count"));
 
@@ -227,7 +231,7 @@ fn what_cannot_be_taken_is_refused() -> Result<()> {
 fn pending_gradients_and_loss_scales_go_on() -> Result<()> {
     let params = ParamsAdamax {
         gradient_accumulation_steps: 3,
-        grad_scaler: Some(GradScaler { init_scale: 8.0, growth_interval: 2, ..Default::default() }),
+        loss_scale: LossScale::Dynamic(GradScaler { init_scale: 8.0, growth_interval: 2, ..Default::default() }),
         ..Default::default()
     };
     let old = vars(&OLD, DType::F32)?;
@@ -246,7 +250,7 @@ fn pending_gradients_and_loss_scales_go_on() -> Result<()> {
     train(&mut other, &new, 1)?;
     assert_eq!((other.updates(), other.snapshot()?.counters.pending), (2, 0));
     // Without a loss scale of its own there is none.
-    let mut other = Adamax::from_named(new, ParamsAdamax { grad_scaler: None, ..params })?;
+    let mut other = Adamax::from_named(new, ParamsAdamax { loss_scale: LossScale::None, ..params })?;
     other.restore_matching(&snapshot)?;
     assert!(other.snapshot()?.grad_scaler.is_none());
     Ok(())

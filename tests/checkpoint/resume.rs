@@ -2,9 +2,9 @@
 
 use anyhow::Result;
 use candle_adamax::{
-    Adamax, ClipGradNorm, CosineDecay, Ema, ErrorKind, ExponentialDecay, GradScaler, Join, Kernel, LearningRate,
-    LearningRateSchedule, LinearWarmup, NormType, OneCycle, ParamsAdamax, PiecewiseConstantDecay, ReduceLrOnPlateau,
-    WeightDecay,
+    Adamax, Clip, CosineDecay, Ema, ErrorKind, ExponentialDecay, GradScaler, Join, Kernel, LearningRate,
+    LearningRateSchedule, LinearWarmup, LossScale, NormType, OneCycle, ParamsAdamax, PiecewiseConstantDecay,
+    ReduceLrOnPlateau, WeightDecay,
 };
 use candle_core::{DType, Device, Var};
 use candle_nn::{Optimizer, VarBuilder, VarMap};
@@ -45,23 +45,23 @@ fn settings() -> Vec<(&'static str, ParamsAdamax)> {
             "decoupled decay",
             ParamsAdamax { weight_decay: WeightDecay::Decoupled(0.3), no_decay: vec!["fc1".into()], ..keras() },
         ),
-        ("values clipped", ParamsAdamax { clip_value: Some(0.2), ..keras() }),
-        ("norms clipped", ParamsAdamax { clip_norm: Some(0.3), ..keras() }),
+        ("values clipped", ParamsAdamax { clip: Some(Clip::Value(0.2)), ..keras() }),
+        ("norms clipped", ParamsAdamax { clip: Some(Clip::Norm(0.3)), ..keras() }),
         (
             "the global norm clipped",
-            ParamsAdamax { clip_global_norm: Some(0.9), loss_scale_factor: Some(3.0), ..keras() },
+            ParamsAdamax { clip: Some(Clip::GlobalNorm(0.9)), loss_scale: LossScale::Static(3.0), ..keras() },
         ),
         (
             "clipped as PyTorch does",
-            ParamsAdamax { clip_grad_norm: Some(ClipGradNorm { max_norm: 1.5, norm_type: NormType::L1 }), ..pytorch() },
+            ParamsAdamax { clip: Some(Clip::GradNorm { max_norm: 1.5, norm_type: NormType::L1 }), ..pytorch() },
         ),
         ("accumulation, half done", ParamsAdamax { gradient_accumulation_steps: 4, ..keras() }),
         (
             "accumulation, half done, a mean of 3",
             ParamsAdamax {
                 gradient_accumulation_steps: 3,
-                loss_scale_factor: Some(7.0),
-                clip_norm: Some(0.1),
+                loss_scale: LossScale::Static(7.0),
+                clip: Some(Clip::Norm(0.1)),
                 ..pytorch()
             },
         ),
@@ -85,12 +85,12 @@ fn settings() -> Vec<(&'static str, ParamsAdamax)> {
         ),
         (
             "a loss scale that grows",
-            ParamsAdamax { grad_scaler: Some(GradScaler { growth_interval: 3, ..scaler }), ..pytorch() },
+            ParamsAdamax { loss_scale: LossScale::Dynamic(GradScaler { growth_interval: 3, ..scaler }), ..pytorch() },
         ),
         (
             "a loss scale while accumulating, of no power of two",
             ParamsAdamax {
-                grad_scaler: Some(GradScaler { growth_factor: 1.3, growth_interval: 3, ..scaler }),
+                loss_scale: LossScale::Dynamic(GradScaler { growth_factor: 1.3, growth_interval: 3, ..scaler }),
                 gradient_accumulation_steps: 2,
                 ..keras()
             },
@@ -102,7 +102,7 @@ fn settings() -> Vec<(&'static str, ParamsAdamax)> {
 
 /// A fresh optimizer that knows nothing but the conventions, which a file cannot change.
 fn conventions(params: &ParamsAdamax) -> ParamsAdamax {
-    ParamsAdamax { epsilon: params.epsilon, step_count: params.step_count, lr: 0.77.into(), ..Default::default() }
+    ParamsAdamax { eps_mode: params.eps_mode, step_count: params.step_count, lr: 0.77.into(), ..Default::default() }
 }
 
 #[test]
@@ -117,7 +117,7 @@ fn has_the_bits_of_an_uninterrupted_run() -> Result<()> {
                 let make = |model: &Model, params: ParamsAdamax| {
                     if grouped { model.grouped(params) } else { model.optimizer(params) }
                 };
-                let skips = params.skip_nonfinite || params.grad_scaler.is_some();
+                let skips = params.skip_nonfinite || matches!(params.loss_scale, LossScale::Dynamic(_));
 
                 let whole = Model::new(dtype)?;
                 let mut uninterrupted = make(&whole, params.clone())?;

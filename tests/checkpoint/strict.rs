@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use candle_adamax::{
-    Adamax, Ema, Epsilon, Error, ErrorKind, ExponentialDecay, LearningRate, ParamGroup, ParamsAdamax, StateDType,
+    Adamax, Ema, EpsMode, Error, ErrorKind, ExponentialDecay, LearningRate, ParamGroup, ParamsAdamax, StateDType,
     StepCount,
 };
 use candle_core::{DType, Device, Var};
@@ -163,7 +163,7 @@ fn a_missing_entry() -> Result<()> {
             parts.header["counters"].as_object_mut().unwrap().remove(field);
         })?;
     }
-    for field in ["lr", "beta1", "epsilon", "gradient_accumulation_steps", "grad_scaler", "plateau"] {
+    for field in ["lr", "beta1", "eps_mode", "gradient_accumulation_steps", "loss_scale", "plateau"] {
         fixture.refuse_edited(&[field], |parts| {
             parts.header["params"].as_object_mut().unwrap().remove(field);
         })?;
@@ -272,26 +272,25 @@ fn values_that_are_not_allowed() -> Result<()> {
         ("eps", json!(-1e-8)),
         ("weight_decay", json!({"L2": -1.0})),
         ("no_decay", json!([""])),
-        ("clip_value", json!(0.0)),
-        ("loss_scale_factor", json!(0.0)),
+        ("clip", json!({"Value": 0.0})),
+        ("loss_scale", json!({"Static": 0.0})),
         ("gradient_accumulation_steps", json!(0)),
     ] {
         fixture.refuse_edited(&[field], |parts| parts.header["params"][field] = value)?;
     }
-    fixture.refuse_edited(&["clip_value", "clip_norm"], |parts| {
-        parts.header["params"]["clip_value"] = json!(1.0);
-        parts.header["params"]["clip_norm"] = json!(1.0);
-    })?;
+    let two = json!({"Value": 1.0, "Norm": 1.0});
+    fixture.refuse_edited(&[METADATA], |parts| parts.header["params"]["clip"] = two)?;
     fixture.refuse_edited(&["groups.head.beta2"], |parts| parts.header["groups"][2]["beta2"] = json!(2.0))?;
     // A state that the settings have none for, and settings without a state.
     let state = json!({"scale": 8.0, "growth_tracker": 0});
     fixture.refuse_edited(&["grad_scaler"], |parts| parts.header["grad_scaler"] = state.clone())?;
     let scaler = json!({"init_scale": 8.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 3});
-    fixture.refuse_edited(&["grad_scaler"], |parts| parts.header["params"]["grad_scaler"] = scaler.clone())?;
+    fixture.refuse_edited(&["grad_scaler"], |parts| {
+        parts.header["params"]["loss_scale"] = json!({"Dynamic": scaler});
+    })?;
     let mut both = |parts_scaler: &serde_json::Value, state: serde_json::Value, entry: &str| {
         fixture.refuse_edited(&[entry], |parts| {
-            parts.header["params"]["loss_scale_factor"] = json!(null);
-            parts.header["params"]["grad_scaler"] = parts_scaler.clone();
+            parts.header["params"]["loss_scale"] = json!({"Dynamic": parts_scaler});
             parts.header["grad_scaler"] = state;
         })
     };
@@ -326,9 +325,9 @@ fn another_convention() -> Result<()> {
     let model = Model::new(DType::F32)?;
     let keras = ParamsAdamax::default;
     for (entry, params) in [
-        ("epsilon", ParamsAdamax { epsilon: Epsilon::Inside, ..keras() }),
+        ("eps_mode", ParamsAdamax { eps_mode: EpsMode::InsideMax, ..keras() }),
         ("step_count", ParamsAdamax { step_count: StepCount::PerVar, ..keras() }),
-        ("epsilon", ParamsAdamax::pytorch()),
+        ("eps_mode", ParamsAdamax::pytorch()),
     ] {
         let mut optimizer = model.optimizer(params.clone())?;
         model.run(&mut optimizer, 0..2, false)?;

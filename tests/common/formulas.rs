@@ -5,7 +5,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use candle_adamax::{Epsilon, Gradient, GroupLr, NormType, ParamsAdamax, Snapshot, StepCount, WeightDecay};
+use candle_adamax::{
+    Clip, EpsMode, Gradient, GroupLr, LossScale, NormType, ParamsAdamax, Snapshot, StepCount, WeightDecay,
+};
 use candle_core::{DType, Var};
 
 use super::gradients::Whole;
@@ -103,26 +105,35 @@ fn sum(terms: impl Iterator<Item = f64>) -> f64 {
     if sum.is_finite() { sum + lost } else { sum }
 }
 
-/// One clipped gradient: what `clip_value` or the other settings make of `g`, of a variable with the norm `own`.
+/// One clipped gradient: what `params.clip` makes of `g`, of a variable with the norm `own`.
 pub(crate) fn clipped(params: &ParamsAdamax, g: f64, own: f64, total: f64) -> f64 {
-    if let Some(c) = params.clip_value {
-        return if g.is_nan() { g } else { g.max(-c).min(c) };
+    match params.clip {
+        None => g,
+        Some(Clip::Value(_)) if g.is_nan() => g,
+        Some(Clip::Value(c)) => g.max(-c).min(c),
+        Some(Clip::Norm(c)) if own <= c => g,
+        Some(Clip::Norm(c)) => g * (c / own),
+        Some(Clip::GlobalNorm(_)) if !total.is_finite() => f64::NAN,
+        Some(Clip::GlobalNorm(c)) if total <= c => g,
+        Some(Clip::GlobalNorm(c)) => g * (c / total),
+        Some(Clip::GradNorm { max_norm, .. }) if max_norm / (total + 1e-6) > 1.0 => g,
+        Some(Clip::GradNorm { max_norm, .. }) => g * (max_norm / (total + 1e-6)),
+        Some(clip) => panic!("no formula for {clip:?}"),
     }
-    if let Some(c) = params.clip_norm {
-        return if own <= c { g } else { g * (c / own) };
+}
+
+/// Whether whole components of `name` are `part`, which has no `*`.
+pub(crate) fn is_part(part: &str, name: &str) -> bool {
+    format!(".{name}.").contains(&format!(".{part}."))
+}
+
+/// The norm that the settings clip by.
+pub(crate) fn norm_of_clip(params: &ParamsAdamax) -> Option<NormType> {
+    match params.clip? {
+        Clip::Norm(_) | Clip::GlobalNorm(_) => Some(NormType::L2),
+        Clip::GradNorm { norm_type, .. } => Some(norm_type),
+        _ => None,
     }
-    if let Some(c) = params.clip_global_norm {
-        return match total {
-            total if !total.is_finite() => f64::NAN,
-            total if total <= c => g,
-            total => g * (c / total),
-        };
-    }
-    if let Some(clip) = params.clip_grad_norm {
-        let factor = clip.max_norm / (total + 1e-6);
-        return if factor > 1.0 { g } else { g * factor };
-    }
-    g
 }
 
 /// One call of `step`, from the state in `before`. Rows without a gradient keep their weights and their state.
@@ -139,7 +150,10 @@ where
 {
     let Snapshot { params, groups, counters, vars, .. } = before;
     let lr = params.lr.at(counters.calls).unwrap();
-    let unscale = 1.0 / params.loss_scale_factor.unwrap_or(1.0);
+    let unscale = match params.loss_scale {
+        LossScale::Static(scale) => 1.0 / scale,
+        _ => 1.0,
+    };
     let steps = params.gradient_accumulation_steps;
     // A call without any gradient is none: it does nothing.
     let counts = !grads.is_empty();
@@ -172,10 +186,7 @@ where
     }
 
     // Norms.
-    let norm_type = match params.clip_grad_norm {
-        Some(clip) => Some(clip.norm_type),
-        None => params.clip_norm.or(params.clip_global_norm).map(|_| NormType::L2),
-    };
+    let norm_type = norm_of_clip(params);
     let all: Vec<&[f64]> = mean.values().map(|mean| mean.g.as_slice()).collect();
     let total = norm(&all, norm_type.unwrap_or_default());
     // A norm of sums knows them as well only as they were rounded, each in the arithmetic of its own variable.
@@ -210,11 +221,11 @@ where
         };
         let (beta1, beta2) = (group.beta1.unwrap_or(params.beta1), group.beta2.unwrap_or(params.beta2));
         let epsilon = group.eps.unwrap_or(params.eps);
-        let (inside, outside) = match params.epsilon {
-            Epsilon::Inside => (epsilon, 0.0),
-            Epsilon::Outside => (0.0, epsilon),
+        let (inside, outside) = match params.eps_mode {
+            EpsMode::InsideMax => (epsilon, 0.0),
+            EpsMode::AddToNorm => (0.0, epsilon),
         };
-        let spared = params.no_decay.iter().any(|part| name.contains(part.as_str()));
+        let spared = params.no_decay.iter().any(|part| is_part(part, name));
         let (l2, decoupled) = match group.weight_decay.unwrap_or(params.weight_decay) {
             _ if spared => (0.0, 0.0),
             WeightDecay::None => (0.0, 0.0),
@@ -238,7 +249,7 @@ where
         let own = norm(&[&grad.g], norm_type.unwrap_or_default());
         let eps_of_g = match norm_type {
             None => eps,
-            Some(_) if params.clip_norm.is_some() => eps + error_of_norm(&[name.as_str()]),
+            Some(_) if matches!(params.clip, Some(Clip::Norm(_))) => eps + error_of_norm(&[name.as_str()]),
             Some(_) => eps + error_of_total,
         };
         for i in 0..w.len() {

@@ -2,8 +2,9 @@
 
 use anyhow::Result;
 use candle_adamax::{
-    CosineDecay, CosineDecayRestarts, Ema, ExponentialDecay, InverseTimeDecay, Join, LearningRate, LinearWarmup,
-    ParamsAdamax, PiecewiseConstantDecay, PolynomialDecay, Schedule, StateDType, StepCount, WeightDecay,
+    Clip, CosineDecay, CosineDecayRestarts, Ema, ExponentialDecay, GradScaler, InverseTimeDecay, Join, LearningRate,
+    LinearWarmup, LossScale, NormType, ParamsAdamax, PiecewiseConstantDecay, PolynomialDecay, Schedule, StateDType,
+    StepCount, WeightDecay,
 };
 use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
@@ -48,16 +49,16 @@ fn every_setting_goes_there_and_back() -> Result<()> {
         beta2: 0.75,
         eps: 1e-3,
         weight_decay: WeightDecay::Decoupled(0.125),
-        clip_value: Some(3.0),
-        loss_scale_factor: Some(128.0),
+        clip: Some(Clip::Value(3.0)),
+        loss_scale: LossScale::Static(128.0),
         ema: Some(Ema { momentum: 0.9, overwrite_frequency: Some(5) }),
         gradient_accumulation_steps: 4,
         ..Default::default()
     };
     for params in [
         params.clone(),
-        ParamsAdamax { clip_value: None, clip_norm: Some(2.0), ..params.clone() },
-        ParamsAdamax { clip_value: None, clip_global_norm: Some(2.0), ema: None, ..params },
+        ParamsAdamax { clip: Some(Clip::Norm(2.0)), ..params.clone() },
+        ParamsAdamax { clip: Some(Clip::GlobalNorm(2.0)), ema: None, ..params },
     ] {
         assert_eq!(fields(&ParamsAdamax::from_keras_json(&params.to_keras_json()?)?), fields(&params));
     }
@@ -132,7 +133,9 @@ fn what_is_not_understood_is_refused() {
         ("invalid type", json!({"epsilon": null})),
         ("beta1", json!({"beta_1": 1.0})),
         ("weight_decay", json!({"weight_decay": -0.1})),
-        ("exclude each other", json!({"clipnorm": 1.0, "clipvalue": 1.0})),
+        ("invalid `clipnorm`: expected null beside `clipvalue`, got 1", json!({"clipnorm": 1.0, "clipvalue": 0.5})),
+        ("`global_clipnorm`: expected null beside `clipnorm`", json!({"clipnorm": 1.0, "global_clipnorm": 0.5})),
+        ("invalid `clip`: expected a finite number above 0 for `Norm`, got 0", json!({"clipnorm": 0.0})),
         ("gradient_accumulation_steps", json!({"gradient_accumulation_steps": 1})),
         ("gradient_accumulation_steps", json!({"gradient_accumulation_steps": 0})),
         ("invalid value", json!({"gradient_accumulation_steps": -2})),
@@ -188,18 +191,16 @@ fn what_keras_does_not_have_is_refused() -> Result<()> {
     let rate = |lr: LearningRate| ParamsAdamax { lr, ..Default::default() };
     let schedules = [CosineDecay::new(0.5, 10).into(), CosineDecay::new(0.5, 10).into()];
     for (field, params) in [
-        ("epsilon", ParamsAdamax { step_count: StepCount::Shared, ..ParamsAdamax::pytorch() }),
+        ("eps_mode", ParamsAdamax { step_count: StepCount::Shared, ..ParamsAdamax::pytorch() }),
         ("step_count", ParamsAdamax { step_count: StepCount::PerVar, ..Default::default() }),
         ("weight_decay", ParamsAdamax { weight_decay: WeightDecay::L2(0.1), ..Default::default() }),
         ("maximize", ParamsAdamax { maximize: true, ..Default::default() }),
+        ("loss_scale", ParamsAdamax { loss_scale: LossScale::Dynamic(GradScaler::default()), ..Default::default() }),
         ("skip_nonfinite", ParamsAdamax { skip_nonfinite: true, ..Default::default() }),
         (
-            "clip_grad_norm",
+            "clip",
             ParamsAdamax {
-                clip_grad_norm: Some(candle_adamax::ClipGradNorm {
-                    max_norm: 1.0,
-                    norm_type: candle_adamax::NormType::L2,
-                }),
+                clip: Some(Clip::GradNorm { max_norm: 1.0, norm_type: NormType::L2 }),
                 ..Default::default()
             },
         ),

@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 use candle_adamax::{
-    Adamax, Ema, ErrorKind, GradScaler, LearningRate, ParamGroup, ParamsAdamax, ReduceLrOnPlateau, StepCount,
-    WeightDecay,
+    Adamax, Ema, ErrorKind, GradScaler, LearningRate, LossScale, ParamGroup, ParamsAdamax, ReduceLrOnPlateau,
+    StepCount, WeightDecay,
 };
 use candle_nn::Optimizer;
 
@@ -197,10 +197,10 @@ fn what_keras_cannot_hold_is_refused() -> Result<()> {
     let with = |params: ParamsAdamax| Adamax::from_named(model.vars(), params);
     let plain = ParamsAdamax::default;
     for (entry, optimizer) in [
-        ("epsilon", with(ParamsAdamax::pytorch())?),
+        ("eps_mode", with(ParamsAdamax::pytorch())?),
         ("weight_decay", with(ParamsAdamax { weight_decay: WeightDecay::L2(0.1), ..plain() })?),
         ("maximize", with(ParamsAdamax { maximize: true, ..plain() })?),
-        ("grad_scaler", with(ParamsAdamax { grad_scaler: Some(GradScaler::default()), ..plain() })?),
+        ("loss_scale", with(ParamsAdamax { loss_scale: LossScale::Dynamic(GradScaler::default()), ..plain() })?),
         ("plateau", with(ParamsAdamax { plateau: Some(ReduceLrOnPlateau::default()), ..plain() })?),
         ("groups.g.lr", grouped(ParamGroup::new("g").lr(0.5))?),
         ("groups.g.lr", grouped(ParamGroup::new("g").lr_factor(0.5))?),

@@ -2,8 +2,8 @@
 //! refused.
 
 use candle_adamax::{
-    Adamax, Ema, Embedding, ErrorKind, ExponentialDecay, GradScaler, Kernel, MissingGradients, ParamsAdamax, Rounding,
-    SparseGrad, SparseUpdate, StateDType, StepCount, Table, TouchedRows, WeightDecay,
+    Adamax, Clip, Ema, Embedding, ErrorKind, ExponentialDecay, GradScaler, Kernel, LossScale, MissingGradients,
+    ParamsAdamax, Rounding, SparseGrad, SparseUpdate, StateDType, StepCount, Table, TouchedRows, WeightDecay,
 };
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -57,7 +57,7 @@ fn nothing_acts_on_what_is_not_trained() -> Result<()> {
     let all = [
         base(),
         ParamsAdamax { weight_decay: WeightDecay::Decoupled(0.5), maximize: true, ..base() },
-        ParamsAdamax { weight_decay: WeightDecay::L2(0.5), clip_global_norm: Some(0.1), ..base() },
+        ParamsAdamax { weight_decay: WeightDecay::L2(0.5), clip: Some(Clip::GlobalNorm(0.1)), ..base() },
         ParamsAdamax { rounding: Rounding::Master, state_dtype: StateDType::Q8, ..base() },
         ParamsAdamax { rounding: Rounding::Stochastic, gradient_accumulation_steps: 2, ..base() },
         ParamsAdamax { skip_nonfinite: true, rowwise_norm: true, ..base() },
@@ -213,7 +213,7 @@ fn calls_without_any_gradient_do_nothing() -> Result<()> {
             lr: ExponentialDecay::new(0.1, 1, 0.5).into(),
             missing_gradients: MissingGradients::Allow,
             ema: ema(0.5, Some(1)),
-            grad_scaler: Some(GradScaler { init_scale: 1.0, growth_interval: 1, ..GradScaler::default() }),
+            loss_scale: LossScale::Dynamic(GradScaler { init_scale: 1.0, growth_interval: 1, ..GradScaler::default() }),
             ..Default::default()
         };
         let vars = [("w".to_owned(), w.clone())];
@@ -268,9 +268,9 @@ fn busy(steps: u64) -> ParamsAdamax {
     ParamsAdamax {
         lr: ExponentialDecay::new(0.1, 1, 0.5).into(),
         gradient_accumulation_steps: steps,
-        clip_global_norm: Some(0.5),
+        clip: Some(Clip::GlobalNorm(0.5)),
         weight_decay: WeightDecay::Decoupled(0.1),
-        loss_scale_factor: Some(2.0),
+        loss_scale: LossScale::Static(2.0),
         ..Default::default()
     }
 }

@@ -1,8 +1,8 @@
 //! The same bits for any number of threads, and types that may move between threads.
 
 use candle_adamax::{
-    Adamax, ClipGradNorm, Ema, Error, ErrorKind, Kernel, LearningRate, NormType, ParamGroup, ParamsAdamax, Schedule,
-    Snapshot, State, StepReport, VarSnapshot, WeightDecay,
+    Adamax, Clip, Ema, Error, ErrorKind, Kernel, LearningRate, NormType, ParamGroup, ParamsAdamax, Schedule, Snapshot,
+    State, StepReport, VarSnapshot, WeightDecay,
 };
 use candle_core::{DType, Tensor, Var};
 
@@ -52,17 +52,17 @@ fn threads_make_no_difference_to_an_update() {
 
 #[test]
 fn threads_make_no_difference_to_clipping() {
-    assert_bits_are_equal(ParamsAdamax { clip_global_norm: Some(1.0), ..Default::default() }, 1);
-    assert_bits_are_equal(ParamsAdamax { clip_norm: Some(0.5), ..Default::default() }, 1);
-    let clip_grad_norm = Some(ClipGradNorm { max_norm: 10.0, norm_type: NormType::L1 });
-    assert_bits_are_equal(ParamsAdamax { clip_grad_norm, ..ParamsAdamax::pytorch() }, 1);
+    assert_bits_are_equal(ParamsAdamax { clip: Some(Clip::GlobalNorm(1.0)), ..Default::default() }, 1);
+    assert_bits_are_equal(ParamsAdamax { clip: Some(Clip::Norm(0.5)), ..Default::default() }, 1);
+    let clip = Some(Clip::GradNorm { max_norm: 10.0, norm_type: NormType::L1 });
+    assert_bits_are_equal(ParamsAdamax { clip, ..ParamsAdamax::pytorch() }, 1);
 }
 
 #[test]
 fn threads_make_no_difference_to_accumulation_and_averages() {
     let params = ParamsAdamax {
         gradient_accumulation_steps: 2,
-        clip_global_norm: Some(1.0),
+        clip: Some(Clip::GlobalNorm(1.0)),
         ema: Some(Ema { momentum: 0.9, overwrite_frequency: Some(1) }),
         skip_nonfinite: true,
         ..Default::default()
@@ -72,7 +72,7 @@ fn threads_make_no_difference_to_accumulation_and_averages() {
 
 #[test]
 fn two_runs_are_equal_and_other_gradients_are_not() {
-    let params = ParamsAdamax { clip_global_norm: Some(1.0), ..Default::default() };
+    let params = ParamsAdamax { clip: Some(Clip::GlobalNorm(1.0)), ..Default::default() };
     assert!(run(2, &params, 1) == run(2, &params, 1));
     assert!(run(2, &params, 1) != run(2, &params, 2));
 }

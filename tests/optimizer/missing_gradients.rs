@@ -1,8 +1,8 @@
 //! Variables without a gradient: which updates are refused, by which text, and the report of the others.
 
 use candle_adamax::{
-    Adamax, ErrorKind, GradScaler, GroupLr, GroupSettings, LinearWarmup, MissingGradients, ParamGroup, ParamsAdamax,
-    SparseGrad, Table,
+    Adamax, Clip, ErrorKind, GradScaler, GroupLr, GroupSettings, LinearWarmup, LossScale, MissingGradients, ParamGroup,
+    ParamsAdamax, SparseGrad, Table,
 };
 use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, Result, Tensor, Var};
@@ -388,7 +388,7 @@ fn a_refused_last_call_leaves_the_sums_alone() {
 fn a_call_that_is_skipped_is_no_update() {
     for kernel in KERNELS {
         let vars = scalars(&["a", "b", "c"]);
-        let params = ParamsAdamax { grad_scaler: Some(GradScaler::default()), ..Default::default() };
+        let params = ParamsAdamax { loss_scale: LossScale::Dynamic(GradScaler::default()), ..Default::default() };
         let mut optimizer = Adamax::from_named(vars.clone(), params).unwrap();
         optimizer.set_kernel(kernel).unwrap();
         let infinite = tensor(&[f64::INFINITY], &[1], DType::F32);
@@ -518,7 +518,7 @@ fn a_report_is_one_line() {
     assert!(format!("{:?}", optimizer.report()).contains("trained: 1"));
 
     // A norm that is asked for; digits.
-    let clipped = ParamsAdamax { clip_global_norm: Some(1.0), lr: (1.0 / 3.0).into(), ..allow.clone() };
+    let clipped = ParamsAdamax { clip: Some(Clip::GlobalNorm(1.0)), lr: (1.0 / 3.0).into(), ..allow.clone() };
     let mut optimizer = Adamax::from_named(vars.clone(), clipped).unwrap();
     give(&mut optimizer, &vars, &[0, 1]).unwrap();
     assert_eq!(line(&optimizer), "updated 2 of 2 vars, lr 0.3333, norm 1.414");

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use candle_adamax::{
-    Adamax, ClipGradNorm, Ema, Epsilon, Kernel, MissingGradients, NormType, ParamGroup, ParamsAdamax, StepCount,
+    Adamax, Clip, Ema, EpsMode, Kernel, LossScale, MissingGradients, NormType, ParamGroup, ParamsAdamax, StepCount,
     WeightDecay,
 };
 use candle_core::{DType, Tensor, Var};
@@ -99,15 +99,15 @@ fn one_var() -> impl Strategy<Value = OneVar> {
     )
 }
 
-fn clip() -> impl Strategy<Value = ParamsAdamax> {
+fn clip() -> impl Strategy<Value = Option<Clip>> {
     let limit = prop::sample::select(vec![1e-3, 0.25, 1.0, 40.0]);
     let norm_type = prop::sample::select(vec![NormType::L1, NormType::L2, NormType::Inf]);
-    (0..5u8, limit, norm_type).prop_map(|(which, limit, norm_type)| ParamsAdamax {
-        clip_value: (which == 1).then_some(limit),
-        clip_norm: (which == 2).then_some(limit),
-        clip_global_norm: (which == 3).then_some(limit),
-        clip_grad_norm: (which == 4).then_some(ClipGradNorm { max_norm: limit, norm_type }),
-        ..ParamsAdamax::default()
+    (0..5u8, limit, norm_type).prop_map(|(which, limit, norm_type)| match which {
+        0 => None,
+        1 => Some(Clip::Value(limit)),
+        2 => Some(Clip::Norm(limit)),
+        3 => Some(Clip::GlobalNorm(limit)),
+        _ => Some(Clip::GradNorm { max_norm: limit, norm_type }),
     })
 }
 
@@ -137,16 +137,17 @@ fn params() -> impl Strategy<Value = ParamsAdamax> {
                 beta1,
                 beta2,
                 eps,
-                epsilon: if inside { Epsilon::Inside } else { Epsilon::Outside },
+                eps_mode: if inside { EpsMode::InsideMax } else { EpsMode::AddToNorm },
                 step_count: if per_var { StepCount::PerVar } else { StepCount::Shared },
                 weight_decay,
                 no_decay: if spare { vec!["var1".into()] } else { Vec::new() },
                 maximize,
-                loss_scale_factor: scale,
+                loss_scale: scale.map_or(LossScale::None, LossScale::Static),
                 ema: ema.map(|(momentum, overwrite_frequency)| Ema { momentum, overwrite_frequency }),
                 gradient_accumulation_steps: steps,
                 missing_gradients: MissingGradients::Allow,
-                ..clip
+                clip,
+                ..ParamsAdamax::default()
             }
         },
     )
@@ -332,8 +333,8 @@ proptest! {
         let vars = setup.vars.iter().cloned().map(|one| OneVar { f32_gradient: true, size: Size::Normal, ..one });
         let setup = Setup { vars: vars.collect(), ..setup };
         let run = |scale: f64| {
-            let loss_scale_factor = (scale != 1.0).then_some(scale);
-            let setup = Setup { params: ParamsAdamax { loss_scale_factor, ..setup.params.clone() }, ..setup.clone() };
+            let loss_scale = if scale == 1.0 { LossScale::None } else { LossScale::Static(scale) };
+            let setup = Setup { params: ParamsAdamax { loss_scale, ..setup.params.clone() }, ..setup.clone() };
             let weights = setup.weights();
             let mut optimizer = setup.optimizer(&weights, &setup.in_order(), Kernel::Auto);
             for call in 0..4 {
@@ -352,8 +353,11 @@ proptest! {
             (Setup::name(i), one)
         }).unzip();
         prop_assert_eq!(weights.len(), vars.len());
-        let scale = setup.params.loss_scale_factor;
-        let exact = n.is_power_of_two() && scale.is_none_or(|scale| scale.log2().fract() == 0.0);
+        let scale = match setup.params.loss_scale {
+            LossScale::Static(scale) => scale,
+            _ => 1.0,
+        };
+        let exact = n.is_power_of_two() && scale.log2().fract() == 0.0;
         let weight_decay = match setup.params.weight_decay {
             // u would depend on weights, which take many roundings.
             WeightDecay::L2(lambda) if !exact => WeightDecay::Decoupled(lambda),
@@ -422,18 +426,19 @@ fn views_are_as_good_as_contiguous_gradients() {
     ] {
         for (what, view) in views(grad_dtype) {
             for kernel in [Kernel::Auto, Kernel::Portable] {
-                for (clip_norm, steps) in [(None, 1), (Some(0.5), 1), (Some(0.5), 2)] {
+                for (limit, steps) in [(None, 1), (Some(0.5), 1), (Some(0.5), 2)] {
                     let run = |grad: &Tensor| {
                         let w = var(&noise(7, grad.elem_count()), grad.dims(), dtype);
                         let gradient_accumulation_steps = steps;
-                        let params = ParamsAdamax { clip_norm, gradient_accumulation_steps, ..ParamsAdamax::default() };
+                        let clip = limit.map(Clip::Norm);
+                        let params = ParamsAdamax { clip, gradient_accumulation_steps, ..ParamsAdamax::default() };
                         let mut optimizer = Adamax::from_named([("w", w.clone())], params).unwrap();
                         optimizer.set_kernel(kernel).unwrap();
                         (0..4).for_each(|_| optimizer.apply_gradients([(&w, grad)]).map(drop).unwrap());
                         Fingerprint::of(&optimizer, &[("w".into(), w)])
                     };
                     let contiguous = tensor(&values(&view), view.dims(), grad_dtype);
-                    assert_eq!(run(&view), run(&contiguous), "{what}, {dtype:?}, {kernel:?}, clip {clip_norm:?}");
+                    assert_eq!(run(&view), run(&contiguous), "{what}, {dtype:?}, {kernel:?}, clip {limit:?}");
                 }
             }
         }
@@ -491,7 +496,7 @@ fn variables_without_elements_take_part() {
             let vars = [("empty", var(&[], &[0, 3], dtype)), ("w", var(&[1.0, 2.0], &[2], dtype))];
             let ema = Some(Ema { momentum: 0.5, overwrite_frequency: Some(2) });
             let params =
-                ParamsAdamax { clip_norm: Some(1.0), gradient_accumulation_steps: 2, ema, ..Default::default() };
+                ParamsAdamax { clip: Some(Clip::Norm(1.0)), gradient_accumulation_steps: 2, ema, ..Default::default() };
             let mut optimizer = Adamax::from_named(vars.clone(), params).unwrap();
             optimizer.set_kernel(kernel).unwrap();
             let grads = [tensor(&[], &[0, 3], dtype), tensor(&[1.0, 1.0], &[2], dtype)];
@@ -522,7 +527,7 @@ fn the_formulas_notice_another_rule() {
             2 => params.eps = 1e-3,
             3 => params.lr = 1.001e-3.into(),
             4 => params.weight_decay = WeightDecay::Decoupled(0.1),
-            _ => params.clip_norm = Some(0.5),
+            _ => params.clip = Some(Clip::Norm(0.5)),
         }
         let beta2_shows = BTreeMap::from([("w".to_owned(), (&grads["w"] * 0.25).unwrap())]);
         let grads = if change == 1 { &beta2_shows } else { &grads };
@@ -536,8 +541,8 @@ fn the_formulas_notice_another_rule() {
 #[test]
 fn clips_are_right_over_the_whole_range_of_f64() {
     let clips: [fn(f64) -> ParamsAdamax; 5] = [
-        |limit| ParamsAdamax { clip_norm: Some(limit), ..Default::default() },
-        |limit| ParamsAdamax { clip_global_norm: Some(limit), skip_nonfinite: true, ..Default::default() },
+        |limit| ParamsAdamax { clip: Some(Clip::Norm(limit)), ..Default::default() },
+        |limit| ParamsAdamax { clip: Some(Clip::GlobalNorm(limit)), skip_nonfinite: true, ..Default::default() },
         |limit| clip_grad_norm(limit, NormType::L2),
         |limit| clip_grad_norm(limit, NormType::L1),
         |limit| clip_grad_norm(limit, NormType::Inf),
@@ -552,9 +557,9 @@ fn clips_are_right_over_the_whole_range_of_f64() {
         (1e-200, 1.0),
     ] {
         for (which, params) in clips.iter().enumerate() {
-            for loss_scale in [None, Some(2f64.powi(100)), Some(2f64.powi(-4))] {
-                let params = ParamsAdamax { beta1: 0.5, loss_scale_factor: loss_scale, ..params(limit) };
-                let scale = 1.0 / loss_scale.unwrap_or(1.0);
+            for loss_scale in [1.0, 2f64.powi(100), 2f64.powi(-4)] {
+                let params = ParamsAdamax { beta1: 0.5, loss_scale: LossScale::Static(loss_scale), ..params(limit) };
+                let scale = 1.0 / loss_scale;
                 let (a, b) = (vec![3.0, -4.0, 3.0, 4.0], vec![0.0, 2.0, -2.0, 1.0]);
                 let vars = [&a, &b].map(|g| var(&vec![0.5; g.len()], &[g.len()], DType::F64));
                 let mut optimizer =
@@ -594,7 +599,7 @@ fn clips_are_right_over_the_whole_range_of_f64() {
 }
 
 fn clip_grad_norm(max_norm: f64, norm_type: NormType) -> ParamsAdamax {
-    ParamsAdamax { clip_grad_norm: Some(ClipGradNorm { max_norm, norm_type }), ..Default::default() }
+    ParamsAdamax { clip: Some(Clip::GradNorm { max_norm, norm_type }), ..Default::default() }
 }
 
 /// Settings at the edges of what is allowed, against the formula.
@@ -604,14 +609,14 @@ fn settings_at_the_edges_follow_the_formula() {
     for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
         for lr in [0.0, 5e-324, 1e-3, 1e30, f64::MAX] {
             for (beta1, beta2) in [(0.0, 0.0), (0.0, beta), (0.9, beta), (5e-324, 0.5), (beta, 0.999)] {
-                for (eps, epsilon) in [
-                    (0.0, Epsilon::Outside),
-                    (0.0, Epsilon::Inside),
-                    (5e-324, Epsilon::Inside),
-                    (1e300, Epsilon::Outside),
+                for (eps, eps_mode) in [
+                    (0.0, EpsMode::AddToNorm),
+                    (0.0, EpsMode::InsideMax),
+                    (5e-324, EpsMode::InsideMax),
+                    (1e300, EpsMode::AddToNorm),
                 ] {
                     let w = var(&[1.0, -2.0, 0.0], &[3], dtype);
-                    let params = ParamsAdamax { lr: lr.into(), beta1, beta2, eps, epsilon, ..Default::default() };
+                    let params = ParamsAdamax { lr: lr.into(), beta1, beta2, eps, eps_mode, ..Default::default() };
                     let mut optimizer = Adamax::from_named([("w", w.clone())], params).unwrap();
                     for _ in 0..3 {
                         optimizer.apply_gradients([(&w, &tensor(&[0.5, 0.0, 0.0], &[3], dtype))]).unwrap();
@@ -642,7 +647,7 @@ fn settings_at_the_edges_follow_the_formula() {
         optimizer.apply_gradients([(&w, &tensor(&[1.0, -1.0], &[2], dtype))]).unwrap();
         assert_eq!(values(&w), before);
     }
-    for loss_scale_factor in [1e-40, 1e40, 0.0, f64::NAN].map(Some) {
-        assert!(ParamsAdamax { loss_scale_factor, ..Default::default() }.validate().is_err());
+    for loss_scale in [1e-40, 1e40, 0.0, f64::NAN].map(LossScale::Static) {
+        assert!(ParamsAdamax { loss_scale, ..Default::default() }.validate().is_err());
     }
 }

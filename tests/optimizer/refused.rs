@@ -2,8 +2,8 @@
 //! never been made.
 
 use candle_adamax::{
-    Adamax, Ema, GradScaler, ParamGroup, ParamsAdamax, Result, Rounding, SparseGrad, SparseUpdate, StateDType,
-    TouchedRows, WeightDecay,
+    Adamax, Ema, GradScaler, LossScale, ParamGroup, ParamsAdamax, Result, Rounding, SparseGrad, SparseUpdate,
+    StateDType, TouchedRows, WeightDecay,
 };
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
@@ -64,7 +64,7 @@ fn states() -> Vec<(&'static str, ParamsAdamax, DType, bool, u64)> {
     let masters = ParamsAdamax { rounding: Rounding::Master, ..base() };
     let averages = ParamsAdamax { ema: Some(Ema { momentum: 0.9, overwrite_frequency: Some(2) }), ..base() };
     let scaler = GradScaler { init_scale: 4.0, growth_interval: 2, ..GradScaler::default() };
-    let scaled = ParamsAdamax { grad_scaler: Some(scaler), ..base() };
+    let scaled = ParamsAdamax { loss_scale: LossScale::Dynamic(scaler), ..base() };
     vec![
         ("fresh", base(), DType::F32, true, 0),
         ("after some steps", base(), DType::F64, true, 4),
@@ -92,8 +92,11 @@ fn states() -> Vec<(&'static str, ParamsAdamax, DType, bool, u64)> {
     ]
 }
 
+/// A call that is refused, with its name.
+type Refused = (&'static str, fn(&mut Run) -> Result<()>);
+
 /// The calls that are refused in every state.
-fn refused() -> Vec<(&'static str, fn(&mut Run) -> Result<()>)> {
+fn refused() -> Vec<Refused> {
     fn table(run: &Run) -> Var {
         run.vars[1].1.clone()
     }

@@ -1,6 +1,6 @@
 //! Gradients that wait for their update.
 
-use candle_adamax::{Adamax, ClipGradNorm, NormType, ParamsAdamax, StepCount, WeightDecay};
+use candle_adamax::{Adamax, Clip, NormType, ParamsAdamax, StepCount, WeightDecay};
 use candle_core::{DType, Tensor, Var};
 
 use crate::common::{noise, tensor, values, var};
@@ -50,11 +50,8 @@ fn accumulation_is_a_large_batch_for_decay_bias_correction_and_clipping() {
         ParamsAdamax::default(),
         ParamsAdamax { weight_decay: WeightDecay::Decoupled(0.1), ..Default::default() },
         ParamsAdamax { step_count: StepCount::PerVar, ..ParamsAdamax::pytorch() },
-        ParamsAdamax { clip_global_norm: Some(0.5), ..Default::default() },
-        ParamsAdamax {
-            clip_grad_norm: Some(ClipGradNorm { max_norm: 0.5, norm_type: NormType::Inf }),
-            ..Default::default()
-        },
+        ParamsAdamax { clip: Some(Clip::GlobalNorm(0.5)), ..Default::default() },
+        ParamsAdamax { clip: Some(Clip::GradNorm { max_norm: 0.5, norm_type: NormType::Inf }), ..Default::default() },
     ];
     for params in settings {
         let params = ParamsAdamax { lr: 0.01.into(), ..params };

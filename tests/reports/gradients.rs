@@ -1,7 +1,7 @@
 //! Gradients that are missing, zero, or of nothing.
 
 use candle_adamax::{
-    Adamax, ClipGradNorm, GradScaler, MissingGradients, NormType, ParamsAdamax, StepCount, WeightDecay,
+    Adamax, Clip, GradScaler, LossScale, MissingGradients, NormType, ParamsAdamax, StepCount, WeightDecay,
 };
 use candle_core::{DType, Tensor};
 use candle_nn::VarMap;
@@ -31,8 +31,7 @@ fn a_variable_without_a_gradient_does_not_decay() {
 fn the_norm_of_an_empty_variable_is_zero_in_every_norm() {
     for norm_type in [NormType::L1, NormType::L2, NormType::Inf] {
         let (w, empty) = (var(&[3.0, 4.0], &[2], DType::F32), var(&[], &[0, 3], DType::F32));
-        let params =
-            ParamsAdamax { clip_grad_norm: Some(ClipGradNorm { max_norm: 1.0, norm_type }), ..Default::default() };
+        let params = ParamsAdamax { clip: Some(Clip::GradNorm { max_norm: 1.0, norm_type }), ..Default::default() };
         let mut optimizer = Adamax::from_named([("w", w.clone()), ("empty", empty.clone())], params).unwrap();
         optimizer.apply_gradients([(&empty, &tensor(&[], &[0, 3], DType::F32))]).unwrap();
         assert_eq!(optimizer.report().total_norm(), Some(0.0));
@@ -53,8 +52,8 @@ fn the_norm_of_an_empty_variable_is_zero_in_every_norm() {
 fn a_loss_scale_survives_a_call_without_any_gradient() {
     for missing_gradients in [MissingGradients::Half, MissingGradients::Allow] {
         let (w, other) = (var(&[1.0], &[1], DType::F16), var(&[1.0], &[1], DType::F16));
-        let grad_scaler = Some(GradScaler { growth_interval: 2, ..Default::default() });
-        let params = ParamsAdamax { grad_scaler, missing_gradients, ..Default::default() };
+        let loss_scale = LossScale::Dynamic(GradScaler { growth_interval: 2, ..Default::default() });
+        let params = ParamsAdamax { loss_scale, missing_gradients, ..Default::default() };
         let mut optimizer = Adamax::from_named([("w", w.clone())], params).unwrap();
         for _ in 0..4 {
             let result = optimizer.backward_step(&other.to_dtype(DType::F32).unwrap().sum_all().unwrap());

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use candle_adamax::{
-    Adamax, Epsilon, ErrorKind, Kernel, ParamGroup, ParamsAdamax, Rounding, SparseGrad, StateDType, StepCount,
+    Adamax, Clip, EpsMode, ErrorKind, Kernel, ParamGroup, ParamsAdamax, Rounding, SparseGrad, StateDType, StepCount,
     WeightDecay,
 };
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -283,13 +283,13 @@ proptest! {
         beta1 in prop_oneof![Just(0.9f64), Just(0.0), Just(0.99)],
         beta2 in prop_oneof![Just(0.999f64), Just(0.9999), Just(0.992)],
         eps in prop_oneof![Just(1e-7f64), Just(0.0)],
-        epsilon in prop_oneof![Just(Epsilon::Outside), Just(Epsilon::Inside)],
+        eps_mode in prop_oneof![Just(EpsMode::AddToNorm), Just(EpsMode::InsideMax)],
         sparse: bool,
         rowwise_norm: bool,
     ) {
         let lr = 0.125;
         let var = Var::zeros((3, 3), DType::F32, &Device::Cpu).unwrap();
-        let params = ParamsAdamax { lr: lr.into(), beta1, beta2, eps, epsilon, rowwise_norm, ..params(StateDType::Q8) };
+        let params = ParamsAdamax { lr: lr.into(), beta1, beta2, eps, eps_mode, rowwise_norm, ..params(StateDType::Q8) };
         let mut optimizer = Adamax::from_named([("w", var.clone())], params).unwrap();
         let c = (1.0 - beta1) / (1.0 - beta1 / beta2);
         let mut before = vec![0.0f64; 9];
@@ -364,8 +364,8 @@ fn weights_go_where_those_of_f32_go() -> Result<()> {
     for settings in [
         ParamsAdamax::default(),
         ParamsAdamax { eps: 0.1, weight_decay: WeightDecay::Decoupled(0.1), ..ParamsAdamax::default() },
-        ParamsAdamax { clip_norm: Some(1.0), weight_decay: WeightDecay::L2(0.01), ..ParamsAdamax::pytorch() },
-        ParamsAdamax { maximize: true, clip_value: Some(0.2), ..ParamsAdamax::pytorch() },
+        ParamsAdamax { clip: Some(Clip::Norm(1.0)), weight_decay: WeightDecay::L2(0.01), ..ParamsAdamax::pytorch() },
+        ParamsAdamax { maximize: true, clip: Some(Clip::Value(0.2)), ..ParamsAdamax::pytorch() },
     ] {
         let full = run(StateDType::F32, settings.clone())?;
         for (encoding, limit) in [(StateDType::BF16, 0.01), (StateDType::F16, 0.003), (StateDType::Q8, 0.12)] {

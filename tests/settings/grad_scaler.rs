@@ -1,7 +1,7 @@
 //! The loss scale that follows the gradients: against PyTorch's recorded series, and against runs without one.
 
 use candle_adamax::{
-    Adamax, ClipGradNorm, Embedding, ErrorKind, GradScaler, GradScalerState, Kernel, MissingGradients, NormType,
+    Adamax, Clip, Embedding, ErrorKind, GradScaler, GradScalerState, Kernel, LossScale, MissingGradients, NormType,
     ParamGroup, ParamsAdamax, Rounding, SparseGrad, SparseUpdate, StateDType, TouchedRows,
 };
 use candle_core::{DType, Device, Tensor, Var};
@@ -16,7 +16,7 @@ fn scaler(init_scale: f64, growth_interval: u64) -> GradScaler {
 }
 
 fn with(scaler: GradScaler) -> ParamsAdamax {
-    ParamsAdamax { grad_scaler: Some(scaler), ..ParamsAdamax::pytorch() }
+    ParamsAdamax { loss_scale: LossScale::Dynamic(scaler), ..ParamsAdamax::pytorch() }
 }
 
 /// A loss whose gradient is `grad`.
@@ -45,9 +45,9 @@ fn scales_and_skipped_steps_are_pytorchs() {
             let dtype = if case["dtype"] == "bfloat16" { DType::BF16 } else { DType::F32 };
             let numbers = |value: &Value| value.as_array().unwrap().iter().map(number).collect::<Vec<_>>();
             let w = var(&numbers(&case["init"]), &[2], dtype);
-            let grad_scaler = Some(serde_json::from_value(case["settings"].clone()).unwrap());
+            let loss_scale = LossScale::Dynamic(serde_json::from_value(case["settings"].clone()).unwrap());
             let lr = number(&case["lr"]).into();
-            let params = ParamsAdamax { lr, grad_scaler, ..ParamsAdamax::pytorch() };
+            let params = ParamsAdamax { lr, loss_scale, ..ParamsAdamax::pytorch() };
             let mut optimizer = Adamax::from_named([("w", w.clone())], params).unwrap();
             optimizer.set_kernel(kernel).unwrap();
             for (k, grad) in case["gradients"].as_array().unwrap().iter().enumerate() {
@@ -105,8 +105,8 @@ fn assert_no_difference(dtype: DType, params: &ParamsAdamax, kernel: Kernel) {
     let run = |scaled: bool| {
         let vars: Vec<(String, Var)> =
             [7usize, 1025].into_iter().map(|n| (format!("w{n}"), var(&noise(n as u64, n), &[n], dtype))).collect();
-        let grad_scaler = scaled.then(|| scaler(16.0, 3));
-        let params = ParamsAdamax { grad_scaler, ..params.clone() };
+        let loss_scale = if scaled { LossScale::Dynamic(scaler(16.0, 3)) } else { LossScale::None };
+        let params = ParamsAdamax { loss_scale, ..params.clone() };
         let mut optimizer = Adamax::from_named(vars.clone(), params).unwrap();
         optimizer.set_kernel(kernel).unwrap();
         for call in 0..CALLS {
@@ -146,12 +146,12 @@ fn makes_no_difference_to_any_var_state_or_rounding() {
 #[test]
 fn makes_no_difference_to_clips_and_norms() {
     let keras = ParamsAdamax::default;
-    let clip_grad_norm = Some(ClipGradNorm { max_norm: 0.5, norm_type: NormType::L1 });
+    let clip = Some(Clip::GradNorm { max_norm: 0.5, norm_type: NormType::L1 });
     for params in [
-        ParamsAdamax { clip_value: Some(0.1), ..keras() },
-        ParamsAdamax { clip_norm: Some(0.5), ..keras() },
-        ParamsAdamax { clip_global_norm: Some(0.5), ..keras() },
-        ParamsAdamax { clip_grad_norm, ..keras() },
+        ParamsAdamax { clip: Some(Clip::Value(0.1)), ..keras() },
+        ParamsAdamax { clip: Some(Clip::Norm(0.5)), ..keras() },
+        ParamsAdamax { clip: Some(Clip::GlobalNorm(0.5)), ..keras() },
+        ParamsAdamax { clip, ..keras() },
         ParamsAdamax { ema: Some(Default::default()), ..keras() },
         ParamsAdamax { gradient_accumulation_steps: 3, ..keras() },
     ] {
@@ -182,8 +182,8 @@ fn makes_no_difference_to_tables() {
             let run = |scaled: bool| {
                 let table = var(&noise(1, 40), &[10, 4], dtype);
                 let layer = Embedding::new(table.as_tensor().clone()).unwrap();
-                let grad_scaler = scaled.then(|| scaler(16.0, 3));
-                let params = ParamsAdamax { sparse_update, state_dtype, grad_scaler, ..Default::default() };
+                let loss_scale = if scaled { LossScale::Dynamic(scaler(16.0, 3)) } else { LossScale::None };
+                let params = ParamsAdamax { sparse_update, state_dtype, loss_scale, ..Default::default() };
                 let vars = vec![("table".to_owned(), table)];
                 let mut optimizer = Adamax::from_named(vars.clone(), params).unwrap();
                 for call in 0..CALLS {
@@ -223,9 +223,9 @@ fn makes_no_difference_to_tables() {
 
 #[test]
 fn finds_gradients_that_f16_has_not() {
-    for (grad_scaler, moves) in [(None, false), (Some(GradScaler::default()), true)] {
+    for (loss_scale, moves) in [(LossScale::None, false), (LossScale::Dynamic(GradScaler::default()), true)] {
         let w = var(&[1.0], &[1], DType::F16);
-        let params = ParamsAdamax { lr: 0.01.into(), grad_scaler, ..ParamsAdamax::default() };
+        let params = ParamsAdamax { lr: 0.01.into(), loss_scale, ..ParamsAdamax::default() };
         let mut optimizer = Adamax::from_named([("w", w.clone())], params).unwrap();
         // In f16 1e-4 * 1e-4 is nothing.
         let small = tensor(&[1e-4], &[1], DType::F16);
@@ -325,7 +325,7 @@ fn with_accumulation_each_call_is_checked_on_its_own() {
 fn goes_on_in_the_middle_of_an_interval() {
     let folder = Folder::new();
     let params = ParamsAdamax {
-        grad_scaler: Some(GradScaler {
+        loss_scale: LossScale::Dynamic(GradScaler {
             init_scale: 1000.1,
             growth_factor: 1.7,
             backoff_factor: 0.3,
@@ -384,14 +384,14 @@ fn settings_carry_on_or_begin_anew() {
     assert!(optimizer.set_params(with_keras(scaler(-1.0, 3))).is_err());
     assert_eq!((state(&optimizer), optimizer.loss_scale()), (Some((32.0, 0)), 32.0));
 
-    optimizer.set_params(ParamsAdamax { loss_scale_factor: Some(3.0), ..Default::default() }).unwrap();
+    optimizer.set_params(ParamsAdamax { loss_scale: LossScale::Static(3.0), ..Default::default() }).unwrap();
     assert_eq!((state(&optimizer), optimizer.loss_scale()), (None, 3.0));
     let scaled = optimizer.scale(&tensor(&[2.0], &[1], DType::F32)).unwrap();
     assert_eq!(values(&scaled), [6.0]);
 }
 
 fn with_keras(scaler: GradScaler) -> ParamsAdamax {
-    ParamsAdamax { grad_scaler: Some(scaler), ..ParamsAdamax::default() }
+    ParamsAdamax { loss_scale: LossScale::Dynamic(scaler), ..ParamsAdamax::default() }
 }
 
 #[test]
@@ -427,7 +427,7 @@ fn a_flush_says_something_about_the_scale_where_it_is_skipped() {
     }
     optimizer.flush_gradients().unwrap();
     assert_eq!((optimizer.loss_scale(), optimizer.updates()), (4.0, 1));
-    let params = ParamsAdamax { grad_scaler: Some(scaler(1.0, 10)), ..optimizer.params().clone() };
+    let params = ParamsAdamax { loss_scale: LossScale::Dynamic(scaler(1.0, 10)), ..optimizer.params().clone() };
     optimizer.set_params(params).unwrap();
     for _ in 0..2 {
         optimizer.apply_gradients([(&w, &tensor(&[3e38], &[1], DType::F32))]).unwrap();

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use candle_adamax::{
-    AccumulatedGrad, Adamax, ClipGradNorm, Kernel, MissingGradients, NormType, ParamsAdamax, WeightDecay,
+    AccumulatedGrad, Adamax, Clip, Kernel, LossScale, MissingGradients, NormType, ParamsAdamax, WeightDecay,
 };
 use candle_core::{DType, Tensor, Var};
 
@@ -88,11 +88,11 @@ fn what_waits_is_a_sum_of_rows() {
 
 #[test]
 fn the_update_is_that_of_the_mean() {
-    let clip_grad_norm = Some(ClipGradNorm { max_norm: 0.05, norm_type: NormType::L2 });
+    let clip = Some(Clip::GradNorm { max_norm: 0.05, norm_type: NormType::L2 });
     let settings = [
         ParamsAdamax::default(),
-        ParamsAdamax { clip_grad_norm, ..Default::default() },
-        ParamsAdamax { clip_value: Some(0.1), weight_decay: WeightDecay::L2(0.1), ..Default::default() },
+        ParamsAdamax { clip, ..Default::default() },
+        ParamsAdamax { clip: Some(Clip::Value(0.1)), weight_decay: WeightDecay::L2(0.1), ..Default::default() },
         ParamsAdamax { weight_decay: WeightDecay::Decoupled(0.1), maximize: true, ..Default::default() },
     ];
     for dtype in DTYPES {
@@ -145,8 +145,8 @@ fn calls_of_both_kinds_follow_the_formulas() {
     let rows = |call: u64, dtype| Grad::Sparse(noisy(&[4, call as u32 % 9, 4], call, &[2], dtype));
     for dtype in DTYPES {
         for kernel in KERNELS {
-            for scale in [None, Some(8.0)] {
-                let params = ParamsAdamax { loss_scale_factor: scale, clip_norm: Some(0.2), ..accumulating(3) };
+            for loss_scale in [LossScale::None, LossScale::Static(8.0)] {
+                let params = ParamsAdamax { loss_scale, clip: Some(Clip::Norm(0.2)), ..accumulating(3) };
                 let mut checked = table_and_bias(dtype, kernel, params);
                 // Rows first, a dense one first, dense ones only, rows only, and calls without any in between.
                 let kinds = ["rdr", "drr", "r.d", "d.r", "ddd", "rrr", "...", "..r", "r..", ".d."];
@@ -174,7 +174,7 @@ fn a_run_that_was_interrupted_in_the_middle_has_the_same_bits() {
         for kernel in KERNELS {
             // How the state goes from one optimizer to the next: not at all, in memory, through a file.
             let runs = [0, 1, 2].map(|way| {
-                let params = ParamsAdamax { clip_global_norm: Some(0.3), ..accumulating(3) };
+                let params = ParamsAdamax { clip: Some(Clip::GlobalNorm(0.3)), ..accumulating(3) };
                 let mut checked = table_and_bias(dtype, kernel, params.clone());
                 for call in 0..8 {
                     checked.step(&with_bias(call, of_call(call, dtype)), &format!("way {way}, call {call}"));

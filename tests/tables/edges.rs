@@ -2,7 +2,7 @@
 //! weight, and what is not finite.
 
 use candle_adamax::{
-    AccumulatedGrad, Adamax, Bags, Embedding, EmbeddingBag, Epsilon, Gradient, ParamsAdamax, Pooling, SparseGrad,
+    AccumulatedGrad, Adamax, Bags, Clip, Embedding, EmbeddingBag, EpsMode, Gradient, ParamsAdamax, Pooling, SparseGrad,
     Table, TouchedRows, WeightDecay,
 };
 use candle_core::backprop::GradStore;
@@ -103,7 +103,7 @@ fn lookups_and_some_rows_of_a_dense_gradient_are_added() {
     let candles = (w.index_select(&ids(&[2, 3]), 0).unwrap() * factors(2, 2)).unwrap().sum_all().unwrap();
     let grads = (ours + candles).unwrap().backward().unwrap();
     // m is the gradient, and u is not 0 where there was one.
-    let params = ParamsAdamax { beta1: 0.0, eps: 1.0, epsilon: Epsilon::Inside, ..Default::default() };
+    let params = ParamsAdamax { beta1: 0.0, eps: 1.0, eps_mode: EpsMode::InsideMax, ..Default::default() };
     let mut optimizer = Adamax::from_named([("w", w.clone())], params).unwrap();
     optimizer.step_rows(&grads, [(&w, TouchedRows::NonZero)]).unwrap();
     let expected = scatter(&[1, 2, 2, 3], &[coarse(1, 6), coarse(2, 6)].concat(), 20, 3);
@@ -300,7 +300,7 @@ fn rows_are_added_to_none_and_from_views() {
 #[test]
 fn a_norm_that_is_not_finite_makes_touched_rows_nan() {
     for kernel in KERNELS {
-        let params = ParamsAdamax { clip_global_norm: Some(1.0), ..Default::default() };
+        let params = ParamsAdamax { clip: Some(Clip::GlobalNorm(1.0)), ..Default::default() };
         let vars: [(&str, &[usize], DType); 2] = [("dense", &[2], DType::F32), ("table", &[6, 2], DType::F32)];
         let mut checked = Checked::new(&vars, params, kernel);
         let dense = Grad::Dense(tensor(&[1.0, 2.0], &[2], DType::F32));

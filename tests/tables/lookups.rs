@@ -6,8 +6,8 @@
 use std::time::{Duration, Instant};
 
 use candle_adamax::{
-    Adamax, Bags, Embedding, EmbeddingBag, ErrorKind, Gradient, NormType, ParamsAdamax, Pooling, Rounding, SparseGrad,
-    SparseUpdate, Table,
+    Adamax, Bags, Clip, Embedding, EmbeddingBag, ErrorKind, Gradient, LossScale, NormType, ParamsAdamax, Pooling,
+    Rounding, SparseGrad, SparseUpdate, Table,
 };
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
@@ -264,7 +264,7 @@ fn the_gradient_of_a_table_gives_the_bits_of_a_step() {
         for dense in [false, true] {
             let start = tensor(&noise(1, 24), &[6, 4], dtype);
             let (w, own) = (Var::from_tensor(&start).unwrap(), Var::from_tensor(&start).unwrap());
-            let params = ParamsAdamax { lr: 0.1.into(), clip_global_norm: Some(0.5), ..ParamsAdamax::default() };
+            let params = ParamsAdamax { lr: 0.1.into(), clip: Some(Clip::GlobalNorm(0.5)), ..ParamsAdamax::default() };
             let (mut stepped, mut applied) = (optimizer(&w, params.clone()), optimizer(&own, params));
             for _ in 0..3 {
                 stepped.backward_step(&losses(&w, dense)).unwrap();
@@ -288,7 +288,7 @@ fn norms_by_variable_have_tables_and_are_unscaled() {
     let (w, bias) = (var(&[0.0; 8], &[4, 2], DType::F32), var(&[0.0; 2], &[2], DType::F32));
     let unused = var(&[1.0], &[1], DType::F32);
     let vars = [("w", w.clone()), ("unused", unused), ("bias", bias.clone())];
-    let params = ParamsAdamax { loss_scale_factor: Some(8.0), ..ParamsAdamax::default() };
+    let params = ParamsAdamax { loss_scale: LossScale::Static(8.0), ..ParamsAdamax::default() };
     let adamax = Adamax::from_named(vars, params).unwrap();
     let rows = Table::new(&w).unwrap().lookup(&ids(&[1, 1, 3])).unwrap();
     let loss = (rows.broadcast_add(&bias).unwrap().sum_all().unwrap() * 8.0).unwrap();

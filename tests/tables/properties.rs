@@ -2,13 +2,14 @@
 //! `index_select` is, and the number of threads makes no difference.
 
 use candle_adamax::{
-    Adamax, Bags, ClipGradNorm, Embedding, EmbeddingBag, Epsilon, Gradient, Kernel, NormType, ParamsAdamax, Pooling,
+    Adamax, Bags, Clip, Embedding, EmbeddingBag, EpsMode, Gradient, Kernel, NormType, ParamsAdamax, Pooling,
     SparseGrad, Table, WeightDecay,
 };
 use candle_core::{DType, Tensor};
 use candle_nn::Module as _;
 use proptest::prelude::*;
 
+use crate::common::formulas::norm_of_clip;
 use crate::common::property::config;
 use crate::common::{DTYPES, Fingerprint, bits, ids, noise, pool, shuffled, tensor, values, var};
 use crate::support::{coarse, received, scatter};
@@ -20,16 +21,19 @@ fn params() -> impl Strategy<Value = ParamsAdamax> {
     (0..5u8, norm_type, limit, 0..3u8, any::<bool>(), any::<bool>()).prop_map(
         |(clip, norm_type, limit, decay, inside, maximize)| ParamsAdamax {
             lr: 0.05.into(),
-            clip_value: (clip == 1).then_some(limit),
-            clip_norm: (clip == 2).then_some(limit),
-            clip_global_norm: (clip == 3).then_some(limit),
-            clip_grad_norm: (clip == 4).then_some(ClipGradNorm { max_norm: limit, norm_type }),
+            clip: match clip {
+                0 => None,
+                1 => Some(Clip::Value(limit)),
+                2 => Some(Clip::Norm(limit)),
+                3 => Some(Clip::GlobalNorm(limit)),
+                _ => Some(Clip::GradNorm { max_norm: limit, norm_type }),
+            },
             weight_decay: match decay {
                 0 => WeightDecay::None,
                 1 => WeightDecay::L2(0.1),
                 _ => WeightDecay::Decoupled(0.1),
             },
-            epsilon: if inside { Epsilon::Inside } else { Epsilon::Outside },
+            eps_mode: if inside { EpsMode::InsideMax } else { EpsMode::AddToNorm },
             maximize,
             ..Default::default()
         },
@@ -38,7 +42,7 @@ fn params() -> impl Strategy<Value = ParamsAdamax> {
 
 /// Whether norms are measured, which the portable path does in another order for dense gradients than for rows.
 fn measures(params: &ParamsAdamax) -> bool {
-    params.clip_norm.is_some() || params.clip_global_norm.is_some() || params.clip_grad_norm.is_some()
+    norm_of_clip(params).is_some()
 }
 
 fn fingerprint(optimizer: &Adamax, w: &candle_core::Var) -> Fingerprint {
@@ -167,7 +171,7 @@ fn large(threads: usize, dtype: DType, params: &ParamsAdamax) -> (Fingerprint, V
 fn threads_make_no_difference() {
     let plain = ParamsAdamax { lr: 0.05.into(), weight_decay: WeightDecay::Decoupled(0.01), ..Default::default() };
     for (dtype, params) in [
-        (DType::F32, ParamsAdamax { gradient_accumulation_steps: 2, clip_norm: Some(1.0), ..plain.clone() }),
+        (DType::F32, ParamsAdamax { gradient_accumulation_steps: 2, clip: Some(Clip::Norm(1.0)), ..plain.clone() }),
         (DType::BF16, plain),
     ] {
         let expected = large(1, dtype, &params);

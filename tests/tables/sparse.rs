@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use candle_adamax::{
-    AccumulatedGrad, Adamax, ClipGradNorm, Ema, Epsilon, ErrorKind, Gradient, Kernel, MissingGradients, NormType,
+    AccumulatedGrad, Adamax, Clip, Ema, EpsMode, ErrorKind, Gradient, Kernel, LossScale, MissingGradients, NormType,
     ParamGroup, ParamsAdamax, SparseGrad, StepCount, WeightDecay,
 };
 use candle_core::{DType, Device, Tensor, Var};
@@ -96,30 +96,30 @@ fn follow(params: &ParamsAdamax, dtype: DType, kernel: Kernel) {
 #[test]
 fn every_setting_follows_the_formulas() {
     let base = params();
-    let clip = ClipGradNorm { max_norm: 0.5, norm_type: NormType::L1 };
+    let grad_norm = Clip::GradNorm { max_norm: 0.5, norm_type: NormType::L1 };
     let all = [
         base.clone(),
         ParamsAdamax { lr: 0.05.into(), missing_gradients: MissingGradients::Allow, ..ParamsAdamax::pytorch() },
-        ParamsAdamax { clip_value: Some(0.3), ..base.clone() },
-        ParamsAdamax { clip_norm: Some(0.5), ..base.clone() },
-        ParamsAdamax { clip_global_norm: Some(0.5), ..base.clone() },
-        ParamsAdamax { clip_grad_norm: Some(clip), ..base.clone() },
+        ParamsAdamax { clip: Some(Clip::Value(0.3)), ..base.clone() },
+        ParamsAdamax { clip: Some(Clip::Norm(0.5)), ..base.clone() },
+        ParamsAdamax { clip: Some(Clip::GlobalNorm(0.5)), ..base.clone() },
+        ParamsAdamax { clip: Some(grad_norm), ..base.clone() },
         ParamsAdamax { measure_norm: true, ..base.clone() },
         ParamsAdamax { weight_decay: WeightDecay::L2(0.1), ..base.clone() },
         ParamsAdamax { weight_decay: WeightDecay::Decoupled(0.1), ..base.clone() },
         ParamsAdamax {
             weight_decay: WeightDecay::Decoupled(0.1),
             no_decay: vec!["table".into()],
-            epsilon: Epsilon::Inside,
+            eps_mode: EpsMode::InsideMax,
             ..base.clone()
         },
         ParamsAdamax { step_count: StepCount::PerVar, ..base.clone() },
-        ParamsAdamax { maximize: true, loss_scale_factor: Some(8.0), ..base.clone() },
+        ParamsAdamax { maximize: true, loss_scale: LossScale::Static(8.0), ..base.clone() },
         ParamsAdamax { gradient_accumulation_steps: 3, ..base.clone() },
         ParamsAdamax {
             gradient_accumulation_steps: 5,
-            clip_global_norm: Some(0.2),
-            loss_scale_factor: Some(4.0),
+            clip: Some(Clip::GlobalNorm(0.2)),
+            loss_scale: LossScale::Static(4.0),
             step_count: StepCount::PerVar,
             skip_nonfinite: true,
             ..base
@@ -265,7 +265,7 @@ fn threads_do_not_change_a_bit() {
     const LARGE: [usize; 2] = [30_000, 64];
     let ids: Vec<u32> = (0..20_000u32).map(|i| i.wrapping_mul(2_654_435_761) % 30_000).collect();
     let calls: Vec<Grad> = (0..2).map(|seed| Grad::Sparse(noisy(&ids, seed, &[64], DType::F32))).collect();
-    let params = ParamsAdamax { clip_global_norm: Some(1.0), ..params() };
+    let params = ParamsAdamax { clip: Some(Clip::GlobalNorm(1.0)), ..params() };
     let with = |threads: usize| pool(threads).install(|| run(&params, DType::F32, &LARGE, &calls));
     let expected = with(1);
     for threads in [2, 3, 8] {
@@ -276,9 +276,9 @@ fn threads_do_not_change_a_bit() {
 fn settings() -> impl Strategy<Value = ParamsAdamax> {
     let clip = prop_oneof![
         Just(params()),
-        Just(ParamsAdamax { clip_value: Some(0.4), ..params() }),
-        Just(ParamsAdamax { clip_norm: Some(0.7), ..params() }),
-        Just(ParamsAdamax { clip_global_norm: Some(0.7), ..params() }),
+        Just(ParamsAdamax { clip: Some(Clip::Value(0.4)), ..params() }),
+        Just(ParamsAdamax { clip: Some(Clip::Norm(0.7)), ..params() }),
+        Just(ParamsAdamax { clip: Some(Clip::GlobalNorm(0.7)), ..params() }),
     ];
     let decay = prop_oneof![Just(WeightDecay::None), Just(WeightDecay::L2(0.1)), Just(WeightDecay::Decoupled(0.1)),];
     (clip, decay, 1u64..3).prop_map(|(clip, weight_decay, gradient_accumulation_steps)| ParamsAdamax {

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use candle_adamax::{Adamax, Epsilon, Gradient, Kernel, MissingGradients, ParamGroup, ParamsAdamax, SparseGrad};
+use candle_adamax::{Adamax, EpsMode, Gradient, Kernel, MissingGradients, ParamGroup, ParamsAdamax, SparseGrad};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 
@@ -72,7 +72,7 @@ pub(crate) fn received(var: &Var, grads: &GradStore) -> Option<Received> {
         lr: 0.0.into(),
         beta1: 0.0,
         eps: 1.0,
-        epsilon: Epsilon::Inside,
+        eps_mode: EpsMode::InsideMax,
         missing_gradients: MissingGradients::Allow,
         ..Default::default()
     };

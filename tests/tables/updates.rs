@@ -1,7 +1,7 @@
 //! Steps of gradients of rows: each follows the formulas, restricted to the rows that it names.
 
 use candle_adamax::{
-    Adamax, ClipGradNorm, Gradient, Kernel, MissingGradients, NormType, ParamGroup, ParamsAdamax, SparseGrad,
+    Adamax, Clip, Gradient, Kernel, LossScale, MissingGradients, NormType, ParamGroup, ParamsAdamax, SparseGrad,
     StepCount, WeightDecay,
 };
 use candle_core::{DType, Tensor, Var};
@@ -17,16 +17,16 @@ fn base() -> ParamsAdamax {
 
 /// Settings that each concern gradients, and what to call them.
 fn settings() -> Vec<(&'static str, ParamsAdamax)> {
-    let clip_grad_norm = |norm_type| Some(ClipGradNorm { max_norm: 0.3, norm_type });
+    let grad_norm = |norm_type| Some(Clip::GradNorm { max_norm: 0.3, norm_type });
     vec![
         ("Keras", base()),
         ("PyTorch", ParamsAdamax { missing_gradients: MissingGradients::Allow, ..ParamsAdamax::pytorch() }),
-        ("clip_value", ParamsAdamax { clip_value: Some(0.1), ..base() }),
-        ("clip_norm", ParamsAdamax { clip_norm: Some(0.3), ..base() }),
-        ("clip_global_norm", ParamsAdamax { clip_global_norm: Some(0.3), ..base() }),
-        ("clip_grad_norm L1", ParamsAdamax { clip_grad_norm: clip_grad_norm(NormType::L1), ..base() }),
-        ("clip_grad_norm L2", ParamsAdamax { clip_grad_norm: clip_grad_norm(NormType::L2), ..base() }),
-        ("clip_grad_norm Inf", ParamsAdamax { clip_grad_norm: clip_grad_norm(NormType::Inf), ..base() }),
+        ("clip by Value", ParamsAdamax { clip: Some(Clip::Value(0.1)), ..base() }),
+        ("clip by Norm", ParamsAdamax { clip: Some(Clip::Norm(0.3)), ..base() }),
+        ("clip by GlobalNorm", ParamsAdamax { clip: Some(Clip::GlobalNorm(0.3)), ..base() }),
+        ("clip by GradNorm L1", ParamsAdamax { clip: grad_norm(NormType::L1), ..base() }),
+        ("clip by GradNorm L2", ParamsAdamax { clip: grad_norm(NormType::L2), ..base() }),
+        ("clip by GradNorm Inf", ParamsAdamax { clip: grad_norm(NormType::Inf), ..base() }),
         ("L2 decay", ParamsAdamax { weight_decay: WeightDecay::L2(0.1), ..base() }),
         ("decoupled decay", ParamsAdamax { weight_decay: WeightDecay::Decoupled(0.1), ..base() }),
         (
@@ -34,8 +34,11 @@ fn settings() -> Vec<(&'static str, ParamsAdamax)> {
             ParamsAdamax { weight_decay: WeightDecay::Decoupled(0.1), no_decay: vec!["table".into()], ..base() },
         ),
         ("own counters", ParamsAdamax { step_count: StepCount::PerVar, beta1: 0.5, ..base() }),
-        ("scaled loss", ParamsAdamax { loss_scale_factor: Some(3.0), clip_global_norm: Some(0.1), ..base() }),
-        ("upwards", ParamsAdamax { maximize: true, clip_value: Some(0.5), ..base() }),
+        (
+            "scaled loss",
+            ParamsAdamax { loss_scale: LossScale::Static(3.0), clip: Some(Clip::GlobalNorm(0.1)), ..base() },
+        ),
+        ("upwards", ParamsAdamax { maximize: true, clip: Some(Clip::Value(0.5)), ..base() }),
     ]
 }
 
@@ -164,19 +167,19 @@ fn clips_and_norms_see_sums() {
             let got = row(params.clone());
             assert!(got.iter().zip(expected).all(|(got, x)| (got - x).abs() < 1e-6), "{params:?}: {got:?}");
         };
-        near(ParamsAdamax { clip_norm: Some(1.0), ..base() }, [0.6, 0.8]);
-        near(ParamsAdamax { clip_norm: Some(5.0), ..base() }, [3.0, 4.0]);
-        near(ParamsAdamax { clip_global_norm: Some(1.0), ..base() }, [0.6, 0.8]);
-        let clip_grad_norm = Some(ClipGradNorm { max_norm: 3.5, norm_type: NormType::L1 });
-        near(ParamsAdamax { clip_grad_norm, ..base() }, [1.5, 2.0]);
-        let clip_grad_norm = Some(ClipGradNorm { max_norm: 1.0, norm_type: NormType::Inf });
-        near(ParamsAdamax { clip_grad_norm, ..base() }, [0.75, 1.0]);
+        near(ParamsAdamax { clip: Some(Clip::Norm(1.0)), ..base() }, [0.6, 0.8]);
+        near(ParamsAdamax { clip: Some(Clip::Norm(5.0)), ..base() }, [3.0, 4.0]);
+        near(ParamsAdamax { clip: Some(Clip::GlobalNorm(1.0)), ..base() }, [0.6, 0.8]);
+        let clip = Some(Clip::GradNorm { max_norm: 3.5, norm_type: NormType::L1 });
+        near(ParamsAdamax { clip, ..base() }, [1.5, 2.0]);
+        let clip = Some(Clip::GradNorm { max_norm: 1.0, norm_type: NormType::Inf });
+        near(ParamsAdamax { clip, ..base() }, [0.75, 1.0]);
         // Of two contributions of 0.75, each below the limit, the sum is above it.
         let twice = sparse(&[0, 0], &[0.75, -0.75], &[], DType::F32);
-        let zero = applied(&twice, &[2], DType::F32, kernel, ParamsAdamax { clip_value: Some(0.5), ..base() });
+        let zero = applied(&twice, &[2], DType::F32, kernel, ParamsAdamax { clip: Some(Clip::Value(0.5)), ..base() });
         assert_eq!(zero, [0.0, 0.0]);
         let twice = sparse(&[0, 0], &[0.75, 0.75], &[], DType::F32);
-        let limit = applied(&twice, &[2], DType::F32, kernel, ParamsAdamax { clip_value: Some(1.0), ..base() });
+        let limit = applied(&twice, &[2], DType::F32, kernel, ParamsAdamax { clip: Some(Clip::Value(1.0)), ..base() });
         assert_eq!(limit, [1.0, 0.0]);
     }
 }
@@ -192,8 +195,8 @@ fn norms_are_of_tables_and_dense_variables_together() {
         let vars = || [("table", table.clone()), ("bias", bias.clone())];
         for (params, expected) in [
             (ParamsAdamax { measure_norm: true, ..base() }, [3.0, 4.0, 12.0]),
-            (ParamsAdamax { clip_global_norm: Some(6.5), ..base() }, [1.5, 2.0, 6.0]),
-            (ParamsAdamax { clip_norm: Some(5.0), ..base() }, [3.0, 4.0, 5.0]),
+            (ParamsAdamax { clip: Some(Clip::GlobalNorm(6.5)), ..base() }, [1.5, 2.0, 6.0]),
+            (ParamsAdamax { clip: Some(Clip::Norm(5.0)), ..base() }, [3.0, 4.0, 5.0]),
         ] {
             let mut optimizer = Adamax::from_named(vars(), ParamsAdamax { beta1: 0.0, ..params }).unwrap();
             optimizer.set_kernel(kernel).unwrap();
@@ -282,7 +285,7 @@ fn gradients_may_be_views() {
 fn gradients_of_no_row_change_no_row() {
     for dtype in DTYPES {
         for kernel in KERNELS {
-            for params in [base(), ParamsAdamax { clip_global_norm: Some(1.0), skip_nonfinite: true, ..base() }] {
+            for params in [base(), ParamsAdamax { clip: Some(Clip::GlobalNorm(1.0)), skip_nonfinite: true, ..base() }] {
                 let w = var(&noise(1, 6), &[3, 2], dtype);
                 let before = bits(&w);
                 let mut optimizer = Adamax::from_named(

@@ -6,8 +6,8 @@ use std::sync::{Arc, PoisonError};
 
 use anyhow::Result;
 use candle_adamax::{
-    Adamax, CosineDecay, GradScaler, Join, LearningRate, LearningRateSchedule, LinearWarmup, ParamGroup, ParamsAdamax,
-    PolynomialDecay, Schedule as Decay, WeightDecay,
+    Adamax, Clip, CosineDecay, GradScaler, Join, LearningRate, LearningRateSchedule, LinearWarmup, LossScale,
+    ParamGroup, ParamsAdamax, PolynomialDecay, Schedule as Decay, WeightDecay,
 };
 use candle_core::Var;
 use candle_nn::VarMap;
@@ -31,9 +31,10 @@ pub(crate) fn adamax(
     for (name, var) in vars.iter().filter(|(name, _)| is_trained(name)) {
         groups.entry(height(name, layers)).or_default().push((name.clone(), var.clone()));
     }
-    // Where the head alone is trained there is no normalization to spare, and a part that spares nothing is an error.
+    // Where the head alone is trained there is no normalization to spare, and a pattern that spares nothing is an error.
     let mut params = params(settings, length, pretrained);
-    params.no_decay.retain(|part| groups.values().flatten().any(|(name, _)| name.contains(part.as_str())));
+    let has = |part: &str, name: &str| name.split('.').any(|component| component == part);
+    params.no_decay.retain(|part| groups.values().flatten().any(|(name, _)| has(part, name)));
     let groups = groups.into_iter().map(|(height, vars)| {
         let name = match height {
             0 => "embeddings".to_owned(),
@@ -63,10 +64,13 @@ fn params(settings: &Settings, length: Length, pretrained: bool) -> ParamsAdamax
         lr: learning_rate(settings, length, settings.lr.unwrap_or(if pretrained { 2e-4 } else { 2e-3 })),
         weight_decay: WeightDecay::Decoupled(settings.weight_decay),
         no_decay: vec!["bias".into(), "LayerNorm".into()],
-        clip_global_norm: Some(settings.clip_norm),
+        clip: Some(Clip::GlobalNorm(settings.clip_norm)),
         gradient_accumulation_steps: length.calls as u64,
         // Small gradients vanish in f16.
-        grad_scaler: (settings.dtype == Float::F16).then(GradScaler::default),
+        loss_scale: match settings.dtype {
+            Float::F16 => LossScale::Dynamic(GradScaler::default()),
+            _ => LossScale::None,
+        },
         state_dtype: settings.state.dtype(),
         rounding: settings.rounding.rounding(),
         seed: settings.seed,
@@ -221,7 +225,7 @@ mod tests {
             let optimizer = adamax(&settings(options)?, &vars(&NAMES)?, |_| true, length(1), (12, true));
             Ok(optimizer.err().map(|error| error.to_string()).unwrap_or_default())
         };
-        assert!(refused(&["--clip-norm", "-1"])?.contains("`clip_global_norm`"));
+        assert!(refused(&["--clip-norm", "-1"])?.contains("`clip`"));
         assert!(refused(&["--layer-lr-decay", "-1"])?.contains("groups.embeddings.lr_factor"));
         assert!(refused(&["--lr", "-1"])?.contains("got -1"));
         Ok(())

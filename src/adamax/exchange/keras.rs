@@ -11,7 +11,8 @@ use crate::checkpoint::{AtomicFile, Counters};
 use crate::error::{Error, ErrorKind, Result};
 use crate::group::{GroupLr, GroupSettings};
 use crate::params::{ParamsAdamax, StepCount};
-use crate::rule::{Epsilon, WeightDecay};
+use crate::rule::{EpsMode, WeightDecay};
+use crate::scaler::LossScale;
 use crate::schedule::LearningRate;
 
 impl Adamax {
@@ -31,8 +32,8 @@ impl Adamax {
     ///
     /// # Errors
     ///
-    /// What Keras cannot hold: another convention of [`epsilon`](crate::ParamsAdamax::epsilon), L2,
-    /// [`maximize`](crate::ParamsAdamax::maximize), a [`grad_scaler`](crate::ParamsAdamax::grad_scaler) or a
+    /// What Keras cannot hold: another convention of [`eps_mode`](crate::ParamsAdamax::eps_mode), L2,
+    /// [`maximize`](crate::ParamsAdamax::maximize), [`LossScale::Dynamic`] or a
     /// [`plateau`](crate::ParamsAdamax::plateau), variables whose own counters differ where those count, groups with numbers of
     /// their own, a number of calls that is not N for each update where a schedule counts them; variables without names;
     /// the system's errors.
@@ -60,12 +61,12 @@ impl Adamax {
     /// # Errors
     ///
     /// A file that is missing, truncated or of another kind; a tensor that is missing, surplus or of another shape or
-    /// dtype; an optimizer whose [`epsilon`](crate::ParamsAdamax::epsilon) is not [`Outside`](crate::Epsilon::Outside);
+    /// dtype; an optimizer whose [`eps_mode`](crate::ParamsAdamax::eps_mode) is not [`AddToNorm`](crate::EpsMode::AddToNorm);
     /// a learning rate or a count that is not allowed. Nothing has changed then.
     pub fn load_keras(&mut self, path: impl AsRef<Path>) -> Result<()> {
         self.require_names()?;
         let path = path.as_ref();
-        let loaded = self.require_epsilon(Epsilon::Outside, "Keras");
+        let loaded = self.require_eps_mode(EpsMode::AddToNorm, "Keras");
         let loaded = loaded.and_then(|()| self.try_load_keras(path).map_err(|error| error.in_file(path)));
         loaded.map_err(|error| self.own(error))
     }
@@ -107,7 +108,7 @@ impl Adamax {
     /// Makes sure that Keras can hold all that [`keras_state`](Self::keras_state) gives. It comes before that, since rows
     /// catch up there, which changes weights.
     fn require_keras(&self) -> Result<()> {
-        self.require_epsilon(Epsilon::Outside, "Keras")?;
+        self.require_eps_mode(EpsMode::AddToNorm, "Keras")?;
         self.require_keras_settings()?;
         self.groups.iter().enumerate().try_for_each(|(index, group)| self.require_no_numbers(index, group))?;
         let counters = self.resolved().counters;
@@ -168,15 +169,17 @@ impl Adamax {
 
     /// Makes sure that no setting is one that Keras's optimizer does not have: the next steps would be others there.
     fn require_keras_settings(&self) -> Result<()> {
-        let ParamsAdamax { weight_decay, maximize, grad_scaler, plateau, .. } = &self.params;
+        let ParamsAdamax { weight_decay, maximize, loss_scale, plateau, .. } = &self.params;
         let refuse =
             |entry, expected, got: &dyn std::fmt::Debug| Err(Error::checkpoint(entry, expected, format!("{got:?}")));
-        match (weight_decay, maximize, grad_scaler, plateau) {
+        match (weight_decay, maximize, loss_scale, plateau) {
             (WeightDecay::L2(decay), ..) if *decay != 0.0 => {
                 refuse("weight_decay", "None or Decoupled, Keras's way of decaying", weight_decay)
             }
             (_, true, ..) => refuse("maximize", "false, since Keras always goes down", maximize),
-            (_, _, Some(scaler), _) => refuse("grad_scaler", "none, which Keras's Adamax does not have", scaler),
+            (_, _, LossScale::Dynamic(_), _) => {
+                refuse("loss_scale", "None or Static, all that Keras's Adamax has", loss_scale)
+            }
             (_, _, _, Some(plateau)) => refuse("plateau", "none, which Keras's Adamax does not have", plateau),
             _ => Ok(()),
         }
@@ -237,7 +240,7 @@ impl Adamax {
 
     /// The order of variables in a legacy file, which has each of this optimizer's once.
     fn legacy_order<'o>(&self, order: &'o [impl AsRef<str>]) -> Result<Vec<&'o str>> {
-        self.require_epsilon(Epsilon::Outside, "Keras")?;
+        self.require_eps_mode(EpsMode::AddToNorm, "Keras")?;
         let ParamsAdamax { ema, gradient_accumulation_steps, .. } = &self.params;
         if ema.is_some() {
             return Err(Error::checkpoint("ema", "none, which the legacy optimizers do not have", "moving averages"));

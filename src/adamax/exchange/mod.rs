@@ -19,7 +19,7 @@ use crate::gradient::sparse::{densify, row_len};
 use crate::group::GroupSettings;
 use crate::kernel::RowGrad;
 use crate::params::ParamsAdamax;
-use crate::rule::Epsilon;
+use crate::rule::EpsMode;
 use crate::schedule::Plateau;
 use crate::state::{Layout, Master, MomentTensors, Moments, Place};
 
@@ -70,19 +70,19 @@ impl Adamax {
         let vars = vars.collect::<Result<_>>()?;
         // Loss scale and plateau belong to the training loop there, and begin anew: what metrics have made of a learning rate
         // is in the file's, unless that is a schedule's.
-        let grad_scaler = params.grad_scaler.map(|scaler| scaler.start());
+        let grad_scaler = params.loss_scale.start();
         let plateau = params.plateau.map(|_| Plateau::default());
         self.try_restore(&Snapshot { params, groups, counters, grad_scaler, plateau, vars })
     }
 
     /// Makes sure that epsilon stands where the framework has it, since u holds something else otherwise.
-    fn require_epsilon(&self, expected: Epsilon, framework: &str) -> Result<()> {
-        let own = self.params.epsilon;
+    fn require_eps_mode(&self, expected: EpsMode, framework: &str) -> Result<()> {
+        let own = self.params.eps_mode;
         if own == expected {
             return Ok(());
         }
         Err(Error::checkpoint(
-            "epsilon",
+            "eps_mode",
             format!("{expected:?}, which is {framework}'s convention"),
             format!("{own:?}"),
         ))

@@ -9,7 +9,7 @@ use crate::checkpoint::{AtomicFile, Counters};
 use crate::error::{Error, Result};
 use crate::group::{GroupLr, GroupSettings};
 use crate::params::{ParamsAdamax, StepCount};
-use crate::rule::{Epsilon, WeightDecay};
+use crate::rule::{EpsMode, WeightDecay};
 use crate::schedule::LearningRate;
 
 /// What is left of a state once it is only moments and counters.
@@ -45,7 +45,7 @@ impl Adamax {
     ///
     /// # Errors
     ///
-    /// What PyTorch's state cannot hold: another convention of [`epsilon`](crate::ParamsAdamax::epsilon), decoupled
+    /// What PyTorch's state cannot hold: another convention of [`eps_mode`](crate::ParamsAdamax::eps_mode), decoupled
     /// decay, moving averages, accumulated gradients that wait for their update, a count of more than 2^24 updates;
     /// variables without names; the system's errors.
     pub fn save_torch(&self, path: impl AsRef<Path>) -> Result<()> {
@@ -66,7 +66,7 @@ impl Adamax {
     ///   rate that is a schedule or comes from outside stays, as does a scheduler in PyTorch. Change settings afterwards.
     /// - What PyTorch's optimizer does not know stays as it is: clipping, accumulation, averages (which begin anew), how
     ///   state is stored, the names that `no_decay` spares.
-    /// - A [`grad_scaler`](crate::ParamsAdamax::grad_scaler) and a [`plateau`](crate::ParamsAdamax::plateau) begin anew, as they
+    /// - A [dynamic loss scale](crate::LossScale::Dynamic) and a [`plateau`](crate::ParamsAdamax::plateau) begin anew, as they
     ///   are no part of the optimizer there. What a plateau has made of a learning rate is in the file's; of a schedule, which
     ///   stays, it is forgotten.
     /// - `foreach`, `capturable` and `differentiable` mean nothing here, nor does what PyTorch's schedulers keep in
@@ -77,8 +77,8 @@ impl Adamax {
     /// # Errors
     ///
     /// A file that is missing, truncated or of another kind; a parameter or tensor that is missing, surplus or of another
-    /// shape or dtype; an optimizer whose [`epsilon`](crate::ParamsAdamax::epsilon) is not
-    /// [`Inside`](crate::Epsilon::Inside); counters that differ between parameters where
+    /// shape or dtype; an optimizer whose [`eps_mode`](crate::ParamsAdamax::eps_mode) is not
+    /// [`InsideMax`](crate::EpsMode::InsideMax); counters that differ between parameters where
     /// [`step_count`](crate::ParamsAdamax::step_count) is [`Shared`](crate::StepCount::Shared); settings that differ
     /// between variables of one group, or that are not allowed; a decay of a variable that `no_decay` spares. Nothing has
     /// changed then.
@@ -104,7 +104,7 @@ impl Adamax {
     pub fn load_torch_with(&mut self, path: impl AsRef<Path>, options: TorchOptions) -> Result<()> {
         self.require_names()?;
         let path = path.as_ref();
-        let loaded = self.require_epsilon(Epsilon::Inside, "PyTorch");
+        let loaded = self.require_eps_mode(EpsMode::InsideMax, "PyTorch");
         let loaded = loaded.and_then(|()| self.try_load_torch(path, options).map_err(|error| error.in_file(path)));
         loaded.map_err(|error| self.own(error))
     }
@@ -122,7 +122,7 @@ impl Adamax {
 
     /// The groups that PyTorch has for this optimizer, if its state can hold all of this one's; and the counters.
     fn torch_groups(&self) -> Result<(Vec<TorchGroup>, Counters)> {
-        self.require_epsilon(Epsilon::Inside, "PyTorch")?;
+        self.require_eps_mode(EpsMode::InsideMax, "PyTorch")?;
         let counters = self.resolved().counters;
         if let Some(param) = self.vars.iter().find(|param| param.average.is_some()) {
             return Err(Error::checkpoint(format!("{}.ema", param.name), NONE_FITS, "a moving average"));

@@ -127,7 +127,7 @@ mod tests {
     use super::*;
     use crate::codec::{Encoding, StateDType};
     use crate::rounding::Rounding;
-    use crate::rule::{Coefficients, Epsilon, Hyperparameters, WeightDecay};
+    use crate::rule::{Coefficients, EpsMode, Hyperparameters, WeightDecay};
     use crate::state::{Layout, ParamState};
 
     /// Values of all magnitudes, with zeros and denormals, and a NaN and an infinity near the end of long ones.
@@ -168,7 +168,7 @@ mod tests {
     fn bits(sizes: &[usize], keep: Keep, isa: Isa, threads: usize) -> Result<Vec<u64>> {
         let Keep { dtypes, decay, state, rowwise, rounding } = keep;
         let hyper =
-            Hyperparameters { beta1: 0.9, beta2: 0.999, eps: 1e-7, epsilon: Epsilon::Outside, weight_decay: decay };
+            Hyperparameters { beta1: 0.9, beta2: 0.999, eps: 1e-7, eps_mode: EpsMode::AddToNorm, weight_decay: decay };
         let encoding = Encoding::of(&hyper);
         let (param_dtype, grad_dtype) = dtypes;
         let tensor = |n, seed, dtype| Tensor::from_vec(wild(n, seed), n, &Device::Cpu)?.to_dtype(dtype);

@@ -191,13 +191,13 @@ pub(crate) fn norm(norm: NormType) -> u32 {
     }
 }
 
-/// The number of a way of clipping, and its limit.
-pub(crate) fn clip(clip: Clip) -> (u32, f64) {
+/// The number of a way of clipping by norms, and its limit.
+pub(crate) fn clip(clip: Option<Clip>) -> (u32, f64) {
     match clip {
-        Clip::None => (0, 0.0),
-        Clip::Each(limit) => (1, limit),
-        Clip::Global(limit) => (2, limit),
-        Clip::Torch(limit) => (3, limit),
+        None | Some(Clip::Value(_)) => (0, 0.0),
+        Some(Clip::Norm(limit)) => (1, limit),
+        Some(Clip::GlobalNorm(limit)) => (2, limit),
+        Some(Clip::GradNorm { max_norm, .. }) => (3, max_norm),
     }
 }
 

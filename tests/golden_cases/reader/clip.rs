@@ -3,14 +3,14 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use candle_adamax::{Adamax, ClipGradNorm, Kernel, NormType, ParamsAdamax, SparseGrad};
+use candle_adamax::{Adamax, Clip, Kernel, NormType, ParamsAdamax, SparseGrad};
 use candle_core::{DType, Var};
 use serde_json::Value;
 
 use super::case::Array;
 use super::compare::{epsilon, same};
 use super::{Case, Outcome, number};
-use crate::common::formulas::{clipped, largest, norm};
+use crate::common::formulas::{clipped, largest, norm, norm_of_clip};
 use crate::common::gradients::{Grad, Whole};
 use crate::common::{device, values};
 
@@ -76,10 +76,12 @@ fn with_clip(params: ParamsAdamax, case: &Case) -> Result<Option<ParamsAdamax>> 
     let get = |key: &str| number(parameters.get(key).unwrap_or(&Value::Null));
     let threshold = get("threshold")?;
     Ok(Some(match case.text("framework")? {
-        "tf.clip_by_norm" | "keras3._clip_by_norm" => ParamsAdamax { clip_norm: threshold, ..params },
-        "tf.clip_by_value" | "keras3 ops.clip (clipvalue)" => ParamsAdamax { clip_value: threshold, ..params },
+        "tf.clip_by_norm" | "keras3._clip_by_norm" => ParamsAdamax { clip: threshold.map(Clip::Norm), ..params },
+        "tf.clip_by_value" | "keras3 ops.clip (clipvalue)" => {
+            ParamsAdamax { clip: threshold.map(Clip::Value), ..params }
+        }
         "tf.clip_by_global_norm" | "keras3.clip_by_global_norm" => {
-            ParamsAdamax { clip_global_norm: threshold, ..params }
+            ParamsAdamax { clip: threshold.map(Clip::GlobalNorm), ..params }
         }
         "torch.nn.utils.clip_grad_norm_" => {
             let max_norm = get("max_norm")?.context("no `max_norm`")?;
@@ -89,7 +91,7 @@ fn with_clip(params: ParamsAdamax, case: &Case) -> Result<Option<ParamsAdamax>> 
                 f64::INFINITY => NormType::Inf,
                 _ => return Ok(None),
             };
-            ParamsAdamax { clip_grad_norm: Some(ClipGradNorm { max_norm, norm_type }), ..params }
+            ParamsAdamax { clip: Some(Clip::GradNorm { max_norm, norm_type }), ..params }
         }
         other => bail!("unknown clipping function `{other}`"),
     }))
@@ -137,7 +139,7 @@ fn clip(params: &ParamsAdamax, items: &[Item], kernel: Kernel) -> Result<(Vec<Ve
 
 /// The clipped gradients and the total norm, by the formulas in f64.
 fn formula(params: &ParamsAdamax, items: &[Item]) -> (Vec<Vec<f64>>, f64) {
-    let norm_type = params.clip_grad_norm.map_or(NormType::L2, |clip| clip.norm_type);
+    let norm_type = norm_of_clip(params).unwrap_or_default();
     let all: Vec<&[f64]> = items.iter().map(|item| item.whole.g.as_slice()).collect();
     let total = norm(&all, norm_type);
     let clip = |grad: &&[f64]| {
@@ -155,6 +157,9 @@ pub(crate) fn overflows(params: &ParamsAdamax, grads: &BTreeMap<&str, Vec<f64>>,
     let too_large = |norm: f64| norm.is_finite() && norm * norm > 0.5 * largest(dtype) * (1.0 - epsilon(dtype));
     let of_each = || grads.values().map(|grad| norm(&[grad], NormType::L2));
     let all: Vec<&[f64]> = grads.values().map(Vec::as_slice).collect();
-    (params.clip_norm.is_some() && of_each().any(too_large))
-        || (params.clip_global_norm.is_some() && too_large(norm(&all, NormType::L2)))
+    match params.clip {
+        Some(Clip::Norm(_)) => of_each().any(too_large),
+        Some(Clip::GlobalNorm(_)) => too_large(norm(&all, NormType::L2)),
+        _ => false,
+    }
 }

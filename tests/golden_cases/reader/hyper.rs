@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use candle_adamax::Ema;
+use candle_adamax::{Clip, Ema};
 use serde_json::{Map, Value};
 
 use super::number;
@@ -20,9 +20,8 @@ pub(crate) struct Hyper {
     pub(crate) eps: f64,
     pub(crate) weight_decay: Option<f64>,
     pub(crate) maximize: bool,
-    pub(crate) clip_value: Option<f64>,
-    pub(crate) clip_norm: Option<f64>,
-    pub(crate) clip_global_norm: Option<f64>,
+    /// Several are an error.
+    pub(crate) clips: Vec<Clip>,
     pub(crate) ema: Option<Ema>,
     pub(crate) loss_scale: Option<f64>,
     pub(crate) accumulation: u64,
@@ -45,9 +44,9 @@ impl Hyper {
                 "epsilon" => hyper.eps = required()?,
                 "weight_decay" => hyper.weight_decay = option()?,
                 "maximize" => hyper.maximize = flag()?,
-                "clipvalue" => hyper.clip_value = option()?,
-                "clipnorm" => hyper.clip_norm = option()?,
-                "global_clipnorm" => hyper.clip_global_norm = option()?,
+                "clipvalue" => hyper.clips.extend(option()?.map(Clip::Value)),
+                "clipnorm" => hyper.clips.extend(option()?.map(Clip::Norm)),
+                "global_clipnorm" => hyper.clips.extend(option()?.map(Clip::GlobalNorm)),
                 "use_ema" => use_ema = flag()?,
                 "ema_momentum" => ema.momentum = option()?.unwrap_or(ema.momentum),
                 "ema_overwrite_frequency" => ema.overwrite_frequency = option()?.map(|f| f as u64),
@@ -61,10 +60,6 @@ impl Hyper {
         }
         hyper.ema = use_ema.then_some(ema);
         Ok(hyper)
-    }
-
-    pub(crate) fn clips(&self) -> usize {
-        [self.clip_value, self.clip_norm, self.clip_global_norm].iter().flatten().count()
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use candle_adamax::{Epsilon, Kernel, MissingGradients, ParamsAdamax, SparseGrad, StepCount, WeightDecay};
+use candle_adamax::{EpsMode, Kernel, LossScale, MissingGradients, ParamsAdamax, SparseGrad, StepCount, WeightDecay};
 use candle_core::DType;
 use serde_json::{Map, Value};
 
@@ -12,6 +12,7 @@ use super::hyper::{Effective, Hyper};
 use super::model::{self, Model};
 use super::rates::Rate;
 use super::{Case, clip};
+use crate::common::formulas::norm_of_clip;
 use crate::common::gradients::{Grad, Whole};
 use crate::common::tensor as tensor_of;
 
@@ -167,7 +168,7 @@ impl<'c> Recording<'c> {
             return Ok(Some("recorded as a mismatch".into()));
         }
         let params = self.params(0, false)?;
-        let norms = params.clip_norm.is_some() || params.clip_global_norm.is_some();
+        let norms = norm_of_clip(&params).is_some();
         let n = self.hyper.accumulation as usize;
         let mut sums: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
         for k in 0..self.steps {
@@ -180,7 +181,7 @@ impl<'c> Recording<'c> {
                     }
                     continue;
                 };
-                if terms > 1 && self.hyper.clips() > 0 {
+                if terms > 1 && !self.hyper.clips.is_empty() {
                     return Ok(Some(CLIP_OF_SUMS.into()));
                 }
                 let not_finite = grad.iter().any(|g| g.is_nan() || (norms && !g.is_finite()));
@@ -204,12 +205,12 @@ impl<'c> Recording<'c> {
     /// The settings of call `k`. Where the framework's rounding counts, the recorded learning rate and its `effective`
     /// numbers: another base of the bias correction goes into the learning rate, and out of the decay again.
     pub(crate) fn params(&self, k: usize, rounded: bool) -> Result<ParamsAdamax> {
-        let Hyper { maximize, clip_value, clip_norm, clip_global_norm, ema, loss_scale, accumulation, .. } = self.hyper;
+        let Hyper { maximize, ema, loss_scale, accumulation, .. } = self.hyper;
         let family = match self.family {
             "torch" => ParamsAdamax::pytorch(),
             "optax" => {
                 let step_count = StepCount::Shared;
-                ParamsAdamax { epsilon: Epsilon::Inside, step_count, ..ParamsAdamax::default() }
+                ParamsAdamax { eps_mode: EpsMode::InsideMax, step_count, ..ParamsAdamax::default() }
             }
             _ => ParamsAdamax::default(),
         };
@@ -224,10 +225,8 @@ impl<'c> Recording<'c> {
             eps: self.hyper.eps,
             weight_decay: self.decay(self.hyper.weight_decay),
             maximize,
-            clip_value,
-            clip_norm,
-            clip_global_norm,
-            loss_scale_factor: loss_scale,
+            clip: self.hyper.clips.first().copied(),
+            loss_scale: loss_scale.map_or(LossScale::None, LossScale::Static),
             ema,
             gradient_accumulation_steps: accumulation,
             missing_gradients: MissingGradients::Allow,

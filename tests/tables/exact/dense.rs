@@ -2,8 +2,8 @@
 //! `SparseUpdate::Exact`, and densely in f64 with a gradient that is zero for all other rows.
 
 use candle_adamax::{
-    Adamax, CosineDecay, Embedding, Epsilon, ExponentialDecay, Kernel, MissingGradients, ParamGroup, ParamsAdamax,
-    Rounding, Snapshot, SparseGrad, SparseUpdate, StateDType, StepCount, Table, WeightDecay,
+    Adamax, Clip, CosineDecay, Embedding, EpsMode, ExponentialDecay, Kernel, LossScale, MissingGradients, ParamGroup,
+    ParamsAdamax, Rounding, Snapshot, SparseGrad, SparseUpdate, StateDType, StepCount, Table, WeightDecay,
 };
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Module, Optimizer};
@@ -122,8 +122,8 @@ fn twenty_thousand_steps_with_either_epsilon() -> Result<()> {
         (ParamsAdamax { eps: 0.0, ..ParamsAdamax::default() }, -7.0, 1e-12),
     ] {
         let (end, on_the_way) = long_run(&decaying(params.clone()), from, 0.0)?;
-        eprintln!("{:?}: {end:.1e} at the end, {on_the_way:.1e} on the way", params.epsilon);
-        assert!(end.max(on_the_way) <= limit, "{:?}: {end:e}, {on_the_way:e}", params.epsilon);
+        eprintln!("{:?}: {end:.1e} at the end, {on_the_way:.1e} on the way", params.eps_mode);
+        assert!(end.max(on_the_way) <= limit, "{:?}: {end:e}, {on_the_way:e}", params.eps_mode);
     }
     Ok(())
 }
@@ -149,8 +149,8 @@ fn small_norms_and_other_betas() -> Result<()> {
             pair.step(&rows, &grads)?;
         }
         let off = pair.off_all()?;
-        let ParamsAdamax { beta1, beta2, eps, epsilon, .. } = params;
-        assert!(off <= 1e-8, "betas {beta1}, {beta2}, eps {eps:e} {epsilon:?}: {off:e}");
+        let ParamsAdamax { beta1, beta2, eps, eps_mode, .. } = params;
+        assert!(off <= 1e-8, "betas {beta1}, {beta2}, eps {eps:e} {eps_mode:?}: {off:e}");
     }
     Ok(())
 }
@@ -160,15 +160,15 @@ fn every_setting_that_changes_a_step() -> Result<()> {
     let base = || ParamsAdamax { lr: 0.01.into(), ..ParamsAdamax::default() };
     let settings = [
         ("maximize", ParamsAdamax { maximize: true, ..base() }),
-        ("clip_norm", ParamsAdamax { clip_norm: Some(0.5), ..base() }),
-        ("clip_value", ParamsAdamax { clip_value: Some(0.1), ..base() }),
-        ("clip_global_norm", ParamsAdamax { clip_global_norm: Some(0.5), ..base() }),
-        ("loss scale", ParamsAdamax { loss_scale_factor: Some(8.0), ..base() }),
+        ("clip by Norm", ParamsAdamax { clip: Some(Clip::Norm(0.5)), ..base() }),
+        ("clip by Value", ParamsAdamax { clip: Some(Clip::Value(0.1)), ..base() }),
+        ("clip by GlobalNorm", ParamsAdamax { clip: Some(Clip::GlobalNorm(0.5)), ..base() }),
+        ("loss scale", ParamsAdamax { loss_scale: LossScale::Static(8.0), ..base() }),
         ("own counters", ParamsAdamax { step_count: StepCount::PerVar, ..base() }),
         ("exponential", ParamsAdamax { lr: ExponentialDecay::new(0.05, 10, 0.9).into(), ..base() }),
         ("a strong decay", ParamsAdamax { weight_decay: WeightDecay::Decoupled(5.0), ..base() }),
         ("accumulation", ParamsAdamax { gradient_accumulation_steps: 3, ..base() }),
-        ("skipping", ParamsAdamax { skip_nonfinite: true, epsilon: Epsilon::Inside, ..base() }),
+        ("skipping", ParamsAdamax { skip_nonfinite: true, eps_mode: EpsMode::InsideMax, ..base() }),
         ("one norm a row", ParamsAdamax { rowwise_norm: true, ..base() }),
     ];
     for (name, params) in settings {

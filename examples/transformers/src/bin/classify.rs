@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use candle_adamax::{Adamax, ParamsAdamax};
+use candle_adamax::{Adamax, Clip, ParamsAdamax};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Module, VarBuilder, VarMap, linear, loss};
 use candle_transformers::models::bert::{BertModel, Config};
@@ -60,7 +60,7 @@ fn main() -> Result<()> {
     }
     let head = linear(config.hidden_size, classes as usize, vb.pp("head"))?;
 
-    let params = ParamsAdamax { lr: args.lr.into(), clip_global_norm: Some(1.0), ..Default::default() };
+    let params = ParamsAdamax { lr: args.lr.into(), clip: Some(Clip::GlobalNorm(1.0)), ..Default::default() };
     let mut optimizer = Adamax::from_varmap(&varmap, params)?;
     for step in 1..=args.steps {
         let hidden = model.forward(&ids, &ids.zeros_like()?, Some(&mask))?;

@@ -78,7 +78,7 @@ fn rows_pay_what_they_owe_with_the_bits_of_the_cpu() -> Result<()> {
         for dtype in [F32, F16, BF16] {
             for rowwise in [false, true] {
                 keeps.push(Keep { dtypes: (dtype, F32), state, rowwise, ..PLAIN });
-                keeps.push(Keep { dtypes: (dtype, F32), state, rowwise, decay, epsilon: Epsilon::Inside, ..PLAIN });
+                keeps.push(Keep { dtypes: (dtype, F32), state, rowwise, decay, eps_mode: EpsMode::InsideMax, ..PLAIN });
             }
         }
         keeps.extend(rounded.map(|rounding| Keep { dtypes: (BF16, F32), state, decay, rounding, ..PLAIN }));

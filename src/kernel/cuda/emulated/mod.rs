@@ -25,7 +25,7 @@ use crate::codec::{Encoding, StateDType};
 use crate::kernel::Orders;
 use crate::ledger::{Record, Terms};
 use crate::rounding::Rounding;
-use crate::rule::{Coefficients, Epsilon, Hyperparameters, WeightDecay};
+use crate::rule::{Coefficients, EpsMode, Hyperparameters, WeightDecay};
 use crate::state::ParamState;
 
 /// The library, compiled once for all tests.
@@ -167,7 +167,7 @@ fn tensor(shape: &[usize], seed: u64, span: i32, dtype: DType) -> Result<Tensor>
 struct Keep {
     dtypes: (DType, DType),
     decay: WeightDecay,
-    epsilon: Epsilon,
+    eps_mode: EpsMode,
     clamp: f64,
     state: StateDType,
     rowwise: bool,
@@ -183,7 +183,7 @@ struct Keep {
 const PLAIN: Keep = Keep {
     dtypes: (DType::F32, DType::F32),
     decay: WeightDecay::None,
-    epsilon: Epsilon::Outside,
+    eps_mode: EpsMode::AddToNorm,
     clamp: f64::INFINITY,
     state: StateDType::F32,
     rowwise: false,
@@ -220,7 +220,7 @@ fn kernel_of(keep: &Keep) -> String {
 }
 
 fn hyper(keep: &Keep) -> Hyperparameters {
-    Hyperparameters { beta1: 0.9, beta2: 0.999, eps: 1e-7, epsilon: keep.epsilon, weight_decay: keep.decay }
+    Hyperparameters { beta1: 0.9, beta2: 0.999, eps: 1e-7, eps_mode: keep.eps_mode, weight_decay: keep.decay }
 }
 
 fn orders(keep: &Keep, t: u64, encoding: Encoding) -> Orders {

@@ -14,7 +14,7 @@ use crate::state::Place;
 fn summarize(
     grads: &[Tensor],
     norm: NormType,
-    clip: Clip,
+    clip: Option<Clip>,
     unscale: f64,
     (skips, reversed): (bool, bool),
 ) -> Result<(Vec<f64>, Control, Vec<f64>)> {
@@ -86,15 +86,17 @@ fn check(grads: &[Tensor], norm: NormType, unscale: f64) -> Result<()> {
     let measured = crate::kernel::Backends::default().measure(&sources, norm).map_err(candle_core::Error::from)?;
     let expected: Vec<Norm> = measured.into_iter().map(|norm| norm.times(unscale)).collect();
     let total = norm.join(&expected);
-    for clip in [Clip::None, Clip::Each(0.5), Clip::Global(2.0), Clip::Torch(1.0)] {
-        let reversed = clip == Clip::None;
+    let clips = [Clip::Norm(0.5), Clip::GlobalNorm(2.0), Clip::GradNorm { max_norm: 1.0, norm_type: norm }];
+    for clip in clips.map(Some).into_iter().chain([None]) {
+        let reversed = clip.is_none();
         let (norms, control, scales) = summarize(grads, norm, clip, unscale, (true, reversed))?;
         let what = format!("{norm:?} {clip:?} {unscale}: {norms:?} for {expected:?}");
         assert!(norms.iter().zip(&expected).all(|(a, b)| same(*a, b.stored())), "{what}");
         assert!(same(control.total_norm, total.stored()), "{what}");
         assert_eq!(control.skip, u32::from(!total.is_finite()), "{what}");
         for (scale, own) in scales.iter().zip(&expected) {
-            assert!(same(*scale, clip.scale(unscale, *own, total)), "{what}");
+            let expected = clip.map_or(unscale, |clip| clip.scale(unscale, *own, total));
+            assert!(same(*scale, expected), "{what}");
         }
     }
     Ok(())
@@ -111,7 +113,7 @@ fn norms_and_factors_have_the_bits_of_the_cpu() -> Result<()> {
             }
         }
     }
-    let none = summarize(&[], NormType::L2, Clip::Global(1.0), 1.0, (true, false))?;
+    let none = summarize(&[], NormType::L2, Some(Clip::GlobalNorm(1.0)), 1.0, (true, false))?;
     assert_eq!((none.1.total_norm, none.1.skip), (0.0, 0));
     Ok(())
 }

@@ -112,7 +112,7 @@ fn epsilon_clamps_and_roundings_too() -> Result<()> {
     for (dtypes, state) in [(DTYPES[1], StateDType::F32), (DTYPES[3], StateDType::F16), (DTYPES[4], StateDType::Q8)] {
         for span in [3, 41] {
             let keep = Keep { dtypes, state, span, ..PLAIN };
-            check(&flat_shapes(), Keep { epsilon: Epsilon::Inside, ..keep })?;
+            check(&flat_shapes(), Keep { eps_mode: EpsMode::InsideMax, ..keep })?;
             check(&flat_shapes(), Keep { clamp: 0.25, ..keep })?;
             for rounding in [Rounding::Stochastic, Rounding::Master] {
                 check(&flat_shapes(), Keep { rounding, decay: WeightDecay::Decoupled(0.01), ..keep })?;
