@@ -22,18 +22,18 @@ struct Tensor {
     u64 grad;
     u64 exp_avg; // m, or its codes
     u64 exp_inf; // u, or its codes, or one for each row
-    u64 units;   // u32: the logarithm of each unit
+    u64 scales;  // u32: the logarithm of each unit's scale
     u64 master;  // what masters keep beside the parameter, or null
     u64 rows;    // u32: which units, ascending; null for all of them
     u64 count;   // u32: how many `rows` there are
     u64 len;     // elements of the parameter
     u64 unit;    // elements of a unit
-    u32 orders;  // which orders are this one's
+    u32 update_args;  // which update_args are this one's
     u32 chunk;   // how many units a chunk has
 };
 
 // What one update of one parameter is made with.
-struct Orders {
+struct UpdateArgs {
     Coefficients<double> wide;
     Coefficients<float> narrow;
     Limits limits;
@@ -55,17 +55,17 @@ struct Control {
     u32 padding;
 };
 
-struct UpdateArgs {
+struct UpdateLaunchArgs {
     const Tensor* tensors;
-    const Orders* orders;
+    const UpdateArgs* update_args;
     const Chunk* chunks;
     const Control* control; // null if nothing is skipped
 };
 
 DEVICE bool is_skipped(const Control* control) { return control != nullptr && control->skip != 0; }
 
-DEVICE const Coefficients<float>& coefficients(const Orders& orders, float) { return orders.narrow; }
-DEVICE const Coefficients<double>& coefficients(const Orders& orders, double) { return orders.wide; }
+DEVICE const Coefficients<float>& coefficients(const UpdateArgs& update_args, float) { return update_args.narrow; }
+DEVICE const Coefficients<double>& coefficients(const UpdateArgs& update_args, double) { return update_args.wide; }
 
 // === Lanes ===
 

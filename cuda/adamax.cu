@@ -13,8 +13,8 @@ template <typename F, typename P, typename G> struct Unit : Stored<F, P> {
     const G* grads;
     bool is_whole;
 
-    __device__ Unit(const Lanes& lanes, const Tensor& t, const Orders& orders, u64 index, u64 place, u64 key)
-        : Stored<F, P>(lanes, t, orders.rounding == 1, place, key),
+    __device__ Unit(const Lanes& lanes, const Tensor& t, const UpdateArgs& update_args, u64 index, u64 place, u64 key)
+        : Stored<F, P>(lanes, t, update_args.rounding == 1, place, key),
           grads(reinterpret_cast<const G*>(t.grad) + (t.rows != 0 ? index : place) * t.unit),
           is_whole(Stored<F, P>::is_whole && is_aligned(t.grad)) {}
 
@@ -48,7 +48,7 @@ template <typename F, typename P, typename G> struct Unit : Stored<F, P> {
             if (c.l2 != A(0)) params.read(at, n, whole, w);
 #pragma unroll
             for (u32 i = 0; i < GROUP; i++) {
-                if (i < n) after = rule::maximum(after, rule::seen(c, rule::gradient(c, w[i], g[i])));
+                if (i < n) after = rule::maximum(after, rule::magnitude(c, rule::gradient(c, w[i], g[i])));
             }
         }
         after = lanes.maximum(after);
@@ -140,11 +140,11 @@ template <typename F, typename P, typename G> struct Unit : Stored<F, P> {
     }
 
     // Encoded moments with a unit.
-    __device__ __forceinline__ void update_coded(const Coefficients<float>& c, const Orders& orders) const {
+    __device__ __forceinline__ void update_coded(const Coefficients<float>& c, const UpdateArgs& update_args) const {
         Largest largest = largest_seen(c);
         u32 before = *log;
-        Moved moved = move_unit<F>(before, orders.shrink, from_bits(largest.finite));
-        Block<F> block = Block<F>::of(c, orders.limits, key, before, moved);
+        Moved moved = move_unit<F>(before, update_args.shrink, from_bits(largest.finite));
+        Block<F> block = Block<F>::of(c, update_args.limits, key, before, moved);
         if (block.is_plain(largest, has_special())) {
             if (c.decay == 0.0f) {
                 update_block<1>(block);
@@ -159,13 +159,13 @@ template <typename F, typename P, typename G> struct Unit : Stored<F, P> {
     }
 };
 
-template <typename F, typename P, typename G, bool ROWWISE> DEVICE void update_chunk(const UpdateArgs& args) {
+template <typename F, typename P, typename G, bool ROWWISE> DEVICE void update_chunk(const UpdateLaunchArgs& args) {
     typedef typename Element<P>::Acc A;
     if (is_skipped(args.control)) return;
     Chunk chunk = args.chunks[blockIdx.x];
     const Tensor& t = args.tensors[chunk.tensor];
-    const Orders& orders = args.orders[t.orders];
-    const Coefficients<A> c = coefficients(orders, A());
+    const UpdateArgs& update_args = args.update_args[t.update_args];
+    const Coefficients<A> c = coefficients(update_args, A());
     u64 units = t.count != 0 ? *reinterpret_cast<const u32*>(t.count) : (t.len + t.unit - 1) / t.unit;
     u64 end = u64(chunk.first) + t.chunk;
     end = end < units ? end : units;
@@ -174,12 +174,12 @@ template <typename F, typename P, typename G, bool ROWWISE> DEVICE void update_c
     for (u64 index = chunk.first + threadIdx.x / lanes.count; index < end; index += at_once) {
         u64 place = t.rows != 0 ? reinterpret_cast<const u32*>(t.rows)[index] : index;
         // The random numbers of the moments and, in the upper half, of the parameter.
-        u64 key = derive(orders.key, place);
-        Unit<F, P, G> unit(lanes, t, orders, index, place, key);
+        u64 key = derive(update_args.key, place);
+        Unit<F, P, G> unit(lanes, t, update_args, index, place, key);
         if constexpr (ROWWISE) {
-            unit.update_row(c, orders.limits);
+            unit.update_row(c, update_args.limits);
         } else if constexpr (F::IS_CODED) {
-            unit.update_coded(c, orders);
+            unit.update_coded(c, update_args);
         } else {
             unit.update_full(c);
         }
@@ -188,8 +188,8 @@ template <typename F, typename P, typename G, bool ROWWISE> DEVICE void update_c
 
 // Parameter, gradient, moments.
 #define UPDATE(NAME, P, G, F)                                                                                            \
-    KERNEL(update_##NAME, UpdateArgs) { update_chunk<F, P, G, false>(args); }                                            \
-    KERNEL(update_##NAME##_rowwise, UpdateArgs) { update_chunk<F, P, G, true>(args); }
+    KERNEL(update_##NAME, UpdateLaunchArgs) { update_chunk<F, P, G, false>(args); }                                            \
+    KERNEL(update_##NAME##_rowwise, UpdateLaunchArgs) { update_chunk<F, P, G, true>(args); }
 
 #define UPDATES(NAME, P, G)                                                                                              \
     UPDATE(NAME##_full, P, G, Plain<float>)                                                                              \

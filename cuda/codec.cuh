@@ -192,7 +192,7 @@ struct Largest {
 
 // Whether the largest magnitude of the gradients tells the largest that is seen, without the weights; and that one.
 DEVICE bool largest_of(const Coefficients<float>& c, u32 magnitude, Largest& largest) {
-    float seen = rule::seen(c, rule::gradient(c, 0.0f, from_bits(magnitude)));
+    float seen = rule::magnitude(c, rule::gradient(c, 0.0f, from_bits(magnitude)));
     largest.finite = to_bits(seen);
     largest.is_all = true;
     return c.l2 == 0.0f && magnitude < INFINITE && seen < from_bits(INFINITE);
@@ -200,7 +200,7 @@ DEVICE bool largest_of(const Coefficients<float>& c, u32 magnitude, Largest& lar
 
 // Otherwise: one more element.
 DEVICE void look(const Coefficients<float>& c, float w, float grad, Largest& largest) {
-    u32 seen = to_bits(rule::seen(c, rule::gradient(c, w, grad)));
+    u32 seen = to_bits(rule::magnitude(c, rule::gradient(c, w, grad)));
     largest.is_all = largest.is_all && seen < INFINITE;
     seen = seen < INFINITE ? seen : 0;
     largest.finite = seen > largest.finite ? seen : largest.finite;
@@ -252,9 +252,9 @@ template <typename F> struct Block {
         float m = F::decode(F::load(moment, limits), stored * before + c.eps_outside);
         float g = rule::gradient(c, w, grad);
         m = rule::first_moment(c, m, g);
-        u32 code = F::encode_norm(rule::maximum(stored * rebase, rule::seen(c, g) * per_unit));
-        float ratio = F::bound(rule::ratio(c, m, F::norm(code) * after), limits);
-        w = rule::apply(c, w, F::bound(ratio * F::GAIN, limits));
+        u32 code = F::encode_norm(rule::maximum(stored * rebase, rule::magnitude(c, g) * per_unit));
+        float ratio = F::bound(rule::normalized(c, m, F::norm(code) * after), limits);
+        w = rule::step_weight(c, w, F::bound(ratio * F::GAIN, limits));
         moment = F::encode(m, ratio, limits, random(key, i));
         norm = typename F::Norm(code);
     }
@@ -280,43 +280,43 @@ DEVICE void update_of_row(
 ) {
     A g = rule::gradient(c, w, grad);
     A m = rule::first_moment(c, F::decode(F::load(moment, limits), before + c.eps_outside), g);
-    A ratio = rule::ratio(c, m, after);
-    w = rule::apply(c, w, ratio);
+    A ratio = rule::normalized(c, m, after);
+    w = rule::step_weight(c, w, ratio);
     moment = F::encode(m, ratio, limits, random(key, i));
 }
 
-// === Payment: src/codec/pay.rs ===
+// === Catching up: src/codec/catch_up.rs ===
 
-// What all elements of a row have in common that pays what it owes, where each has a norm of its own.
+// What all elements of a row that catches up have in common, where each has a norm of its own.
 template <typename F> struct PayBlock {
-    Debt<float> debt;
+    Missed<float> missed;
     Limits limits;
     u32 key;
     float before, after, rebase;
 
-    DEVICE PayBlock of(const Debt<float>& debt, const Limits& limits, u32 key, u32 log, Moved moved) {
-        return PayBlock{debt, limits, key, scale_of(log), scale_of(moved.log), moved.rebase};
+    DEVICE PayBlock of(const Missed<float>& missed, const Limits& limits, u32 key, u32 log, Moved moved) {
+        return PayBlock{missed, limits, key, scale_of(log), scale_of(moved.log), moved.rebase};
     }
 
     // u, and m with it.
     __device__ __forceinline__ float norm(typename F::Norm norm) const { return F::norm(norm) * before; }
     __device__ __forceinline__ float moment(typename F::Code moment, float u) const {
-        return F::decode(F::load(moment, limits), u + debt.eps_outside);
+        return F::decode(F::load(moment, limits), u + missed.eps_outside);
     }
 
     __device__ __forceinline__ bool is_series(typename F::Code code, typename F::Norm norm_code) const {
         float u = norm(norm_code);
-        return debt.is_series(moment(code, u), u);
+        return missed.is_series(moment(code, u), u);
     }
 
-    __device__ __forceinline__ void pay(bool by_series, float& w, typename F::Code& code, typename F::Norm& norm_code, u32 i) const {
+    __device__ __forceinline__ void catch_up(bool by_series, float& w, typename F::Code& code, typename F::Norm& norm_code, u32 i) const {
         float u = norm(norm_code);
         float m = moment(code, u);
-        w = debt.weight(by_series, w, m * F::GAIN, u);
-        m = debt.first_moment(m);
+        w = missed.weight(by_series, w, m * F::GAIN, u);
+        m = missed.first_moment(m);
         u32 wide = F::encode_norm(F::norm(norm_code) * rebase);
         norm_code = typename F::Norm(wide);
-        float denominator = F::norm(wide) * after + debt.eps_outside;
+        float denominator = F::norm(wide) * after + missed.eps_outside;
         float ratio = denominator == 0.0f ? 0.0f : m / denominator;
         code = F::encode(m, F::bound(ratio, limits), limits, random(key, i));
     }
@@ -324,13 +324,13 @@ template <typename F> struct PayBlock {
 
 // One element of a row whose elements share one u.
 template <typename A, typename F>
-DEVICE void pay_of_row(
-    const Debt<A>& debt, const Limits& limits, u32 key, bool by_series, A& w, typename F::Code& moment, A before, A after, u32 i
+DEVICE void catch_up_of_row(
+    const Missed<A>& missed, const Limits& limits, u32 key, bool by_series, A& w, typename F::Code& moment, A before, A after, u32 i
 ) {
-    A m = F::decode(F::load(moment, limits), before + debt.eps_outside);
-    w = debt.weight(by_series, w, m, before);
-    m = debt.first_moment(m);
-    A denominator = after + debt.eps_outside;
+    A m = F::decode(F::load(moment, limits), before + missed.eps_outside);
+    w = missed.weight(by_series, w, m, before);
+    m = missed.first_moment(m);
+    A denominator = after + missed.eps_outside;
     A ratio = denominator == A(0) ? A(0) : m / denominator;
     moment = F::encode(m, ratio, limits, random(key, i));
 }

@@ -1,7 +1,7 @@
-// Rows pay what they owe for the updates that they missed, before they are read or written.
+// Rows catch up on the updates that they have missed, before they are read or written.
 //
 // Launch: blocks of 256 threads; a warp, or a part of one for short rows, takes a row at a time, 8 consecutive elements a
-// thread. A row may be named several times: the lanes that set its mark first are those that pay. Called by
+// thread. A row may be named several times: the lanes that set its mark first are those that catch up. Called by
 // src/kernel/cuda/exact.rs.
 #include "unit.cuh"
 
@@ -11,36 +11,36 @@ constexpr u32 PADDING = 1u << 30;
 constexpr u32 SINCE = (1u << 17) - 1;
 constexpr u32 NOTHING = 0xffffffff;
 
-struct PayArgs {
-    Tensor tensor; // its `rows` are those that pay; null for all of them
+struct CatchUpArgs {
+    Tensor tensor; // its `rows` are those that catch up; null for all of them
     u32* marks;    // after which update each row was up to date
     const Entry* entries;
     Terms terms;
-    u64 n;   // rows that pay
+    u64 n;   // rows that catch up
     u64 all; // rows of the table
     u64 key;
     Limits limits;
     u32 rounding;
     u32 now;     // the last update
-    u32 mark;    // of rows that have paid
+    u32 mark;    // of rows that have caught up
 };
 
-// The mark of the row at `place`, if these lanes are to let it pay.
-DEVICE u32 claim(const PayArgs& args, u64 place) {
+// The mark of the row at `place`, if these lanes are to bring it up to date.
+DEVICE u32 claim(const CatchUpArgs& args, u64 place) {
     u32 old = args.marks[place], since = old & SINCE, mark = args.mark | (old & (EMPTY | PADDING));
     bool decays = args.entries[since].log_decay != args.entries[args.now].log_decay;
     bool is_spared = (old & EMPTY) != 0 && ((old & PADDING) != 0 || !decays);
     return since < args.now && !is_spared && atomicCAS(&args.marks[place], old, mark) == old ? old : NOTHING;
 }
 
-// One row that pays.
+// One row that catches up.
 template <typename F, typename P> struct Row : Stored<F, P> {
     USE_STORED(F, P)
     using Stored<F, P>::Stored;
     using Stored<F, P>::is_whole;
 
     // Moments as they are. A padding row stays as it is where its moments are zero.
-    __device__ __forceinline__ void pay_full(const Debt<A>& debt, bool padding) const {
+    __device__ __forceinline__ void catch_up_full(const Missed<A>& missed, bool padding) const {
         bool series = true, blank = true;
         for (u32 at = lanes.begin(); at < len; at += lanes.stride()) {
             u32 n = count(at);
@@ -50,7 +50,7 @@ template <typename F, typename P> struct Row : Stored<F, P> {
             load(norms + at, n, whole, u);
 #pragma unroll
             for (u32 i = 0; i < GROUP; i++) { // what is not there is zero
-                series = series && debt.is_series(m[i], u[i]);
+                series = series && missed.is_series(m[i], u[i]);
                 blank = blank && m[i] == A(0) && u[i] == A(0);
             }
         }
@@ -65,9 +65,9 @@ template <typename F, typename P> struct Row : Stored<F, P> {
             params.read(at, n, whole, w);
 #pragma unroll
             for (u32 i = 0; i < GROUP; i++) {
-                w[i] = debt.weight(series, w[i], m[i], u[i]);
-                m[i] = debt.first_moment(m[i]);
-                u[i] = debt.norm(u[i]);
+                w[i] = missed.weight(series, w[i], m[i], u[i]);
+                m[i] = missed.first_moment(m[i]);
+                u[i] = missed.norm(u[i]);
             }
             params.write(at, n, whole, w);
             store(moments + at, n, whole, m);
@@ -76,10 +76,10 @@ template <typename F, typename P> struct Row : Stored<F, P> {
     }
 
     // One norm for the row.
-    __device__ __forceinline__ void pay_row(const Debt<A>& debt, const Limits& limits, bool padding) const {
-        A before = *norm, after = debt.norm(before);
+    __device__ __forceinline__ void catch_up_row(const Missed<A>& missed, const Limits& limits, bool padding) const {
+        A before = *norm, after = missed.norm(before);
         if (padding && before == A(0)) return; // it tells whether there has been a gradient
-        bool series = debt.is_series(after, before);
+        bool series = missed.is_series(after, before);
         for (u32 at = lanes.begin(); at < len; at += lanes.stride()) {
             u32 n = count(at);
             bool whole = is_whole && n == GROUP;
@@ -88,7 +88,7 @@ template <typename F, typename P> struct Row : Stored<F, P> {
             load(moments + at, n, whole, m);
             params.read(at, n, whole, w);
 #pragma unroll
-            for (u32 i = 0; i < GROUP; i++) pay_of_row<A, F>(debt, limits, key, series, w[i], m[i], before, after, at + i);
+            for (u32 i = 0; i < GROUP; i++) catch_up_of_row<A, F>(missed, limits, key, series, w[i], m[i], before, after, at + i);
             params.write(at, n, whole, w);
             store(moments + at, n, whole, m);
         }
@@ -97,10 +97,10 @@ template <typename F, typename P> struct Row : Stored<F, P> {
     }
 
     // Encoded moments with a unit.
-    __device__ __forceinline__ void pay_coded(const Debt<float>& debt, const Limits& limits, bool padding) const {
+    __device__ __forceinline__ void catch_up_coded(const Missed<float>& missed, const Limits& limits, bool padding) const {
         u32 before = *log;
-        Moved moved = move_unit<F>(before, debt.shrunk, 0.0f);
-        PayBlock<F> block = PayBlock<F>::of(debt, limits, key, before, moved);
+        Moved moved = move_unit<F>(before, missed.shrunk, 0.0f);
+        PayBlock<F> block = PayBlock<F>::of(missed, limits, key, before, moved);
         // Where no gradient has been there is no unit yet, and none begins.
         bool zero = true, series = true;
         for (u32 at = lanes.begin(); at < len; at += lanes.stride()) {
@@ -132,7 +132,7 @@ template <typename F, typename P> struct Row : Stored<F, P> {
             load(norms + at, n, whole, v);
             params.read(at, n, whole, w);
 #pragma unroll
-            for (u32 i = 0; i < GROUP; i++) block.pay(series, w[i], m[i], v[i], at + i);
+            for (u32 i = 0; i < GROUP; i++) block.catch_up(series, w[i], m[i], v[i], at + i);
             params.write(at, n, whole, w);
             store(moments + at, n, whole, m);
             store(norms + at, n, whole, v);
@@ -142,7 +142,7 @@ template <typename F, typename P> struct Row : Stored<F, P> {
     }
 };
 
-template <typename F, typename P, bool ROWWISE> DEVICE void pay_rows(const PayArgs& args) {
+template <typename F, typename P, bool ROWWISE> DEVICE void catch_up_rows(const CatchUpArgs& args) {
     typedef typename Element<P>::Acc A;
     const Tensor& t = args.tensor;
     const Lanes lanes = Lanes::of(t.unit);
@@ -153,21 +153,21 @@ template <typename F, typename P, bool ROWWISE> DEVICE void pay_rows(const PayAr
         u32 mark = lanes.first(lanes.lane == 0 ? claim(args, place) : 0);
         if (mark == NOTHING) continue;
         bool padding = (mark & PADDING) != 0;
-        const Debt<A> debt = Debt<A>::of(args.entries, args.terms, mark & SINCE, args.now);
+        const Missed<A> missed = Missed<A>::of(args.entries, args.terms, mark & SINCE, args.now);
         Row<F, P> row(lanes, t, args.rounding == 1, place, derive(args.key, place));
         if constexpr (ROWWISE) {
-            row.pay_row(debt, args.limits, padding);
+            row.catch_up_row(missed, args.limits, padding);
         } else if constexpr (F::IS_CODED) {
-            row.pay_coded(debt, args.limits, padding);
+            row.catch_up_coded(missed, args.limits, padding);
         } else {
-            row.pay_full(debt, padding);
+            row.catch_up_full(missed, padding);
         }
     }
 }
 
 #define PAY(NAME, P, F)                                                                                                  \
-    KERNEL(pay_##NAME, PayArgs) { pay_rows<F, P, false>(args); }                                                         \
-    KERNEL(pay_##NAME##_rowwise, PayArgs) { pay_rows<F, P, true>(args); }
+    KERNEL(catch_up_##NAME, CatchUpArgs) { catch_up_rows<F, P, false>(args); }                                                         \
+    KERNEL(catch_up_##NAME##_rowwise, CatchUpArgs) { catch_up_rows<F, P, true>(args); }
 
 #define PAYS(NAME, P)                                                                                                    \
     PAY(NAME##_full, P, Plain<float>)                                                                                    \

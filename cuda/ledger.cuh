@@ -1,4 +1,4 @@
-// What rows owe for the updates that they missed: src/ledger.rs, statement for statement; the reasons are there.
+// The updates that rows have missed: src/ledger.rs, statement for statement; the reasons are there.
 #pragma once
 
 #include "rule.cuh"
@@ -37,8 +37,8 @@ DEVICE double exp_of(double x) {
     return sum * double_of_bits(u64(k + 1023) << 52);
 }
 
-// What a row owes after update `now` that was last up to date after update `since`, in the type of the arithmetic.
-template <typename A> struct Debt {
+// The updates from `since` to `now` that a row has missed, in the type of the arithmetic.
+template <typename A> struct Missed {
     A decay;
     A sums[TERMS];
     A beta1, beta2, each_beta1, each_beta2, eps_inside, eps_outside, smallest_u;
@@ -46,12 +46,12 @@ template <typename A> struct Debt {
     const Entry* missed; // the updates since
     u64 n, window;
 
-    DEVICE Debt of(const Entry* entries, const Terms& terms, u32 since, u32 now) {
+    DEVICE Missed of(const Entry* entries, const Terms& terms, u32 since, u32 now) {
         const Entry& entry = entries[since];
         const Entry& last = entries[now];
         const Entry& between = entries[now - since];
         double decay = exp_of(last.log_decay - entry.log_decay);
-        Debt d;
+        Missed d;
         d.decay = A(decay);
 #pragma unroll
         for (u32 i = 0; i < TERMS; i++) d.sums[i] = A(entry.sums[i] * decay);

@@ -73,7 +73,7 @@ struct MarkArgs {
     u32 added; // and those that are added
 };
 
-// Which rows are up to date: src/table/debts.rs, src/mark.rs.
+// Which rows are up to date: src/table/exact.rs, src/mark.rs.
 KERNEL(rows_mark, MarkArgs) {
     u64 threads = u64(gridDim.x) * THREADS;
     for (u64 i = u64(blockIdx.x) * THREADS + threadIdx.x; i < args.n; i += threads) {

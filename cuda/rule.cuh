@@ -43,26 +43,26 @@ template <typename A> DEVICE A first_moment(const Coefficients<A>& c, A m, A g) 
 }
 
 // What the decayed u is compared with.
-template <typename A> DEVICE A seen(const Coefficients<A>& c, A g) { return abs_of(g) + c.eps_inside; }
+template <typename A> DEVICE A magnitude(const Coefficients<A>& c, A g) { return abs_of(g) + c.eps_inside; }
 
 // By how many step sizes the weight moves.
-template <typename A> DEVICE A ratio(const Coefficients<A>& c, A m, A u) {
+template <typename A> DEVICE A normalized(const Coefficients<A>& c, A m, A u) {
     A denominator = u + c.eps_outside;
     return denominator == A(0) ? A(0) : m / denominator;
 }
 
 // The new weight: decayed, and moved.
-template <typename A> DEVICE A apply(const Coefficients<A>& c, A w, A ratio) {
+template <typename A> DEVICE A step_weight(const Coefficients<A>& c, A w, A normalized) {
     w = c.decay == A(0) ? w : w - c.decay * w;
-    return w - c.step_size * ratio;
+    return w - c.step_size * normalized;
 }
 
 // One update of one element.
 template <typename A> DEVICE void update(const Coefficients<A>& c, A& w, A grad, A& m, A& u) {
     A g = gradient(c, w, grad);
     m = first_moment(c, m, g);
-    u = maximum(c.beta2 * u, seen(c, g));
-    w = apply(c, w, ratio(c, m, u));
+    u = maximum(c.beta2 * u, magnitude(c, g));
+    w = step_weight(c, w, normalized(c, m, u));
 }
 
 // One micro-step of gradient accumulation: the new sum.

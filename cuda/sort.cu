@@ -18,7 +18,7 @@ constexpr u32 AHEAD = 8;
 enum DType { F64 = 0, F32 = 1, F16_ = 2, BF16_ = 3 };
 
 // One lookup, or another gradient of rows.
-struct Part {
+struct LookupGrad {
     u64 values;        // rows of the gradient
     const u32* ids;    // to which row of the table each position contributes; beyond the table: to none
     const u32* bags;   // which row of the gradient it is; null: one for each position
@@ -32,7 +32,7 @@ struct Part {
 
 // The sort of one table.
 struct Sorting {
-    const Part* parts;
+    const LookupGrad* parts;
     u32* keys[2];   // a row, or `all` for none; passes go from one to the other
     u32* places[2]; // positions
     u32* counts;    // of each block and digit, then where the digits begin
@@ -72,7 +72,7 @@ struct Span {
 DEVICE u32 digit(u32 key, u32 pass) { return key >> (8 * pass) & (DIGITS - 1); }
 
 // The part that has a position.
-DEVICE const Part& part_of(const Sorting& table, u32 position) {
+DEVICE const LookupGrad& part_of(const Sorting& table, u32 position) {
     u32 first = 0, end = table.parts_n;
     while (end - first > 1) {
         u32 middle = first + (end - first) / 2;
@@ -115,7 +115,7 @@ KERNEL(sort_keys, SortArgs) {
     const Sorting& table = args.tables[chunk.tensor];
     Span span = Span::of(table, chunk.first);
     for (u64 p = span.begin + threadIdx.x; p < span.end; p += THREADS) {
-        const Part& part = part_of(table, u32(p));
+        const LookupGrad& part = part_of(table, u32(p));
         u32 id = part.ids[p - part.begin];
         table.keys[0][p] = id < table.all ? id : table.all;
         table.places[0][p] = u32(p);
@@ -266,7 +266,7 @@ DEVICE double element(u64 values, u32, u64 i, double) { return reinterpret_cast<
 
 // What a position contributes to a column of its row.
 template <typename A> DEVICE A contribution(const Sorting& table, u32 position, u64 column) {
-    const Part& part = part_of(table, position);
+    const LookupGrad& part = part_of(table, position);
     u32 i = position - part.begin, source = part.bags != nullptr ? part.bags[i] : i;
     A value = element(part.values, part.dtype, source * table.row_len + column, A());
     if (part.starts != nullptr) value = value * A(1.0 / double(part.starts[source + 1] - part.starts[source]));
@@ -277,7 +277,7 @@ template <typename A> DEVICE A contribution(const Sorting& table, u32 position, 
 // The rows of a single lookup, where they are of the type of the arithmetic and are added as they are; or null. A row that
 // occurs thousands of times is added up by few threads, so there as much as possible has to be fetched ahead.
 template <typename A> DEVICE const A* values_of(const Sorting& table) {
-    const Part& part = table.parts[0];
+    const LookupGrad& part = table.parts[0];
     bool is_own = part.dtype == (sizeof(A) == 8 ? F64 : F32);
     bool is_plain = table.parts_n == 1 && part.bags == nullptr && part.starts == nullptr && part.factors == 0;
     return is_plain && is_own ? reinterpret_cast<const A*>(part.values) : nullptr;

@@ -2,7 +2,7 @@
 //
 // Three launches: `summary_leaves_*`, a warp for each leaf of 1,024 elements, for all tensors of one type; `summary_norms`, a
 // block for each tensor, which folds its leaves; `summary_join`, one block, which joins the norms of all tensors and scales
-// the orders of the update that follows. Called by src/kernel/cuda.
+// the update_args of the update that follows. Called by src/kernel/cuda.
 #include "abi.cuh"
 
 // Elements of a leaf, and of the partial results that one keeps.
@@ -177,7 +177,7 @@ enum Clip { CLIP_NONE = 0, CLIP_NORM = 1, CLIP_GLOBAL_NORM = 2, CLIP_GRAD_NORM =
 struct JoinArgs {
     const double* norms;
     double* squares; // two rows, each as long as the norms
-    Orders* orders;  // of each tensor
+    UpdateArgs* update_args;  // of each tensor
     Control* control;
     double limit; // of clipping
     u32 n;
@@ -233,9 +233,9 @@ DEVICE double join_norms(const JoinArgs& args) {
 KERNEL(summary_join, JoinArgs) {
     double total = join_norms(args);
     for (u32 i = threadIdx.x; i < args.n; i += THREADS) {
-        Coefficients<double>& wide = args.orders[i].wide;
+        Coefficients<double>& wide = args.update_args[i].wide;
         wide.grad_scale = clipped(args.clip, args.limit, wide.grad_scale, args.norms[i], total);
-        args.orders[i].narrow.grad_scale = float(wide.grad_scale);
+        args.update_args[i].narrow.grad_scale = float(wide.grad_scale);
     }
     if (threadIdx.x == 0) {
         args.control->total_norm = total;

@@ -88,7 +88,7 @@ template <typename F, typename P> struct Stored {
         : lanes(lanes), params(t.param, t.master, is_stochastic, u32(key >> 32), place * t.unit),
           moments(reinterpret_cast<typename F::Code*>(t.exp_avg) + place * t.unit),
           norms(reinterpret_cast<typename F::Norm*>(t.exp_inf) + place * t.unit),
-          norm(reinterpret_cast<A*>(t.exp_inf) + place), log(reinterpret_cast<u32*>(t.units) + place),
+          norm(reinterpret_cast<A*>(t.exp_inf) + place), log(reinterpret_cast<u32*>(t.scales) + place),
           len(u32(t.len - place * t.unit < t.unit ? t.len - place * t.unit : t.unit)), key(u32(key)),
           is_whole(t.unit % GROUP == 0 && is_aligned(t.param | t.exp_avg | t.exp_inf | t.master)) {}
 

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::check;
 use crate::codec::StateDType;
 use crate::error::Result;
-use crate::params::{Keeping, ParamsAdamax, SparseUpdate, check_beta, check_decay};
+use crate::params::{ParamsAdamax, SparseUpdate, StateStorage, check_beta, check_decay};
 use crate::rounding::Rounding;
 use crate::rule::{Hyperparameters, WeightDecay};
 use crate::schedule::LearningRate;
@@ -76,8 +76,8 @@ impl GroupSettings {
         let Self { name: _, lr, beta1, beta2, eps, weight_decay, state_dtype, rowwise_norm, rounding, sparse_update } =
             self;
         let numbers = [beta1, beta2, eps].into_iter().any(Option::is_some) || weight_decay.is_some();
-        let keeping = state_dtype.is_some() || rowwise_norm.is_some() || rounding.is_some() || sparse_update.is_some();
-        !matches!(lr, GroupLr::Inherit) || numbers || keeping
+        let storage = state_dtype.is_some() || rowwise_norm.is_some() || rounding.is_some() || sparse_update.is_some();
+        !matches!(lr, GroupLr::Inherit) || numbers || storage
     }
 
     /// Whether its learning rate is 0 in every call.
@@ -119,18 +119,18 @@ impl GroupSettings {
         }
     }
 
-    /// The optimizer's ways of keeping state with this group's overrides, checked together with its numbers.
-    pub(crate) fn keeping(&self, params: &ParamsAdamax) -> Result<Keeping> {
-        let base = params.keeping();
-        let keeping = Keeping {
+    /// The optimizer's ways of storage state with this group's overrides, checked together with its numbers.
+    pub(crate) fn storage(&self, params: &ParamsAdamax) -> Result<StateStorage> {
+        let base = params.storage();
+        let storage = StateStorage {
             state_dtype: self.state_dtype.unwrap_or(base.state_dtype),
             rowwise_norm: self.rowwise_norm.unwrap_or(base.rowwise_norm),
             rounding: self.rounding.unwrap_or(base.rounding),
             sparse_update: self.sparse_update.unwrap_or(base.sparse_update),
         };
-        let checked = keeping.validate(&self.hyperparameters(params));
+        let checked = storage.validate(&self.hyperparameters(params));
         checked.map_err(|error| error.within(format_args!("groups.{}", self.name)))?;
-        Ok(keeping)
+        Ok(storage)
     }
 
     /// This group's learning rate in call `call`, where the optimizer's is `base`.

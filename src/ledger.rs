@@ -1,4 +1,4 @@
-//! What rows owe that a step did not touch, where they are to be what a dense optimizer would have made of them. Pure.
+//! The updates that rows have missed that a step did not touch, where they are to be what a dense optimizer would have made of them. Pure.
 //!
 //! Without a gradient m and u only shrink, so a row that was last updated in update s has missed, by update n,
 //!
@@ -20,9 +20,9 @@
 //! each update; an entry is final once its window has passed, since `rho^k` vanishes (after 394 updates with the
 //! default betas). Six terms leave less than 1e-9 of the movement for the default betas, whatever u is. Where they do
 //! not suffice, for other betas and a u near eps, or where PyTorch's u reaches its epsilon within the window, the
-//! missed updates are made one by one ([`Debt::missed`]).
+//! missed updates are made one by one ([`Missed::missed`]).
 //!
-//! Invariant: a row that pays in several parts, or later, ends where it would have in one, but for rounding. What is
+//! Invariant: a row that catches up in several parts, or later, ends where it would have in one, but for rounding. What is
 //! all zero stays as it is, bit for bit. What depends on a row is mirrored in `cuda/ledger.cuh`, statement for statement;
 //! what does not is computed here, for kernels too, which read its entries.
 
@@ -35,7 +35,7 @@ const TERMS: usize = 6;
 const LEFT_OUT: f64 = 1e-9;
 /// Where a window ends: what follows is less than this share of the step that began it.
 const VANISHED: f64 = 1e-18;
-/// So many entries are kept before all rows pay and the ledger begins anew.
+/// The number of entries that are kept before all rows catch up and the ledger begins anew.
 pub(crate) const FULL: usize = 1 << 16;
 /// Shrinkages beyond this are stored as this: see `codec`.
 const LARGEST_SHRINKAGE: f64 = (1u64 << 40) as f64;
@@ -48,7 +48,7 @@ pub(crate) fn window(beta1: f64, beta2: f64) -> f64 {
     if beta1 == 0.0 { 0.0 } else { VANISHED.ln() / (beta1 / beta2).ln() }
 }
 
-/// What of a debt is the same for all rows; kernels take it as it is.
+/// What of a missed is the same for all rows; kernels take it as it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C)]
 pub(crate) struct Terms {
@@ -63,12 +63,12 @@ pub(crate) struct Terms {
 
 /// One update of the table.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Missed {
+pub(crate) struct MissedUpdate {
     step_size: f64,
     decay: f64,
 }
 
-/// What rows owe that were last updated in one update.
+/// The updates that rows have missed that were last updated in one update.
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     sums: [f64; TERMS],
@@ -79,7 +79,7 @@ struct Entry {
     /// By how much units have shrunk since the ledger began.
     shrunk: u64,
     /// The update after which the entry counts.
-    update: Missed,
+    update: MissedUpdate,
 }
 
 /// An entry as kernels read it.
@@ -110,7 +110,7 @@ pub(crate) struct Ledger {
 }
 
 impl Ledger {
-    /// A ledger in which nothing is owed.
+    /// A ledger in which no row has missed an update.
     pub(crate) fn new(hyper: &Hyperparameters) -> Self {
         let Hyperparameters { beta1, beta2, eps, eps_mode, .. } = *hyper;
         let rho = if beta1 == 0.0 { 0.0 } else { beta1 / beta2 };
@@ -142,7 +142,7 @@ impl Ledger {
 
     /// All rows are up to date.
     pub(crate) fn clear(&mut self) {
-        let update = Missed { step_size: 0.0, decay: 0.0 };
+        let update = MissedUpdate { step_size: 0.0, decay: 0.0 };
         self.entries.clear();
         self.entries.push(Entry { sums: [0.0; TERMS], growth: 1.0, log_decay: 0.0, shrunk: 0, update });
     }
@@ -158,7 +158,7 @@ impl Ledger {
         size_of_val::<[Entry]>(entries) + size_of_val::<[(f64, f64)]>(powers) + size_of_val::<[(f64, f64)]>(shrinking)
     }
 
-    /// Whether what was booked is made with these numbers.
+    /// Whether the recorded updates are made with these numbers.
     pub(crate) fn is_for(&self, hyper: &Hyperparameters) -> bool {
         self.hyper == *hyper
     }
@@ -180,7 +180,7 @@ impl Ledger {
         (first, self.entries.iter().zip(&self.shrinking).skip(first).map(record).collect())
     }
 
-    /// What of a debt is the same for all rows.
+    /// What of a missed is the same for all rows.
     pub(crate) fn terms(&self) -> Terms {
         let Hyperparameters { beta1, beta2, eps, eps_mode, .. } = self.hyper;
         let (eps_inside, eps_outside) = match eps_mode {
@@ -191,21 +191,21 @@ impl Ledger {
         Terms { beta1, beta2, eps_inside, eps_outside, smallest_u: self.smallest_u, window }
     }
 
-    /// Books an update.
-    pub(crate) fn book(&mut self, c: &Coefficients<f64>, shrink: u64) {
-        self.book_update(Missed { step_size: c.step_size, decay: c.decay }, shrink);
+    /// Records an update.
+    pub(crate) fn record(&mut self, c: &Coefficients<f64>, shrink: u64) {
+        self.record_update(MissedUpdate { step_size: c.step_size, decay: c.decay }, shrink);
     }
 
     /// The updates since it began: step size, decay and shrinkage of each.
     pub(crate) fn updates(&self) -> Vec<[f64; 3]> {
         let updates = self.entries.windows(2).map(|pair| {
-            let Missed { step_size, decay } = pair[1].update;
+            let MissedUpdate { step_size, decay } = pair[1].update;
             [step_size, decay, (pair[1].shrunk - pair[0].shrunk) as f64]
         });
         updates.collect()
     }
 
-    /// The ledger of these [updates](Self::updates), to the bit. `None` if they are not such as can be booked.
+    /// The ledger of these [updates](Self::updates), to the bit. `None` if no run can have made them.
     pub(crate) fn of_updates(hyper: &Hyperparameters, updates: &[[f64; 3]]) -> Option<Self> {
         let mut ledger = Self::new(hyper);
         for &[step_size, decay, shrink] in updates {
@@ -213,12 +213,12 @@ impl Ledger {
             if !(step_size.is_finite() && (0.0..1.0).contains(&decay) && is_shrinkage) {
                 return None;
             }
-            ledger.book_update(Missed { step_size, decay }, shrink as u64);
+            ledger.record_update(MissedUpdate { step_size, decay }, shrink as u64);
         }
         (ledger.now() <= FULL).then_some(ledger)
     }
 
-    fn book_update(&mut self, update: Missed, shrink: u64) {
+    fn record_update(&mut self, update: MissedUpdate, shrink: u64) {
         let Some(last) = self.entries.last().copied() else { return };
         if self.shrinking.len() == self.entries.len() {
             let k = self.entries.len() as f64;
@@ -242,14 +242,14 @@ impl Ledger {
         });
     }
 
-    /// What a row owes now that was last up to date after update `since`.
-    pub(crate) fn debt<A: Arithmetic>(&self, since: usize) -> Debt<'_, A> {
+    /// The updates that a row has missed now that was last up to date after update `since`.
+    pub(crate) fn missed<A: Arithmetic>(&self, since: usize) -> Missed<'_, A> {
         let now = self.now();
         let (entry, last) = (&self.entries[since.min(now)], &self.entries[now]);
         let (m_shrunk, u_shrunk) = self.shrinking[now - since.min(now)];
         let Terms { beta1, beta2, eps_inside, eps_outside, smallest_u, .. } = self.terms();
         let decay = exp(last.log_decay - entry.log_decay);
-        Debt {
+        Missed {
             decay: A::from_f64(decay),
             sums: entry.sums.map(|sum| A::from_f64(sum * decay)),
             beta1: A::from_f64(m_shrunk),
@@ -279,9 +279,9 @@ struct Updates<'l> {
     window: usize,
 }
 
-/// What a row owes, in the type of the arithmetic.
+/// The updates that a row has missed, in the type of the arithmetic.
 #[derive(Clone, Copy)]
-pub(crate) struct Debt<'l, A> {
+pub(crate) struct Missed<'l, A> {
     /// `P`.
     decay: A,
     /// `P * S_i`.
@@ -299,7 +299,7 @@ pub(crate) struct Debt<'l, A> {
     missed: Updates<'l>,
 }
 
-impl<A: Arithmetic> Debt<'_, A> {
+impl<A: Arithmetic> Missed<'_, A> {
     /// The shrunken moments. A u of zero, where no gradient has ever been, stays so, though a dense optimizer would
     /// make it its epsilon: the first gradient does, before anything is divided by it.
     #[inline(always)]
@@ -421,7 +421,7 @@ mod tests {
         let mut ledger = Ledger::new(&hyper);
         let (mut copy, mut seen): (Vec<Record>, usize) = (Vec::new(), 0);
         for t in 1..1000u64 {
-            ledger.book(&Coefficients::of_update(&hyper, 1e-2 / t as f64, t), t);
+            ledger.record(&Coefficients::of_update(&hyper, 1e-2 / t as f64, t), t);
             if t % 7 == 0 {
                 let (first, records) = ledger.records(seen);
                 assert!(records.len() <= ledger.powers.len() + 9);

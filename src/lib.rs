@@ -79,7 +79,7 @@
 //! | `guide` | pages of documentation, and no code |
 //! | `adamax` | the optimizer; `step` reads as the list of what it does |
 //! | `embedding` | layers on tables |
-//! | `table` | one weight with rows: its lookups, which gradients are theirs, and what its rows owe |
+//! | `table` | one weight with rows: its lookups, which gradients are theirs, and the updates that its rows have missed |
 //! | `checkpoint` | a snapshot of all state, and its way into a file and back; the files of PyTorch and Keras |
 //! | `gradient` | norms of gradients, and what clipping makes of them; gradients of rows, in their order |
 //! | `group`, `params` | settings, presets, what is allowed |
@@ -94,7 +94,7 @@
 //! | `pages` | zeroed arrays that take memory where they are written |
 //! | `codec` | how moments are stored in 4 and 2 bytes; pure |
 //! | `mark` | what is known of one such row: when it was up to date, and a checksum of its weights; pure |
-//! | `ledger` | what rows owe for the updates that they missed; pure |
+//! | `ledger` | the updates that rows have missed for the updates that they missed; pure |
 //! | `scaler` | the dynamic loss scale: what a call makes of it; pure |
 //! | `reduce`, `clip` | the one tree by which norms are summed, and what clipping makes of them; pure |
 //! | `rule` | **the formula**; pure |

@@ -79,10 +79,10 @@ impl<T: Pod> DerefMut for Pages<T> {
 ///
 /// Measured: 8,192 rows of a table of 10M x 64 are looked up in 1.4 ms less when it is on pages of 2 MB. What is there
 /// already is moved, which takes 0.2 s a gigabyte.
-pub(crate) fn enlarge<T>(values: &[T]) {
+pub(crate) fn advise_huge_pages<T>(values: &[T]) {
     #[cfg(target_os = "linux")]
     if size_of_val(values) >= MAPPED {
-        linux::enlarge(values.as_ptr().addr(), size_of_val(values));
+        linux::advise_huge_pages(values.as_ptr().addr(), size_of_val(values));
     }
     #[cfg(not(target_os = "linux"))]
     let _ = values;
@@ -95,7 +95,7 @@ mod linux {
     const LARGE: usize = 2 << 20;
 
     /// For the whole large pages in the `len` bytes from `address` on.
-    pub(super) fn enlarge(address: usize, len: usize) {
+    pub(super) fn advise_huge_pages(address: usize, len: usize) {
         let (from, to) = (address.next_multiple_of(LARGE), (address + len) / LARGE * LARGE);
         if from >= to {
             return;
@@ -115,8 +115,8 @@ mod tests {
     #[test]
     fn larger_pages_hold_the_same_values() {
         let values: Vec<u32> = (0..MAPPED as u32 / 2).collect();
-        enlarge(&values);
-        enlarge(&values[..7]);
+        advise_huge_pages(&values);
+        advise_huge_pages(&values[..7]);
         assert!(values.iter().zip(0..).all(|(&value, i)| value == i));
     }
 

@@ -139,9 +139,8 @@ pub enum SparseUpdate {
     /// Nothing: neither they nor their moments change. TensorFlow's, for `IndexedSlices`.
     #[default]
     Lazy,
-    /// What a dense step would do to them, paid when they are next looked up: their moments decay and they go on
-    /// moving, and the sum of the steps that they missed is the same, within the rounding of the arithmetic. A step
-    /// costs what its touched rows cost.
+    /// The result of a dense optimizer, at the cost of the touched rows. The updates that a row has missed are applied when
+    /// it is next looked up: its moments decay, and it moves by the sum of the steps, within the rounding of the arithmetic.
     ///
     /// - It needs `beta1 < beta2`, so far apart that what a step leaves of its momentum vanishes within 65,536 updates:
     ///   `beta1 <= 0.99936 * beta2` does. Betas that are closer are an error, since the work of a step grows with that number.
@@ -172,7 +171,7 @@ pub enum SparseUpdate {
 
 /// How the state of a group of parameters is kept.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Keeping {
+pub(crate) struct StateStorage {
     pub(crate) state_dtype: StateDType,
     pub(crate) rowwise_norm: bool,
     pub(crate) rounding: Rounding,
@@ -182,7 +181,7 @@ pub(crate) struct Keeping {
 /// Below this share of `beta2` a `beta1` has a window that is short enough: `1e-18` to the power of `1 / 65536`, rounded down.
 const LARGEST_QUOTIENT: f64 = 0.99936;
 
-impl Keeping {
+impl StateStorage {
     /// Checks it against the numbers of its group.
     pub(crate) fn validate(&self, hyper: &Hyperparameters) -> Result<()> {
         let Hyperparameters { beta1, beta2, weight_decay, .. } = *hyper;
@@ -285,7 +284,7 @@ pub struct ParamsAdamax {
     /// The learning rate: a number, a schedule, a scalar tensor that is read at each step; `.into()` makes each one.
     /// Not negative. Default: 1e-3.
     pub lr: LearningRate,
-    /// Lower learning rates once a metric has stopped getting better, which [`Adamax::observe`](crate::Adamax::observe)
+    /// Lower learning rates once a metric has stopped getting better, which [`Adamax::observe_metric`](crate::Adamax::observe_metric)
     /// is told. Default: none.
     pub plateau: Option<ReduceLrOnPlateau>,
     /// How much of m remains each update, in `[0, 1)`. Default: 0.9.
@@ -418,7 +417,7 @@ impl ParamsAdamax {
             return Err(Error::invalid("no_decay", "patterns without empty components", format_args!("{pattern:?}")));
         }
         self.clip.map_or(Ok(()), Clip::validate)?;
-        self.keeping().validate(&self.hyperparameters())?;
+        self.storage().validate(&self.hyperparameters())?;
         self.loss_scale.validate()?;
         if let Some(Ema { momentum, overwrite_frequency }) = self.ema {
             check::share("ema.momentum", momentum)?;
@@ -456,9 +455,9 @@ impl ParamsAdamax {
         }
     }
 
-    /// The ways of keeping state that groups may override.
-    pub(crate) fn keeping(&self) -> Keeping {
-        Keeping {
+    /// The ways of storage state that groups may override.
+    pub(crate) fn storage(&self) -> StateStorage {
+        StateStorage {
             state_dtype: self.state_dtype,
             rowwise_norm: self.rowwise_norm,
             rounding: self.rounding,

@@ -91,7 +91,7 @@ pub(crate) fn centered(random: u32) -> f32 {
 /// A type of 16 bits that f32 is rounded to.
 pub(crate) trait Half: Element<Acc = f32> {
     /// What a master copy keeps beside the value.
-    type Rest: bytemuck::Pod + Send + Sync;
+    type Residual: bytemuck::Pod + Send + Sync;
 
     /// The value of a code that is as wide as f32.
     fn widen_bits(bits: u32) -> f32;
@@ -114,15 +114,15 @@ pub(crate) trait Half: Element<Acc = f32> {
     fn of_bits(bits: u32) -> Self;
 
     /// A nearest value, and what is left.
-    fn split(x: f32) -> (Self, Self::Rest);
+    fn split(x: f32) -> (Self, Self::Residual);
 
     /// Undoes [`split`](Self::split). The value may have been written by somebody else since then: the result is always
     /// within half a unit in the last place of it, and it is NaN or infinite only if the value is.
-    fn join(self, rest: Self::Rest) -> f32;
+    fn join(self, rest: Self::Residual) -> f32;
 }
 
 impl Half for bf16 {
-    type Rest = i16;
+    type Residual = i16;
 
     #[inline(always)]
     fn widen_bits(bits: u32) -> f32 {
@@ -192,7 +192,7 @@ fn subnormal(x: f32, random: u32) -> u32 {
 }
 
 impl Half for f16 {
-    type Rest = f32;
+    type Residual = f32;
 
     #[inline(always)]
     fn widen_bits(bits: u32) -> f32 {

@@ -137,8 +137,8 @@ impl<A: Arithmetic> Coefficients<A> {
 pub(crate) fn update<A: Arithmetic>(c: &Coefficients<A>, w: A, grad: A, m: A, u: A) -> (A, A, A) {
     let g = gradient(c, w, grad);
     let m = first_moment(c, m, g);
-    let u = maximum(c.beta2 * u, seen(c, g));
-    (apply(c, w, ratio(c, m, u)), m, u)
+    let u = maximum(c.beta2 * u, magnitude(c, g));
+    (step_weight(c, w, normalized(c, m, u)), m, u)
 }
 
 /// The gradient that enters the moments: scaled, clamped, with L2's share of the weight.
@@ -156,22 +156,22 @@ pub(crate) fn first_moment<A: Arithmetic>(c: &Coefficients<A>, m: A, g: A) -> A 
 
 /// What the decayed u is compared with.
 #[inline(always)]
-pub(crate) fn seen<A: Arithmetic>(c: &Coefficients<A>, g: A) -> A {
+pub(crate) fn magnitude<A: Arithmetic>(c: &Coefficients<A>, g: A) -> A {
     g.abs() + c.eps_inside
 }
 
 /// By how many step sizes the weight moves.
 #[inline(always)]
-pub(crate) fn ratio<A: Arithmetic>(c: &Coefficients<A>, m: A, u: A) -> A {
+pub(crate) fn normalized<A: Arithmetic>(c: &Coefficients<A>, m: A, u: A) -> A {
     let denominator = u + c.eps_outside;
     if denominator == A::ZERO { A::ZERO } else { m / denominator }
 }
 
 /// The new weight: decayed, and moved.
 #[inline(always)]
-pub(crate) fn apply<A: Arithmetic>(c: &Coefficients<A>, w: A, ratio: A) -> A {
+pub(crate) fn step_weight<A: Arithmetic>(c: &Coefficients<A>, w: A, normalized: A) -> A {
     let w = if c.decay == A::ZERO { w } else { w - c.decay * w };
-    w - c.step_size * ratio
+    w - c.step_size * normalized
 }
 
 /// `x` moved into `[-limit, limit]`; a NaN stays one, infinities become the limits. In this form each comparison is one

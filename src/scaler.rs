@@ -85,7 +85,7 @@ impl LossScale {
 /// ```
 ///
 /// With [`LossScale::Dynamic`] [`backward_step`](candle_nn::Optimizer::backward_step) does all of it. Where loss and step
-/// are apart, [`Adamax::scale`](crate::Adamax::scale) is for the loss, and [`step`](candle_nn::Optimizer::step) takes the
+/// are apart, [`Adamax::scale_loss`](crate::Adamax::scale_loss) is for the loss, and [`step`](candle_nn::Optimizer::step) takes the
 /// gradients of the scaled loss. The state is in checkpoints.
 ///
 /// Source: `torch.amp.GradScaler` and `torch._amp_update_scale_`, whose scales these are, bit for bit. Departures:

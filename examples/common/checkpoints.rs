@@ -99,8 +99,7 @@ struct Checkpoint {
 
 impl Checkpoint {
     fn take(progress: &impl Serialize, varmap: &VarMap, optimizer: &Adamax) -> Result<Self> {
-        // First: rows of tables may owe updates, and a snapshot makes them pay. Whoever reads the weights from the file
-        // will not know of that.
+        // With `SparseUpdate::Exact` the snapshot has the updates that rows of these weights have missed.
         let optimizer = optimizer.snapshot()?;
         let copy = |var: &Var| match var.device() {
             Device::Cpu => var.as_detached_tensor().copy(),

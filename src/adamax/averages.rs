@@ -76,7 +76,7 @@ impl Adamax {
             moves.push((index, info, average, state));
         }
         let tasks = moves.iter_mut().map(|(index, info, average, state)| {
-            let (momentum, rounding) = (momentum(*index, info.var.dtype()), resolved[info.group].keeping.rounding);
+            let (momentum, rounding) = (momentum(*index, info.var.dtype()), resolved[info.group].storage.rounding);
             let key = derive(derive(params.seed, info.key), write);
             let (place, master) = (info.place, state.master.as_mut());
             let kind = Average { momentum, overwrite, average, master, rounding, key };
@@ -106,7 +106,7 @@ impl Adamax {
     /// Replaces every weight by its moving average: Keras's `finalize_variable_values`, for the end of training.
     ///
     /// A variable that has no average yet stays as it is. f16 and bf16 variables are rounded as their
-    /// [`Rounding`] says; with a master copy the average becomes that, too.
+    /// [`Rounding`](crate::Rounding) says; with a master copy the average becomes that, too.
     ///
     /// # Errors
     ///

@@ -207,7 +207,7 @@ impl Adamax {
             let place = self.kernel.place(&var);
             resolved.check(place)?;
             let layout = resolved.layout(&var, false);
-            let state = ParamState::zeros(&var, place, &layout, resolved.keeping.rounding)?;
+            let state = ParamState::zeros(&var, place, &layout, resolved.storage.rounding)?;
             let (decays, key) = (self.params.decays(&name), key_of(&name));
             let info = VarInfo { name, unnamed, group, decays, key, place, var };
             new.push(Box::new(Param::new(info, state)));

@@ -5,13 +5,13 @@ use super::settings::ResolvedGroup;
 use super::vars::VarInfo;
 use crate::codec::shrinkage;
 use crate::error::Result;
-use crate::kernel::Orders;
+use crate::kernel::UpdateArgs;
 use crate::params::{ParamsAdamax, StepCount};
 use crate::rounding::derive;
 use crate::rule::Coefficients;
 use crate::state::ParamState;
 
-/// Part of a call in the accumulation of gradients.
+/// LookupGrad of a call in the accumulation of gradients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Turn {
     /// It updates with its own gradients.
@@ -67,7 +67,7 @@ impl Call {
 }
 
 /// Makes the arguments of each variable's update.
-pub(super) struct ArgsOf<'c> {
+pub(super) struct ArgsMaker<'c> {
     pub(super) params: &'c ParamsAdamax,
     pub(super) resolved: &'c [ResolvedGroup],
     pub(super) call: &'c Call,
@@ -77,9 +77,9 @@ pub(super) struct ArgsOf<'c> {
     pub(super) last: Option<((usize, bool, u64), Coefficients<f64>)>,
 }
 
-impl ArgsOf<'_> {
+impl ArgsMaker<'_> {
     /// The arguments for a variable whose gradient is multiplied by `scale` before it is clamped.
-    pub(super) fn args(&mut self, info: &VarInfo, state: &ParamState, scale: f64) -> Orders {
+    pub(super) fn args(&mut self, info: &VarInfo, state: &ParamState, scale: f64) -> UpdateArgs {
         let (params, group) = (self.params, &self.resolved[info.group]);
         let step = state.step + 1;
         let t = match params.step_count {
@@ -97,6 +97,6 @@ impl ArgsOf<'_> {
         let layout = &state.moments.layout;
         let key = derive(derive(params.seed, info.key), step);
         let shrink = shrinkage(group.neg_log2_beta2, step, layout.by_rows.then_some(key));
-        Orders { coefficients, encoding: layout.encoding, shrink, rounding: group.keeping.rounding, key }
+        UpdateArgs { coefficients, encoding: layout.encoding, shrink, rounding: group.storage.rounding, key }
     }
 }

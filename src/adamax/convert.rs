@@ -62,17 +62,17 @@ impl Adamax {
             let Param { info, state: cell, .. } = &**param;
             cell.catch_up()?;
             let group = &resolved[info.group];
-            let stays_table = !cell.is_table() || group.keeping.sparse_update == SparseUpdate::Exact;
+            let stays_table = !cell.is_table() || group.storage.sparse_update == SparseUpdate::Exact;
             cell.read(|state| {
                 let layout = group.layout(&info.var, state.moments.layout.by_rows);
-                let is_kept = Master::is_kept(info.var.dtype(), group.keeping.rounding);
+                let is_kept = Master::is_kept(info.var.dtype(), group.storage.rounding);
                 if layout == state.moments.layout && is_kept == state.master.is_some() && stays_table {
                     return Ok(None);
                 }
                 // A master that stays keeps what it has.
                 let master = match &state.master {
                     Some(old) if is_kept => Some(old.grown(&info.var)?),
-                    _ => Master::zeros(&info.var, info.place, group.keeping.rounding)?,
+                    _ => Master::zeros(&info.var, info.place, group.storage.rounding)?,
                 };
                 Ok(Some(ParamState { moments: state.moments.converted(&layout)?, master, step: state.step }))
             })

@@ -11,7 +11,7 @@ use crate::error::{ErrorKind, Result};
 use crate::gradient::sparse::{IdsOf, densify, nonzero, read_ids, row_len, rows_of};
 use crate::gradient::{SparseGrad, TouchedRows};
 use crate::kernel::lend::storage_address;
-use crate::kernel::{Listed, Occurrences, Part, RowGrad, RowValues, Source, all_on_one_gpu, total};
+use crate::kernel::{HostIds, LookupGrad, LookupIds, RowGrad, RowValues, Source, all_on_one_gpu, total};
 use crate::state::{Buffer, Place, arithmetic};
 
 /// What a call has for one variable.
@@ -22,7 +22,7 @@ pub(super) struct Found<'g> {
     /// Which rows of that are meant, if not all.
     pub(super) touched: Option<TouchedRows<'g>>,
     /// The gradients of its lookups.
-    pub(super) lookups: Vec<Part<'g>>,
+    pub(super) lookups: Vec<LookupGrad<'g>>,
     /// A gradient of some rows.
     pub(super) sparse: Option<&'g SparseGrad>,
 }
@@ -152,10 +152,10 @@ impl Checker<'_> {
             return Ok(dense.map(|grad| Grad::Dense(DenseGrad::Call(grad))));
         }
         let mut parts = Vec::with_capacity(lookups.len() + 1);
-        for Part { grad, occurrences } in lookups {
-            occurrences.check()?;
+        for LookupGrad { grad, lookup_ids } in lookups {
+            lookup_ids.check()?;
             let values = self.tensor("gradient", grad)?;
-            parts.push(Part { grad: self.where_summed(values)?, occurrences });
+            parts.push(LookupGrad { grad: self.where_summed(values)?, lookup_ids });
         }
         if let Some(sparse) = sparse {
             parts.push(self.sparse(sparse)?);
@@ -196,7 +196,7 @@ impl Checker<'_> {
     }
 
     /// A gradient of some rows, as a caller gave it.
-    fn sparse<'g>(&self, grad: &'g SparseGrad) -> Result<Part<'g>> {
+    fn sparse<'g>(&self, grad: &'g SparseGrad) -> Result<LookupGrad<'g>> {
         let (SparseGrad { indices, values }, var) = (grad, &self.info.var);
         let rows = rows_of(&self.info.name, var)?;
         if indices.rank() != 1 {
@@ -213,14 +213,14 @@ impl Checker<'_> {
         }
         let ids = read_ids(IdsOf { what: "indices", of: &self.info.name }, indices, rows)?;
         let grad = self.tensor("values", Cow::Borrowed(values))?;
-        Ok(Part {
+        Ok(LookupGrad {
             grad: self.where_summed(grad)?,
-            occurrences: Arc::new(Occurrences::Host(Listed::new(ids, None, None))),
+            lookup_ids: Arc::new(LookupIds::Host(HostIds::new(ids, None, None))),
         })
     }
 
     /// Some rows of a gradient in the shape of the variable, where they are.
-    fn touched<'g>(&self, touched: TouchedRows<'_>, grad: Cow<'g, Tensor>) -> Result<Part<'g>> {
+    fn touched<'g>(&self, touched: TouchedRows<'_>, grad: Cow<'g, Tensor>) -> Result<LookupGrad<'g>> {
         let rows = match touched {
             TouchedRows::NonZero => {
                 rows_of(&self.info.name, &grad)?;
@@ -234,8 +234,8 @@ impl Checker<'_> {
                 rows
             }
         };
-        let occurrences = Arc::new(Occurrences::Host(Listed::new(rows.clone(), Some(rows), None)));
-        Ok(Part { grad: self.where_summed(grad)?, occurrences })
+        let lookup_ids = Arc::new(LookupIds::Host(HostIds::new(rows.clone(), Some(rows), None)));
+        Ok(LookupGrad { grad: self.where_summed(grad)?, lookup_ids })
     }
 
     /// Rows are summed where a kernel does it, and in host memory for tensor operations.

@@ -17,24 +17,24 @@ use crate::state::{Buffer, Master};
 pub struct StateBytes {
     /// m and u, or their codes.
     pub moments: usize,
-    /// The units of codes.
-    pub units: usize,
+    /// The scales of codes.
+    pub scales: usize,
     /// What [`Rounding::Master`](crate::Rounding::Master) keeps beside variables.
     pub masters: usize,
     /// Moving averages of the weights.
     pub averages: usize,
     /// Sums of gradients that wait for their update, and the memory for the next ones.
     pub accumulated: usize,
-    /// What tables with [`SparseUpdate::Exact`](crate::SparseUpdate::Exact) keep of what their rows owe: 4 bytes a row, and
+    /// Missed updates of tables with [`SparseUpdate::Exact`](crate::SparseUpdate::Exact): 4 bytes a row, and
     /// a ledger of the updates since all rows were up to date.
-    pub debts: usize,
+    pub missed: usize,
 }
 
 impl StateBytes {
     /// All of them together.
     pub fn total(&self) -> usize {
-        let Self { moments, units, masters, averages, accumulated, debts } = *self;
-        moments + units + masters + averages + accumulated + debts
+        let Self { moments, scales, masters, averages, accumulated, missed } = *self;
+        moments + scales + masters + averages + accumulated + missed
     }
 }
 
@@ -48,7 +48,7 @@ pub struct MomentStatistics {
     pub exp_inf: Statistics,
     /// The largest `|m| / u` where both are finite and u is not 0; 0 if there is none. With gradients that are not 0 a new
     /// variable has `1 - beta1`, and none ever has more than `(1 - beta1) / (1 - beta1 / beta2)`, 1.0091 by default.
-    pub largest_ratio: f64,
+    pub max_ratio: f64,
 }
 
 /// Statistics of some numbers.
@@ -113,7 +113,7 @@ impl Adamax {
     /// let w = Var::zeros(4096, DType::BF16, &Device::Cpu)?;
     /// let params = ParamsAdamax { state_dtype: StateDType::Q8, rounding: Rounding::Master, ..Default::default() };
     /// let bytes = Adamax::from_named([("w", w)], params)?.bytes();
-    /// assert_eq!((bytes.moments, bytes.units, bytes.masters), (2 * 4096, 4 * 4, 2 * 4096));
+    /// assert_eq!((bytes.moments, bytes.scales, bytes.masters), (2 * 4096, 4 * 4, 2 * 4096));
     /// assert_eq!(bytes.total(), 4 * 4096 + 16);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
@@ -122,15 +122,15 @@ impl Adamax {
         for param in self.vars.iter() {
             let Param { state: cell, sum, average, .. } = &**param;
             cell.read(|state| {
-                let units = state.moments.unit_bytes();
-                bytes.moments += state.moments.bytes() - units;
-                bytes.units += units;
+                let scales = state.moments.scale_bytes();
+                bytes.moments += state.moments.bytes() - scales;
+                bytes.scales += scales;
                 bytes.masters += state.master.as_ref().map_or(0, Master::bytes);
             });
             bytes.averages += average.as_ref().map_or(0, Buffer::bytes);
             bytes.accumulated += sum.sum.as_ref().map_or(0, Sum::bytes);
             if let StateCell::Table(table) = cell {
-                bytes.debts += table.lock().bytes_owed();
+                bytes.missed += table.lock().ledger_bytes();
             }
         }
         bytes
@@ -152,7 +152,7 @@ impl Adamax {
         Ok(MomentStatistics {
             exp_avg: Statistics::of(&m),
             exp_inf: Statistics::of(&u),
-            largest_ratio: ratios.fold(0.0, |largest, (m, u)| largest.max(m.abs() / u)),
+            max_ratio: ratios.fold(0.0, |largest, (m, u)| largest.max(m.abs() / u)),
         })
     }
 }

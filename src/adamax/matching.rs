@@ -172,7 +172,7 @@ impl VarInfo {
         let var = self.var.as_tensor();
         let (from, to) = (there.layout(var, theirs.by_rows), here.layout(var, theirs.by_rows));
         check_moments(&self.name, theirs, var, &from)?;
-        let is_exact = here.keeping.sparse_update == SparseUpdate::Exact;
+        let is_exact = here.storage.sparse_update == SparseUpdate::Exact;
         if theirs.missed.is_some() && (from != to || there.hyper != here.hyper || !is_exact) {
             let entry = format!("{}.missed", self.name);
             let expected =
@@ -181,12 +181,12 @@ impl VarInfo {
         }
         let mut carried = theirs.clone();
         if from != to {
-            let VarSnapshot { exp_avg, exp_inf, units, .. } = theirs.clone();
-            let moments = Moments::from_stored(&MomentTensors { exp_avg, exp_inf, units }, var, Place::Host, &from)?;
-            let MomentTensors { exp_avg, exp_inf, units } = moments.converted(&to)?.to_stored(var.shape())?;
-            carried = VarSnapshot { exp_avg, exp_inf, units, by_rows: to.by_rows, ..carried };
+            let VarSnapshot { exp_avg, exp_inf, scales, .. } = theirs.clone();
+            let moments = Moments::from_stored(&MomentTensors { exp_avg, exp_inf, scales }, var, Place::Host, &from)?;
+            let MomentTensors { exp_avg, exp_inf, scales } = moments.converted(&to)?.to_stored(var.shape())?;
+            carried = VarSnapshot { exp_avg, exp_inf, scales, by_rows: to.by_rows, ..carried };
         }
-        let own = Master::zeros(var, Place::Host, here.keeping.rounding)?;
+        let own = Master::zeros(var, Place::Host, here.storage.rounding)?;
         carried.master = match (own, carried.master) {
             (Some(_), Some(theirs)) if theirs.dtype() == Master::dtype(var.dtype()) => Some(theirs),
             (own, _) => own.map(|master| master.to_tensor(var.shape())).transpose()?,

@@ -118,7 +118,7 @@ pub struct Adamax {
 
 impl Adamax {
     /// One call: see [`Adamax`] for what happens in which order. With a loss scale the gradients are those of the
-    /// [scaled](Adamax::scale) loss.
+    /// [scaled](Adamax::scale_loss) loss.
     ///
     /// ```
     /// use candle_adamax::{Adamax, ErrorKind, ParamsAdamax};
@@ -145,14 +145,14 @@ impl Adamax {
     }
 
     /// The backward pass of a loss, and a call of [`step`](Self::step) with its gradients. With
-    /// [`LossScale::Dynamic`](crate::LossScale::Dynamic) the loss is [scaled](Adamax::scale) first; with `Static` it has
+    /// [`LossScale::Dynamic`](crate::LossScale::Dynamic) the loss is [scaled](Adamax::scale_loss) first; with `Static` it has
     /// been, as in Keras.
     ///
     /// # Errors
     ///
     /// As [`step`](Self::step), and those of the backward pass.
     pub fn backward_step(&mut self, loss: &Tensor) -> Result<StepReport<'_>> {
-        let grads = if self.progress.scaler.is_some() { self.scale(loss)?.backward() } else { loss.backward() };
+        let grads = if self.progress.scaler.is_some() { self.scale_loss(loss)?.backward() } else { loss.backward() };
         let grads = grads.map_err(|error| self.own(error.into()))?;
         self.step(&grads)
     }

@@ -49,7 +49,7 @@ impl Norms {
             return Ok(Self { clip, ..Self::not_needed(unscale) });
         };
         // The host has to know what is skipped where that decides about sums, averages and ledgers.
-        let is_exact = || resolved.iter().any(|group| group.keeping.sparse_update == SparseUpdate::Exact);
+        let is_exact = || resolved.iter().any(|group| group.storage.sparse_update == SparseUpdate::Exact);
         let decides = || params.gradient_accumulation_steps > 1 || params.ema.is_some() || is_exact();
         if grads.are_on_one_gpu(vars) && !(skips && decides()) {
             let measure = Measure { norm, is_reported, clip, unscale: unscale.abs(), skips };

@@ -156,7 +156,7 @@ impl Adamax {
     /// let params = ParamsAdamax { loss_scale: LossScale::Dynamic(GradScaler::default()), ..Default::default() };
     /// let mut optimizer = Adamax::from_named([("w", w.clone())], params)?;
     /// let loss = w.sqr()?.sum_all()?;
-    /// let grads = optimizer.scale(&loss)?.backward()?; // 65,536 times those of the loss
+    /// let grads = optimizer.scale_loss(&loss)?.backward()?; // 65,536 times those of the loss
     /// optimizer.step(&grads)?;
     /// # Ok::<(), candle_core::Error>(())
     /// ```
@@ -164,7 +164,7 @@ impl Adamax {
     /// # Errors
     ///
     /// A device that does not answer, or has no memory.
-    pub fn scale(&mut self, loss: &Tensor) -> Result<Tensor> {
+    pub fn scale_loss(&mut self, loss: &Tensor) -> Result<Tensor> {
         self.named(|adamax| {
             if adamax.progress.scaler.is_some() {
                 adamax.sync()?;

@@ -48,7 +48,7 @@ impl Adamax {
     ///
     /// No [`plateau`](crate::ParamsAdamax::plateau) is set; a learning rate that the next step would refuse. Nothing has
     /// changed then.
-    pub fn observe(&mut self, metric: f64) -> Result<bool> {
+    pub fn observe_metric(&mut self, metric: f64) -> Result<bool> {
         let Some(settings) = self.params.plateau else {
             let expected = "the settings of a plateau, for a metric to be observed";
             return Err(self.own(Error::invalid("plateau", expected, "none")));

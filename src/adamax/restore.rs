@@ -20,12 +20,12 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::SparseGrad;
 use crate::gradient::sparse::{RowSum, rows_of};
 use crate::group::{GroupLr, GroupSettings};
-use crate::params::{Keeping, ParamsAdamax, SparseUpdate};
+use crate::params::{ParamsAdamax, SparseUpdate, StateStorage};
 use crate::rounding::derive;
 use crate::scaler::GradScalerState;
 use crate::schedule::{LearningRate, Plateau};
 use crate::state::{Buffer, Layout, Master, MomentTensors, Moments, ParamState, Place, arithmetic};
-use crate::table::debts::{Missed, Owner};
+use crate::table::exact::{Owner, RestoredLedger};
 
 impl Adamax {
     /// Takes all state from a snapshot, its settings included: the learning rate and everything else are as they were
@@ -93,7 +93,7 @@ impl Adamax {
             match vars.get(&info.name) {
                 Some(snapshot) => self.restore_var(param, group, counters, (&params, snapshot)),
                 None => {
-                    let (layout, rounding) = (group.layout(&info.var, false), group.keeping.rounding);
+                    let (layout, rounding) = (group.layout(&info.var, false), group.storage.rounding);
                     let state = ParamState::zeros(&info.var, info.place, &layout, rounding)?;
                     Ok(RestoredVar { state, missed: None, sum: GradSum::default(), average: None })
                 }
@@ -101,7 +101,7 @@ impl Adamax {
         });
         let restored = restored.collect::<Result<Vec<_>>>()?;
         for (index, RestoredVar { state, missed, sum, average }) in restored.into_iter().enumerate() {
-            // What rows owe is not paid: the weights are those of the snapshot, or will be.
+            // Rows do not catch up: the weights are those of the snapshot, or will be.
             let param = &mut self.vars[index];
             if let StateCell::Table(table) = &param.state {
                 table.forget();
@@ -184,13 +184,13 @@ impl Adamax {
         }
         let layout = resolved.layout(var, snapshot.by_rows);
         check_moments(name, snapshot, var, &layout)?;
-        let has_master = Master::is_kept(var.dtype(), resolved.keeping.rounding);
+        let has_master = Master::is_kept(var.dtype(), resolved.storage.rounding);
         let of_master = has_master.then(|| (Master::dtype(var.dtype()), var.dims().to_vec()));
         check_optional(name, "master", snapshot.master.as_ref(), of_master)?;
         let tensors = MomentTensors {
             exp_avg: snapshot.exp_avg.clone(),
             exp_inf: snapshot.exp_inf.clone(),
-            units: snapshot.units.clone(),
+            scales: snapshot.scales.clone(),
         };
         let master = snapshot.master.as_ref().map(|master| Master::from_tensor(master, var, *place));
         let state = ParamState {
@@ -231,7 +231,7 @@ impl Adamax {
     ) -> Result<RestoredTable> {
         let Param { info: VarInfo { name, var, place, key, .. }, state: cell, .. } = param;
         let refuse = |expected: &str, got: &str| Err(Error::checkpoint(format!("{name}.missed"), expected, got));
-        let Keeping { sparse_update, rounding, .. } = resolved.keeping;
+        let StateStorage { sparse_update, rounding, .. } = resolved.storage;
         if sparse_update != SparseUpdate::Exact {
             return refuse("none without `sparse_update: Exact`", "missed updates");
         }
@@ -240,7 +240,7 @@ impl Adamax {
             return refuse(expected, "missed updates");
         }
         let (hyper, rows) = (resolved.hyper(params.decays(name)), rows_of(name, var)?);
-        let Some(missed) = Missed::of(missed, rows, &hyper)? else {
+        let Some(missed) = RestoredLedger::of(missed, rows, &hyper)? else {
             return refuse("updates and rows that a run can have", "others");
         };
         let owner = match cell {
@@ -261,9 +261,9 @@ impl Adamax {
     }
 }
 
-/// Missed updates, and the table that takes them, unless there is one.
+/// RestoredLedger updates, and the table that takes them, unless there is one.
 struct RestoredTable {
-    missed: Missed,
+    missed: RestoredLedger,
     owner: Option<Owner>,
 }
 
@@ -280,8 +280,8 @@ pub(super) fn check_moments(name: &str, snapshot: &VarSnapshot, var: &Tensor, la
     let [of_exp_avg, of_exp_inf] = Moments::expected(var, layout);
     check_tensor(name, "exp_avg", &snapshot.exp_avg, of_exp_avg)?;
     check_tensor(name, "exp_inf", &snapshot.exp_inf, of_exp_inf)?;
-    check_optional(name, "units", snapshot.units.as_ref(), Moments::expected_units(var, layout))?;
-    check_units(name, snapshot.units.as_ref())?;
+    check_optional(name, "scales", snapshot.scales.as_ref(), Moments::expected_scales(var, layout))?;
+    check_scales(name, snapshot.scales.as_ref())?;
     // Bytes are codes, and each of them is one.
     if snapshot.exp_inf.dtype().is_float() {
         check_norm(&format!("{name}.exp_inf"), &snapshot.exp_inf)?;
@@ -316,12 +316,12 @@ fn check_optional(
     }
 }
 
-/// Logarithms that units can have.
-fn check_units(name: &str, units: Option<&Tensor>) -> Result<()> {
-    let Some(units) = units else { return Ok(()) };
+/// Logarithms that scales can have.
+fn check_scales(name: &str, scales: Option<&Tensor>) -> Result<()> {
+    let Some(scales) = scales else { return Ok(()) };
     let limit = (LARGEST_LOG + 1) << POINT;
-    match units.flatten_all()?.to_vec1::<u32>()?.into_iter().find(|log| *log >= limit) {
-        Some(log) => Err(Error::checkpoint(format!("{name}.units"), format!("logarithms below {limit}"), log)),
+    match scales.flatten_all()?.to_vec1::<u32>()?.into_iter().find(|log| *log >= limit) {
+        Some(log) => Err(Error::checkpoint(format!("{name}.scales"), format!("logarithms below {limit}"), log)),
         None => Ok(()),
     }
 }
@@ -361,5 +361,5 @@ fn check_trainer(params: &ParamsAdamax, scaler: Option<&GradScalerState>, platea
 
 /// The learning rate of a snapshot, or the optimizer's own where both come from outside.
 fn merge_lr(own: &LearningRate, theirs: LearningRate) -> LearningRate {
-    if own.is_live() && theirs.is_live() { own.clone() } else { theirs }
+    if own.is_external() && theirs.is_external() { own.clone() } else { theirs }
 }

@@ -7,7 +7,7 @@ use crate::codec::Encoding;
 use crate::error::{Error, ErrorKind, Result};
 use crate::group::GroupSettings;
 use crate::kernel::Kernel;
-use crate::params::{Keeping, ParamsAdamax};
+use crate::params::{ParamsAdamax, StateStorage};
 use crate::pattern;
 use crate::rule::{Hyperparameters, WeightDecay};
 use crate::state::{Layout, Place};
@@ -15,7 +15,7 @@ use crate::state::{Layout, Place};
 /// Settings of one group: the optimizer's, with what the group overrides.
 pub(super) struct ResolvedGroup {
     pub(super) hyper: Hyperparameters,
-    pub(super) keeping: Keeping,
+    pub(super) storage: StateStorage,
     /// `-log2(beta2)`.
     pub(super) neg_log2_beta2: f64,
 }
@@ -23,12 +23,12 @@ pub(super) struct ResolvedGroup {
 impl ResolvedGroup {
     pub(super) fn of(params: &ParamsAdamax, group: &GroupSettings) -> Result<Self> {
         let hyper = group.hyperparameters(params);
-        Ok(Self { hyper, keeping: group.keeping(params)?, neg_log2_beta2: -hyper.beta2.log2() })
+        Ok(Self { hyper, storage: group.storage(params)?, neg_log2_beta2: -hyper.beta2.log2() })
     }
 
     /// The layout of one variable's moments.
     pub(super) fn layout(&self, var: &Tensor, by_rows: bool) -> Layout {
-        let Keeping { state_dtype, rowwise_norm, .. } = self.keeping;
+        let StateStorage { state_dtype, rowwise_norm, .. } = self.storage;
         Layout::of(var, state_dtype, by_rows, rowwise_norm, Encoding::of(&self.hyper))
     }
 
@@ -40,8 +40,8 @@ impl ResolvedGroup {
 
     /// Whether the kernel of `place` can keep state in this way.
     pub(super) fn check(&self, place: Place) -> Result<()> {
-        let Keeping { state_dtype, rowwise_norm, rounding, sparse_update } = self.keeping;
-        let plain = ParamsAdamax::default().keeping();
+        let StateStorage { state_dtype, rowwise_norm, rounding, sparse_update } = self.storage;
+        let plain = ParamsAdamax::default().storage();
         let is_operations = place == Place::Device;
         let got: [(&str, &dyn std::fmt::Debug, bool); 4] = [
             ("state_dtype", &state_dtype, state_dtype == plain.state_dtype),
@@ -102,7 +102,7 @@ impl Adamax {
     }
 
     /// Replaces the settings, from the next call on. Moments are converted into another encoding, to its nearest values
-    /// or, for u in [`StateDType::Q8`], up. What came from Q8 keeps its bits on its way back there, but for a table
+    /// or, for u in [`StateDType::Q8`](crate::StateDType::Q8), up. What came from Q8 keeps its bits on its way back there, but for a table
     /// that has had gradients of rows, whose rows come back in blocks of 1,024 elements: its u is rounded up once more.
     ///
     /// Loss scale and plateau stay what they have come to; another [`init_scale`](crate::GradScaler::init_scale) is

@@ -117,13 +117,13 @@ impl Adamax {
         let Param { info, state: cell, .. } = &*self.vars[index];
         let missed = cell.missed()?;
         let shape = info.var.shape();
-        let (MomentTensors { exp_avg, exp_inf, units }, master, by_rows) = cell.read(|state| {
+        let (MomentTensors { exp_avg, exp_inf, scales }, master, by_rows) = cell.read(|state| {
             let master = state.master.as_ref().map(|master| master.to_tensor(shape)).transpose()?;
             Ok::<_, crate::Error>((state.moments.to_stored(shape)?, master, state.moments.layout.by_rows))
         })?;
         let (group, step) = (self.groups[info.group].name.clone(), self.step_of(index));
         let (ema, accumulated) = (self.average(index)?, self.waiting(index)?);
-        Ok(VarSnapshot { group, step, exp_avg, exp_inf, units, by_rows, master, ema, accumulated, missed })
+        Ok(VarSnapshot { group, step, exp_avg, exp_inf, scales, by_rows, master, ema, accumulated, missed })
     }
 
     /// The moving average of a variable.

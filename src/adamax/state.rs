@@ -12,12 +12,12 @@ use super::vars::Param;
 use crate::checkpoint::MissedUpdates;
 use crate::error::Result;
 use crate::gradient::sparse::row_len;
-use crate::kernel::{self, Orders, Touched, Written};
+use crate::kernel::{self, Touched, UpdateArgs, Written};
 use crate::mark::Checksum;
 use crate::params::SparseUpdate;
 use crate::rounding::derive;
 use crate::state::{Moments, ParamState};
-use crate::table::debts::{Account, Debts, Owner};
+use crate::table::exact::{ExactState, ExactTable, Owner};
 use crate::table::limits;
 
 /// The state of one variable: the optimizer's own, or that of a table with [`SparseUpdate::Exact`], which lookups share.
@@ -29,7 +29,7 @@ pub(super) enum StateCell {
 /// The state of one variable, to be written. A table is locked as long as this lives.
 pub(super) enum StateGuard<'a> {
     Own(&'a mut ParamState),
-    Table(&'a Debts, MutexGuard<'a, Account>),
+    Table(&'a ExactTable, MutexGuard<'a, ExactState>),
 }
 
 impl StateCell {
@@ -73,7 +73,7 @@ impl StateCell {
     pub(super) fn catch_up(&self) -> Result<()> {
         match self {
             Self::Own(_) => Ok(()),
-            Self::Table(table) => table.pay_all(&mut table.lock()),
+            Self::Table(table) => table.catch_up_all(&mut table.lock()),
         }
     }
 }
@@ -83,7 +83,7 @@ impl StateGuard<'_> {
     pub(super) fn catch_up(&mut self) -> Result<()> {
         match self {
             Self::Own(_) => Ok(()),
-            Self::Table(table, account) => table.pay_all(account),
+            Self::Table(table, inner) => table.catch_up_all(inner),
         }
     }
 
@@ -91,15 +91,15 @@ impl StateGuard<'_> {
     pub(super) fn catch_up_rows(&mut self, rows: &[u32]) -> Result<()> {
         match self {
             Self::Own(_) => Ok(()),
-            Self::Table(table, account) => table.pay(account, Some(&Touched::Rows(rows)), Written::Stands),
+            Self::Table(table, inner) => table.catch_up(inner, Some(&Touched::Rows(rows)), Written::Stands),
         }
     }
 
     /// Refuses a gradient of rows that somebody has written while they had missed updates. On a GPU it cannot be known.
     pub(super) fn seek_written(&mut self, grad: &Grad<'_>, var: &Tensor) -> Result<()> {
         match self {
-            Self::Table(table, account) if account.is_on_host() => {
-                Self::pay(table, account, grad, var, Written::Sought)
+            Self::Table(table, inner) if inner.is_on_host() => {
+                Self::catch_up_for(table, inner, grad, var, Written::Sought)
             }
             _ => Ok(()),
         }
@@ -108,21 +108,27 @@ impl StateGuard<'_> {
     /// Gets the rows of a gradient of `var` ready for their update: they are brought up to date, and those that lookups
     /// have found above their `max_norm` are scaled down.
     pub(super) fn prepare(&mut self, grad: &Grad<'_>, var: &Tensor) -> Result<()> {
-        if let Self::Table(table, account) = self {
-            Self::pay(table, account, grad, var, Written::Refused)?;
+        if let Self::Table(table, inner) = self {
+            Self::catch_up_for(table, inner, grad, var, Written::Refused)?;
         }
         let noted = limits::take(var.id());
         match self {
             _ if noted.is_empty() => Ok(()),
             Self::Own(_) => kernel::scale_down(var, row_len(var), &noted).map(drop),
-            Self::Table(table, account) => table.scale_down(account, &noted),
+            Self::Table(table, inner) => table.scale_down(inner, &noted),
         }
     }
 
-    fn pay(table: &Debts, account: &mut Account, grad: &Grad<'_>, var: &Tensor, written: Written) -> Result<()> {
+    fn catch_up_for(
+        table: &ExactTable,
+        inner: &mut ExactState,
+        grad: &Grad<'_>,
+        var: &Tensor,
+        written: Written,
+    ) -> Result<()> {
         match grad {
-            Grad::Rows(grad) => table.pay(account, Some(&grad.touched(var.device())?), written),
-            Grad::Dense(_) => table.pay(account, None, written),
+            Grad::Rows(grad) => table.catch_up(inner, Some(&grad.touched(var.device())?), written),
+            Grad::Dense(_) => table.catch_up(inner, None, written),
         }
     }
 
@@ -130,16 +136,16 @@ impl StateGuard<'_> {
     pub(super) fn parts(&mut self) -> (&mut ParamState, Option<&mut Vec<Checksum>>) {
         match self {
             Self::Own(state) => (state, None),
-            Self::Table(_, account) => account.parts(),
+            Self::Table(_, inner) => inner.parts(),
         }
     }
 
     /// Records an update in the ledger of a table.
-    pub(super) fn record(&mut self, orders: &Orders, grad: &Grad<'_>) -> Result<()> {
+    pub(super) fn record(&mut self, update_args: &UpdateArgs, grad: &Grad<'_>) -> Result<()> {
         match (self, grad) {
             (Self::Own(_), _) => Ok(()),
-            (Self::Table(table, account), Grad::Rows(grad)) => table.book(account, orders, Some(grad)),
-            (Self::Table(table, account), Grad::Dense(_)) => table.book(account, orders, None),
+            (Self::Table(table, inner), Grad::Rows(grad)) => table.record(inner, update_args, Some(grad)),
+            (Self::Table(table, inner), Grad::Dense(_)) => table.record(inner, update_args, None),
         }
     }
 }
@@ -150,7 +156,7 @@ impl Deref for StateGuard<'_> {
     fn deref(&self) -> &ParamState {
         match self {
             Self::Own(state) => state,
-            Self::Table(_, account) => &account.state,
+            Self::Table(_, inner) => &inner.state,
         }
     }
 }
@@ -159,7 +165,7 @@ impl DerefMut for StateGuard<'_> {
     fn deref_mut(&mut self) -> &mut ParamState {
         match self {
             Self::Own(state) => state,
-            Self::Table(_, account) => &mut account.state,
+            Self::Table(_, inner) => &mut inner.state,
         }
     }
 }
@@ -182,9 +188,9 @@ impl RowState {
             0 => Moments::zeros(var, info.place, &wanted).map(Some),
             _ => state.moments.converted(&wanted).map(Some),
         })?;
-        let owner = match (cell, group.keeping.sparse_update) {
+        let owner = match (cell, group.storage.sparse_update) {
             (StateCell::Own(state), SparseUpdate::Exact) => {
-                let (hyper, rounding) = (group.hyper(info.decays), group.keeping.rounding);
+                let (hyper, rounding) = (group.hyper(info.decays), group.storage.rounding);
                 let (hyper, key) = (&hyper, derive(seed, info.key));
                 Some(Owner::new(var, state, hyper, rounding, key)?)
             }
@@ -206,7 +212,7 @@ impl RowState {
 }
 
 impl Adamax {
-    /// Brings every weight up to date: rows of tables with [`SparseUpdate::Exact`] pay what they owe for the updates
+    /// Brings every weight up to date: rows of tables with [`SparseUpdate::Exact`] catch up for the updates
     /// that they missed, and rows that a layer with [`max_norm`](crate::Embedding::max_norm) has looked up are scaled. Call
     /// it before weights are read as a whole other than by this crate, by an operation on the `Var` or by `VarMap::save`, and
     /// before they are written, by `Var::set` or `VarMap::load`. After it no row has missed an update: what is read is up to

@@ -4,7 +4,7 @@
 
 use super::Adamax;
 use super::averages::Averages;
-use super::call::{ArgsOf, Call, Turn};
+use super::call::{ArgsMaker, Call, Turn};
 use super::grads::{Grad, Grads};
 use super::norms::Norms;
 use super::progress::InFlight;
@@ -14,10 +14,10 @@ use super::sums::{Addition, Sum};
 use super::vars::{Param, VarInfo, Vars};
 use crate::error::{Error, ErrorKind, Result};
 use crate::group::GroupSettings;
-use crate::kernel::{Orders, RowTask, Task, Update};
+use crate::kernel::{RowTask, Task, Update, UpdateArgs};
 use crate::params::{MissingGradients, SparseUpdate};
 use crate::rule::Coefficients;
-use crate::table::debts;
+use crate::table::exact;
 
 /// Kind of a gradient.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -90,18 +90,18 @@ impl Adamax {
     /// Refuses an update that settings do not allow. After it they have no more say.
     fn check_update(&mut self, call: &Call, grads: &Grads<'_>, trained: &Trained) -> Result<()> {
         self.check_missing(trained)?;
-        let is_any_exact = debts::is_any();
+        let is_any_exact = exact::is_any();
         for &(index, kind) in &trained.0 {
             let Param { info, state, .. } = &*self.vars[index];
             let is_table = state.is_table();
             let group = &self.resolved[info.group];
-            let is_exact = group.keeping.sparse_update == SparseUpdate::Exact;
+            let is_exact = group.storage.sparse_update == SparseUpdate::Exact;
             if !is_table && !is_exact && !is_any_exact {
                 continue;
             }
             if !is_table {
                 // Whoever else writes the table writes rows that have missed updates.
-                debts::check_alone(info.var.id())?;
+                exact::check_alone(info.var.id())?;
                 if !is_exact || kind == Kind::Dense {
                     continue;
                 }
@@ -214,25 +214,25 @@ impl Adamax {
     /// The update itself, of variables and states.
     fn update_with(&mut self, call: &Call, grads: &Grads<'_>, norms: &Norms) -> Result<Outcome> {
         let Self { params, resolved, vars, progress, backends, .. } = self;
-        let mut args_of = ArgsOf { params, resolved, call, update: progress.counters.updates + 1, last: None };
+        let mut args_maker = ArgsMaker { params, resolved, call, update: progress.counters.updates + 1, last: None };
         let mut entries = Vec::with_capacity(grads.len());
         for (nth, (grad, Param { info, state, .. })) in grads.with(vars).enumerate() {
             let mut state = state.lock();
             state.prepare(grad, &info.var)?;
-            let args = args_of.args(info, &state, norms.grad_scale(nth));
+            let args = args_maker.args(info, &state, norms.grad_scale(nth));
             entries.push(Entry { info, grad, state, args });
         }
         let (mut tasks, mut rows) = (Vec::with_capacity(entries.len()), Vec::new());
         for (nth, Entry { info, grad, state, args }) in entries.iter_mut().enumerate() {
-            let (var, orders) = (info.var.as_tensor(), *args);
+            let (var, update_args) = (info.var.as_tensor(), *args);
             match grad {
                 Grad::Dense(grad) => {
                     let (place, read) = (info.place, Some(grad.source()));
-                    tasks.push(Task { place, nth, lent: Some(var), read, kind: Update { orders, state } });
+                    tasks.push(Task { place, nth, lent: Some(var), read, kind: Update { update_args, state } });
                 }
                 Grad::Rows(grad) => {
                     let (state, checksums) = state.parts();
-                    rows.push(RowTask { nth, var, grad, orders, state, checksums });
+                    rows.push(RowTask { nth, var, grad, update_args, state, checksums });
                 }
             }
         }
@@ -256,7 +256,7 @@ struct Entry<'a> {
     info: &'a VarInfo,
     grad: &'a Grad<'a>,
     state: StateGuard<'a>,
-    args: Orders,
+    args: UpdateArgs,
 }
 
 /// Refuses gradients of rows that somebody has written while they had missed updates.

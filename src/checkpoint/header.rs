@@ -8,7 +8,7 @@ use safetensors::tensor::TensorInfo;
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-use super::reading::Room;
+use super::reading::HeaderLimits;
 
 /// The most dimensions that a tensor may have.
 const DIMENSIONS: usize = 64;
@@ -24,7 +24,7 @@ pub(super) struct Wanted<'w> {
     /// Whether a tensor of this name may be there.
     pub(super) is_tensor: &'w dyn Fn(&str) -> bool,
     /// How much the text may hold; if it is not known, as much as those of the variables in the file need.
-    pub(super) room: Option<Room>,
+    pub(super) limits: Option<HeaderLimits>,
 }
 
 /// What of a header is kept.

@@ -16,7 +16,7 @@ use candle_core::Tensor;
 
 use super::header::Wanted;
 use super::plain::{PlainVar, count, of_scalar, scalar};
-use super::reading::{Room, TensorFile};
+use super::reading::{HeaderLimits, TensorFile};
 use super::{AtomicFile, write_tensors};
 use crate::error::{Error, Result};
 
@@ -120,7 +120,7 @@ pub(crate) fn read(path: &Path, names: &[&str], extras: Extras) -> Result<KerasS
     known.extend([ITERATION, LEARNING_RATE].map(str::to_owned));
     // With or without the optimizer's name.
     let is_tensor = |key: &str| known.contains(key) || key.split_once('/').is_some_and(|(_, key)| known.contains(key));
-    let wanted = Wanted { text: None, is_tensor: &is_tensor, room: Some(Room::of(names.iter().copied())) };
+    let wanted = Wanted { text: None, is_tensor: &is_tensor, limits: Some(HeaderLimits::of(names.iter().copied())) };
     let mut file = TensorFile::open(path, &wanted)?;
     file.no_surplus()?;
     // The iteration tells whether, and which.
@@ -160,7 +160,7 @@ pub(crate) fn read_legacy(path: &Path, names: &[&str]) -> Result<KerasState> {
         let position = key.parse().ok().filter(|position: &usize| position.to_string() == key);
         position.is_some_and(|position| position < count_of_tensors)
     };
-    let wanted = Wanted { text: None, is_tensor: &is_tensor, room: Some(Room::of(names.iter().copied())) };
+    let wanted = Wanted { text: None, is_tensor: &is_tensor, limits: Some(HeaderLimits::of(names.iter().copied())) };
     let mut file = TensorFile::open(path, &wanted)?;
     let mut take = |position: usize| file.take(&position.to_string());
     let iteration = count("0", &take(0)?)?;

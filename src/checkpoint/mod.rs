@@ -118,9 +118,9 @@ pub struct VarSnapshot {
     pub exp_avg: Tensor,
     /// u, the exponentially weighted infinity norm; or its codes; or one for each row.
     pub exp_inf: Tensor,
-    /// The logarithms of the units of codes, of dtype U32: one for each row or block of 1,024 elements.
-    pub units: Option<Tensor>,
-    /// Whether units are those of rows.
+    /// The logarithms of the scales of codes, of dtype U32: one for each row or block of 1,024 elements.
+    pub scales: Option<Tensor>,
+    /// Whether scales are those of rows.
     pub by_rows: bool,
     /// What master copies keep beside the variable: I16 for bf16, F32 for f16.
     pub master: Option<Tensor>,
@@ -140,7 +140,7 @@ pub struct MissedUpdates {
     /// One number for each row, of dtype U32: in bits 0 to 16 the number of the last update that the row has seen, 0 if that
     /// was before all of `updates`; above them what else the optimizer knows of the row.
     pub last_update: Tensor,
-    /// The updates, `[n, 3]` of dtype F64: step size, decay of the weights, and shrinkage of the units of codes.
+    /// The updates, `[n, 3]` of dtype F64: step size, decay of the weights, and shrinkage of the scales of codes.
     pub updates: Tensor,
 }
 

@@ -1,5 +1,5 @@
 //! The crate's own format: a safetensors file. Its tensors are `NAME.exp_avg`, `NAME.exp_inf` and, where there is one,
-//! `NAME.units`, `NAME.master`, `NAME.ema`, `NAME.accumulated` (of some rows: `NAME.accumulated.indices` and
+//! `NAME.scales`, `NAME.master`, `NAME.ema`, `NAME.accumulated` (of some rows: `NAME.accumulated.indices` and
 //! `.values`) and, for rows that have missed updates, `NAME.missed.last_update` and `.updates`; everything else is one JSON text in its metadata, under `candle_adamax`.
 //!
 //! Invariant: reading accepts exactly what writing makes. Whatever is missing or surplus is an error that names it.
@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::header::Wanted;
-use super::reading::{Room, TensorFile};
+use super::reading::{HeaderLimits, TensorFile};
 use super::{AccumulatedGrad, AtomicFile, Counters, MissedUpdates, Snapshot, VarSnapshot, names, write_tensors};
 use crate::error::{Error, Result};
 use crate::gradient::SparseGrad;
@@ -29,7 +29,7 @@ const METADATA: &str = "candle_adamax";
 const TENSORS: [&str; 10] = [
     "exp_avg",
     "exp_inf",
-    "units",
+    "scales",
     "master",
     "ema",
     "accumulated",
@@ -61,7 +61,7 @@ struct Header {
 struct VarHeader {
     group: String,
     step: u64,
-    units: bool,
+    scales: bool,
     by_rows: bool,
     master: bool,
     ema: bool,
@@ -87,7 +87,7 @@ pub(crate) fn write(snapshot: &Snapshot, file: AtomicFile) -> Result<()> {
     for (name, var) in vars {
         tensors.push((format!("{name}.exp_avg"), &var.exp_avg));
         tensors.push((format!("{name}.exp_inf"), &var.exp_inf));
-        for (what, tensor) in [("units", &var.units), ("master", &var.master), ("ema", &var.ema)] {
+        for (what, tensor) in [("scales", &var.scales), ("master", &var.master), ("ema", &var.ema)] {
             tensors.extend(tensor.iter().map(|tensor| (format!("{name}.{what}"), tensor)));
         }
         match &var.accumulated {
@@ -105,7 +105,7 @@ pub(crate) fn write(snapshot: &Snapshot, file: AtomicFile) -> Result<()> {
         let header = VarHeader {
             group: var.group.clone(),
             step: var.step,
-            units: var.units.is_some(),
+            scales: var.scales.is_some(),
             by_rows: var.by_rows,
             master: var.master.is_some(),
             ema: var.ema.is_some(),
@@ -125,13 +125,13 @@ pub(crate) fn write(snapshot: &Snapshot, file: AtomicFile) -> Result<()> {
         vars: headers,
     };
     let json = to_json(&header)?;
-    Room::of(vars.keys().map(String::as_str)).check(METADATA, &json)?;
+    HeaderLimits::of(vars.keys().map(String::as_str)).check(METADATA, &json)?;
     write_tensors(file, tensors, Some((METADATA, json)))
 }
 
-/// Makes sure that a file has room for these settings, whatever variables there are.
+/// Makes sure that a file has limits for these settings, whatever variables there are.
 pub(crate) fn check_settings(params: &ParamsAdamax, groups: &[GroupSettings]) -> Result<()> {
-    Room::of([]).check(METADATA, &to_json(&(params, groups))?)
+    HeaderLimits::of([]).check(METADATA, &to_json(&(params, groups))?)
 }
 
 /// Reads what [`write()`] has written for variables of these names, which are in alphabetical order, or for any.
@@ -147,8 +147,8 @@ fn try_read(path: &Path, names: Option<&[&str]>) -> Result<Snapshot> {
             name.is_some_and(is_var)
         })
     };
-    let room = names.map(|names| Room::of(names.iter().copied()));
-    let mut file = TensorFile::open(path, &Wanted { text: Some(METADATA), is_tensor: &is_tensor, room })?;
+    let limits = names.map(|names| HeaderLimits::of(names.iter().copied()));
+    let mut file = TensorFile::open(path, &Wanted { text: Some(METADATA), is_tensor: &is_tensor, limits })?;
     let Some(json) = file.text() else {
         return Err(Error::checkpoint(METADATA, "metadata of a checkpoint of this crate", "none"));
     };
@@ -159,14 +159,14 @@ fn try_read(path: &Path, names: Option<&[&str]>) -> Result<Snapshot> {
     }
     let mut vars = BTreeMap::new();
     for (name, header) in header.vars {
-        let VarHeader { group, step, units, by_rows, master, ema, accumulated, accumulated_rows, missed } = header;
+        let VarHeader { group, step, scales, by_rows, master, ema, accumulated, accumulated_rows, missed } = header;
         let mut take = |what: &str| file.take(&format!("{name}.{what}"));
         let var = VarSnapshot {
             group,
             step,
             exp_avg: take("exp_avg")?,
             exp_inf: take("exp_inf")?,
-            units: units.then(|| take("units")).transpose()?,
+            scales: scales.then(|| take("scales")).transpose()?,
             by_rows,
             master: master.then(|| take("master")).transpose()?,
             ema: ema.then(|| take("ema")).transpose()?,

@@ -24,23 +24,23 @@ use crate::error::{Error, Result, listed};
 
 /// How much a JSON text in a header may hold: far more than settings of variables with certain names need.
 #[derive(Clone, Copy)]
-pub(super) struct Room {
+pub(super) struct HeaderLimits {
     bytes: usize,
     /// A value takes far more memory than its text.
     values: usize,
 }
 
-impl Room {
+impl HeaderLimits {
     /// An object takes as much memory as so many numbers, whatever is in it.
     const OBJECT: usize = 16;
 
     pub(super) fn of<'n>(names: impl IntoIterator<Item = &'n str>) -> Self {
-        let mut room = Self { bytes: 1 << 20, values: 1 << 16 };
+        let mut limits = Self { bytes: 1 << 20, values: 1 << 16 };
         for name in names {
-            room.bytes += 2048 + 64 * name.len();
-            room.values += 64;
+            limits.bytes += 2048 + 64 * name.len();
+            limits.values += 64;
         }
-        room
+        limits
     }
 
     /// Makes sure that the text `entry` is no longer.
@@ -55,7 +55,7 @@ impl Room {
     }
 }
 
-/// How many values a JSON text has, an object counted as [`Room::OBJECT`]: what makes a parser allocate.
+/// How many values a JSON text has, an object counted as [`HeaderLimits::OBJECT`]: what makes a parser allocate.
 fn count_values(text: &str) -> usize {
     let (mut values, mut in_string, mut is_escaped) = (0, false, false);
     for byte in text.bytes() {
@@ -64,7 +64,7 @@ fn count_values(text: &str) -> usize {
             b'\\' => is_escaped = in_string,
             b'"' => in_string = !in_string,
             _ if in_string => {}
-            b'{' => values += Room::OBJECT,
+            b'{' => values += HeaderLimits::OBJECT,
             b'[' | b',' | b':' => values += 1,
             _ => {}
         }
@@ -88,14 +88,14 @@ pub(super) struct TensorFile {
 impl TensorFile {
     /// Reads the header of the file at `path`. What is surplus there is an error of [`no_surplus`](Self::no_surplus).
     pub(super) fn open(path: &Path, wanted: &Wanted<'_>) -> Result<Self> {
-        let (header, file, length) = read_header(path, wanted.room)?;
+        let (header, file, length) = read_header(path, wanted.limits)?;
         let start = (size_of::<u64>() + header.len()) as u64;
         let parsed = Header::parse(&header, wanted);
         let Header { text, tensors, surplus } =
             parsed.map_err(|error| unreadable(path, SafeTensorError::InvalidHeaderDeserialization(error)))?;
         if let (Some(key), Some(text)) = (wanted.text, &text) {
-            let of_vars = || Room::of(tensors.keys().filter_map(|name| name.strip_suffix(".exp_avg")));
-            wanted.room.unwrap_or_else(of_vars).check(key, text).map_err(|error| error.in_file(path))?;
+            let of_vars = || HeaderLimits::of(tensors.keys().filter_map(|name| name.strip_suffix(".exp_avg")));
+            wanted.limits.unwrap_or_else(of_vars).check(key, text).map_err(|error| error.in_file(path))?;
         }
         // What is surplus was not kept, so the rest has gaps; nothing is taken from such a file.
         if surplus.is_empty() {
@@ -193,7 +193,7 @@ fn surplus(name: &str) -> Error {
 }
 
 /// The bytes of the header, the file, and how many bytes that has.
-fn read_header(path: &Path, room: Option<Room>) -> Result<(Vec<u8>, File, u64)> {
+fn read_header(path: &Path, limits: Option<HeaderLimits>) -> Result<(Vec<u8>, File, u64)> {
     let failed = || failed("reading", path);
     let mut file = File::open(path).map_err(failed())?;
     let metadata = file.metadata().map_err(failed())?;
@@ -210,7 +210,7 @@ fn read_header(path: &Path, room: Option<Room>) -> Result<(Vec<u8>, File, u64)> 
         return Err(unreadable(path, SafeTensorError::InvalidHeaderLength));
     }
     // A text is at most twice as long as a string of JSON, and the entries of tensors are short.
-    if claimed > room.map_or(LARGEST_HEADER, |room| 4 * room.bytes) as u64 {
+    if claimed > limits.map_or(LARGEST_HEADER, |limits| 4 * limits.bytes) as u64 {
         return Err(unreadable(path, SafeTensorError::HeaderTooLarge));
     }
     let mut header = vec![0; claimed as usize];

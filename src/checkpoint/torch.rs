@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::header::Wanted;
 use super::names::{differences, hint};
 use super::plain::{PlainVar, count, of_scalar};
-use super::reading::{Room, TensorFile};
+use super::reading::{HeaderLimits, TensorFile};
 use super::{AtomicFile, write_tensors};
 use crate::error::{Error, Result, listed};
 
@@ -101,7 +101,7 @@ pub(crate) fn check<'n>(steps: impl IntoIterator<Item = (&'n str, u64)>, groups:
         }
     }
     let names = groups.iter().flat_map(|group| &group.params).map(String::as_str);
-    Room::of(names).check(PARAM_GROUPS, &to_json(groups)?)
+    HeaderLimits::of(names).check(PARAM_GROUPS, &to_json(groups)?)
 }
 
 fn to_json(groups: &[TorchGroup]) -> Result<String> {
@@ -127,8 +127,11 @@ pub(crate) fn read(path: &Path, names: &[&str], options: TorchOptions) -> Result
     let is_var = |name: &str| names.binary_search(&name).is_ok();
     let is_tensor =
         |key: &str| key.rsplit_once('.').is_some_and(|(name, what)| TENSORS.contains(&what) && is_var(name));
-    let wanted =
-        Wanted { text: Some(PARAM_GROUPS), is_tensor: &is_tensor, room: Some(Room::of(names.iter().copied())) };
+    let wanted = Wanted {
+        text: Some(PARAM_GROUPS),
+        is_tensor: &is_tensor,
+        limits: Some(HeaderLimits::of(names.iter().copied())),
+    };
     let mut file = TensorFile::open(path, &wanted)?;
     let groups = parse_groups(file.text(), names, options)?;
     file.no_surplus()?;

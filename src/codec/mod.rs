@@ -31,9 +31,9 @@
 //! What lies below its block's range becomes the smallest code, so its u is too large and its steps too small, never
 //! the reverse up to 1e38, where the largest unit ends. Infinity and NaN have codes.
 
+mod catch_up;
 mod convert;
 mod format;
-mod pay;
 #[cfg(test)]
 mod tests;
 mod unit;
@@ -44,9 +44,9 @@ use serde::{Deserialize, Serialize};
 use crate::rounding::TWO_32;
 use crate::rule::{EpsMode, Hyperparameters};
 
+pub(crate) use catch_up::{catch_up_block, catch_up_row, is_zero};
 pub(crate) use convert::{decode_block, encode_block, encode_moment, in_unit};
 pub(crate) use format::{Bf16, F16, Format, Moment, Plain, Q8};
-pub(crate) use pay::{is_zero, pay_block, pay_row};
 pub(crate) use unit::{LARGEST as LARGEST_LOG, POINT, scale_of, shrinkage};
 pub(crate) use update::{Codes, update_block, update_row};
 
@@ -110,7 +110,7 @@ impl Encoding {
             EpsMode::AddToNorm => hyper.eps,
             EpsMode::InsideMax => 0.0,
         };
-        Self { eps_outside, limit: largest_ratio(hyper.beta1, hyper.beta2) }
+        Self { eps_outside, limit: max_ratio(hyper.beta1, hyper.beta2) }
     }
 
     pub(crate) fn limits(&self) -> Limits {
@@ -120,7 +120,7 @@ impl Encoding {
 }
 
 /// The largest `|m| / u` there can be: `(1 - beta1) / (1 - beta1 / beta2)`; infinite unless `beta1 < beta2`.
-pub(crate) fn largest_ratio(beta1: f64, beta2: f64) -> f64 {
+pub(crate) fn max_ratio(beta1: f64, beta2: f64) -> f64 {
     if beta1 < beta2 { (1.0 - beta1) / (1.0 - beta1 / beta2) } else { f64::INFINITY }
 }
 
@@ -132,7 +132,7 @@ pub(crate) const LARGEST_NOISE: f64 = 0.125;
 /// Each update rounds at random to one of two neighboring codes, with a variance of a sixth of a code's square on average,
 /// and m keeps `beta1` of all that was added before.
 pub(crate) fn q8_noise(beta1: f64, beta2: f64) -> f64 {
-    largest_ratio(beta1, beta2) / f64::from(Q8::LARGEST) / (6.0 * (1.0 - beta1 * beta1)).sqrt()
+    max_ratio(beta1, beta2) / f64::from(Q8::LARGEST) / (6.0 * (1.0 - beta1 * beta1)).sqrt()
 }
 
 /// [`Encoding::limit`] in the forms that kernels use.

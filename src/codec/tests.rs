@@ -119,14 +119,14 @@ fn shrinkage_is_right_on_average() {
 
 #[test]
 fn the_largest_quotient() {
-    assert!((largest_ratio(0.9, 0.999) - 1.0091).abs() < 1e-4);
-    assert_eq!(largest_ratio(0.0, 0.9), 1.0);
-    assert_eq!(largest_ratio(0.9, 0.9), f64::INFINITY);
+    assert!((max_ratio(0.9, 0.999) - 1.0091).abs() < 1e-4);
+    assert_eq!(max_ratio(0.0, 0.9), 1.0);
+    assert_eq!(max_ratio(0.9, 0.9), f64::INFINITY);
 }
 
 #[test]
 fn what_comes_from_codes_goes_back_into_them() {
-    let encoding = Encoding { eps_outside: 1e-7, limit: largest_ratio(0.9, 0.999) };
+    let encoding = Encoding { eps_outside: 1e-7, limit: max_ratio(0.9, 0.999) };
     let random = |i: u32| crate::rounding::mix(u64::from(i)) as u32;
     for case in 0..4000u32 {
         // Units of any fraction; the largest and the smallest codes in some, and elements that have had no gradient.

@@ -55,14 +55,14 @@ fn largest_seen(c: &Coefficients<f32>, params: &[f32], grads: &[f32]) -> Largest
     if c.l2 == 0.0 {
         let largest = grads.iter().fold(0, |largest: u32, grad| largest.max(grad.abs().to_bits()));
         // Without the weights, what is seen grows with the gradient: the largest of one is that of the other.
-        let seen = rule::seen(c, rule::gradient(c, 0.0, f32::from_bits(largest)));
+        let seen = rule::magnitude(c, rule::gradient(c, 0.0, f32::from_bits(largest)));
         if largest < INFINITE && seen < f32::INFINITY {
             return Largest { finite: seen, is_all: true };
         }
     }
     let (mut finite, mut is_all) = (0, true);
     for (w, grad) in params.iter().zip(grads) {
-        let seen = rule::seen(c, rule::gradient(c, *w, *grad)).to_bits();
+        let seen = rule::magnitude(c, rule::gradient(c, *w, *grad)).to_bits();
         is_all &= seen < INFINITE;
         // Neither infinity nor NaN has a place in a range.
         finite = finite.max(if seen < INFINITE { seen } else { 0 });
@@ -107,9 +107,9 @@ impl Block<'_> {
             let m = F::decode(F::load(*moment, limits), stored * before + c.eps_outside);
             let g = rule::gradient(c, *w, *grad);
             let m = rule::first_moment(c, m, g);
-            let code = F::encode_norm(rule::maximum(stored * rebase, rule::seen(c, g) * per_unit));
-            let ratio = F::bound(rule::ratio(c, m, F::norm(code) * after), limits);
-            *w = rule::apply(c, *w, F::bound(ratio * F::GAIN, limits));
+            let code = F::encode_norm(rule::maximum(stored * rebase, rule::magnitude(c, g) * per_unit));
+            let ratio = F::bound(rule::normalized(c, m, F::norm(code) * after), limits);
+            *w = rule::step_weight(c, *w, F::bound(ratio * F::GAIN, limits));
             *moment = F::narrow(F::encode(m, ratio, limits, random));
             *norm = F::narrow_norm(code);
         }
@@ -165,13 +165,13 @@ pub(crate) fn update_row<A: Arithmetic, M: Moment<A>>(
     let before = *norm;
     let mut after = c.beta2 * before;
     for (w, grad) in params.iter().zip(grads) {
-        after = rule::maximum(after, rule::seen(c, rule::gradient(c, *w, *grad)));
+        after = rule::maximum(after, rule::magnitude(c, rule::gradient(c, *w, *grad)));
     }
     for (((w, grad), moment), random) in params.iter_mut().zip(grads).zip(moments).zip(Randoms::new(key)) {
         let g = rule::gradient(c, *w, *grad);
         let m = rule::first_moment(c, M::decode(M::load(*moment, limits), before + c.eps_outside), g);
-        let ratio = rule::ratio(c, m, after);
-        *w = rule::apply(c, *w, ratio);
+        let ratio = rule::normalized(c, m, after);
+        *w = rule::step_weight(c, *w, ratio);
         *moment = M::narrow(M::encode(m, ratio, limits, random));
     }
     *norm = after;

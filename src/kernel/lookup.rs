@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, Layout, Result, Tensor, bail};
 
 use super::cpu::rows;
 use super::lend::{Elements, ElementsMut, Source, elements_of, lend};
-use super::occurrences::Listed;
+use super::lookup_ids::HostIds;
 use crate::element::Element;
 use crate::mark::Checksum;
 use crate::pages;
@@ -45,17 +45,17 @@ pub(crate) fn pool(
 }
 
 /// The gradients of the factors of a pooled lookup, from that of its result and the `rows` that were looked up.
-pub(crate) fn dot_rows(rows: &Tensor, grad: &Tensor, row_len: usize, occurrences: &Listed) -> Result<CpuStorage> {
-    fn dots<E: Element>(rows: &[E], grad: &[E], row_len: usize, occurrences: &Listed) -> Vec<E> {
-        let bags = (0..occurrences.ids().len()).map(|position| occurrences.contribution(position).0);
+pub(crate) fn dot_rows(rows: &Tensor, grad: &Tensor, row_len: usize, lookup_ids: &HostIds) -> Result<CpuStorage> {
+    fn dots<E: Element>(rows: &[E], grad: &[E], row_len: usize, lookup_ids: &HostIds) -> Vec<E> {
+        let bags = (0..lookup_ids.ids().len()).map(|position| lookup_ids.contribution(position).0);
         rows::dot_rows(rows, grad, row_len, bags)
     }
     let (rows, grad) = (Source::Tensor(rows).borrow()?, Source::Tensor(grad).borrow()?);
     Ok(match (rows.elements()?, grad.elements()?) {
-        (Elements::F64(rows), Elements::F64(grad)) => CpuStorage::F64(dots(rows, grad, row_len, occurrences)),
-        (Elements::F32(rows), Elements::F32(grad)) => CpuStorage::F32(dots(rows, grad, row_len, occurrences)),
-        (Elements::F16(rows), Elements::F16(grad)) => CpuStorage::F16(dots(rows, grad, row_len, occurrences)),
-        (Elements::BF16(rows), Elements::BF16(grad)) => CpuStorage::BF16(dots(rows, grad, row_len, occurrences)),
+        (Elements::F64(rows), Elements::F64(grad)) => CpuStorage::F64(dots(rows, grad, row_len, lookup_ids)),
+        (Elements::F32(rows), Elements::F32(grad)) => CpuStorage::F32(dots(rows, grad, row_len, lookup_ids)),
+        (Elements::F16(rows), Elements::F16(grad)) => CpuStorage::F16(dots(rows, grad, row_len, lookup_ids)),
+        (Elements::BF16(rows), Elements::BF16(grad)) => CpuStorage::BF16(dots(rows, grad, row_len, lookup_ids)),
         _ => bail!("the gradient of a lookup has another dtype than its table"),
     })
 }
@@ -146,13 +146,13 @@ pub(crate) fn checksums(table: &Tensor, row_len: usize, ids: &[u32]) -> Result<V
 }
 
 /// Asks for large pages under a large table.
-pub(crate) fn enlarge(table: &Tensor) -> Result<()> {
+pub(crate) fn advise_huge_pages(table: &Tensor) -> Result<()> {
     let borrowed = Source::Tensor(table).borrow()?;
     match borrowed.elements()? {
-        Elements::F64(values) => pages::enlarge(values),
-        Elements::F32(values) => pages::enlarge(values),
-        Elements::F16(values) => pages::enlarge(values),
-        Elements::BF16(values) => pages::enlarge(values),
+        Elements::F64(values) => pages::advise_huge_pages(values),
+        Elements::F32(values) => pages::advise_huge_pages(values),
+        Elements::F16(values) => pages::advise_huge_pages(values),
+        Elements::BF16(values) => pages::advise_huge_pages(values),
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ mod cpu;
 mod cuda;
 pub(crate) mod lend;
 mod lookup;
-mod occurrences;
+mod lookup_ids;
 mod plan;
 mod portable;
 mod rows;
@@ -17,15 +17,15 @@ use crate::mark::Mark;
 use crate::reduce::{Norm, NormType};
 use crate::state::Place;
 
-pub(crate) use cpu::{Accumulate, Average, Orders, PayTask, RowTask, Task, Update, Written};
+pub(crate) use cpu::{Accumulate, Average, CatchUpTask, RowTask, Task, Update, UpdateArgs, Written};
 #[cfg(feature = "cuda")]
 pub(crate) use cuda::GpuRows;
 pub(crate) use cuda::{GpuIds, GpuMarks, Unchecked};
 pub(crate) use lend::Source;
 pub(crate) use lookup::{
-    Limit, checksums, copy, dot_rows, enlarge, gather, largest, largest_backward, limit, pool, scale_down,
+    Limit, advise_huge_pages, checksums, copy, dot_rows, gather, largest, largest_backward, limit, pool, scale_down,
 };
-pub(crate) use occurrences::{Listed, Occurrences, Part, total};
+pub(crate) use lookup_ids::{HostIds, LookupGrad, LookupIds, total};
 pub(crate) use rows::{RowGrad, RowValues, SummedRows, Touched};
 
 /// Which implementation of the update an optimizer uses.
@@ -168,10 +168,10 @@ pub(crate) fn all_on_one_gpu<'v>(mut grads: impl Iterator<Item = (&'v Tensor, Pl
     grads.all(|(var, place)| place == Place::Cuda && var.device().same_device(first.device()))
 }
 
-/// Lets rows of a table in host memory pay: ascending, each with its mark, which becomes the new one. Returns the first row
+/// Brings rows of a table in host memory up to date: ascending, each with its mark, which becomes the new one. Returns the first row
 /// that was written by others, if that is refused; nothing has changed then.
-pub(crate) fn pay(task: PayTask<'_>, rows: &mut [(u32, Mark)], written: Written) -> Result<Option<u32>> {
-    Ok(cpu::pay_rows(task, rows, written)?)
+pub(crate) fn catch_up(task: CatchUpTask<'_>, rows: &mut [(u32, Mark)], written: Written) -> Result<Option<u32>> {
+    Ok(cpu::catch_up_rows(task, rows, written)?)
 }
 
 /// Those of the host, of tensor operations and of the CUDA kernels.

@@ -27,9 +27,9 @@ pub(super) fn update<'a>(tasks: Vec<Task<'a, Update<'a>>>, row_tasks: Vec<RowTas
         if is_empty(var) {
             continue;
         }
-        let Update { orders, state } = task.kind;
+        let Update { update_args, state } = task.kind;
         let [m, u] = moments(state)?;
-        let (next_w, next_m, next_u) = update_one(&orders.coefficients, var, gradient(read)?, m, u)?;
+        let (next_w, next_m, next_u) = update_one(&update_args.coefficients, var, gradient(read)?, m, u)?;
         whole.push((var, state, [next_w, next_m, next_u]));
     }
     Ok(Updated { whole, rows })
@@ -62,7 +62,7 @@ struct UpdatedRows {
 impl UpdatedRows {
     /// None if there are no elements.
     fn compute(task: RowTask<'_>) -> Result<Option<Self>> {
-        let RowTask { var, grad, orders, state, .. } = task;
+        let RowTask { var, grad, update_args, state, .. } = task;
         let SummedRows { rows, values } = grad.summed(var.dtype())?;
         let (n, len) = (rows.len(), grad.row_len);
         if n * len == 0 {
@@ -78,7 +78,7 @@ impl UpdatedRows {
         let [w, m, u] = &all;
         let select = |tensor: &Tensor| tensor.index_select(&rows, 0);
         let (next_w, next_m, next_u) =
-            update_one(&orders.coefficients, &select(w)?, &values, &select(m)?, &select(u)?)?;
+            update_one(&update_args.coefficients, &select(w)?, &values, &select(m)?, &select(u)?)?;
         let [w, m, u] = all;
         let rows = rows.reshape((n, 1))?.broadcast_as(&shape)?.contiguous()?;
         let tensors = [(w, next_w.contiguous()?), (m, next_m.contiguous()?), (u, next_u.contiguous()?)];

@@ -10,7 +10,7 @@ use half::{bf16, f16};
 
 use super::cuda::GpuRows;
 use super::lend::{Borrowed, Elements, Source};
-use super::occurrences::{Part, coalesce};
+use super::lookup_ids::{LookupGrad, coalesce};
 use crate::element::{Arithmetic, Element};
 use crate::error::Result;
 use crate::pages::Pages;
@@ -33,7 +33,7 @@ pub(crate) struct RowGrad<'g> {
 /// What is known of a [`RowGrad`].
 pub(crate) enum RowValues<'g> {
     /// As it occurred: the GPU that the table is on sorts and sums it.
-    Unsorted(Vec<Part<'g>>),
+    Unsorted(Vec<LookupGrad<'g>>),
     /// Sorted by row, and not summed up yet.
     Coalesced(Coalesced<'g>),
     /// In host memory.
@@ -56,7 +56,7 @@ pub(crate) struct SummedRows {
     pub(crate) values: Buffer,
 }
 
-/// Rows that are about to pay, or that were updated.
+/// Rows that are about to catch up, or that were updated.
 pub(crate) enum Touched<'x> {
     /// Ascending, each once.
     Rows(&'x [u32]),
@@ -66,7 +66,7 @@ pub(crate) enum Touched<'x> {
 }
 
 impl<'g> RowGrad<'g> {
-    pub(crate) fn coalesced(parts: &[Part<'g>], row_len: usize) -> Result<Self> {
+    pub(crate) fn coalesced(parts: &[LookupGrad<'g>], row_len: usize) -> Result<Self> {
         Ok(Self { row_len, values: RowValues::Coalesced(coalesce(parts)?) })
     }
 
@@ -91,7 +91,7 @@ impl RowGrad<'_> {
                 Ok(Touched::Rows(rows))
             }
             RowValues::Unsorted(parts) => {
-                let rows = parts.iter().map(|part| GpuRows::trained(&part.occurrences, device));
+                let rows = parts.iter().map(|part| GpuRows::trained(&part.lookup_ids, device));
                 Ok(Touched::OnGpu(rows.collect::<Result<_>>()?))
             }
         }

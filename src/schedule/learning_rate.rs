@@ -49,7 +49,7 @@ const CUSTOM: &str = "Custom";
 /// | `Tensor` | `{"class_name": "Tensor", "config": 0.001}`, with the number it holds now | a new tensor (f64, CPU) of that number |
 /// | `Custom` | `{"class_name": "Custom", "config": null}` | a placeholder, which [`validate`](Self::validate) and [`at`](Self::at) refuse |
 ///
-/// Both are [live](Self::is_live) when read, so that a loader can tell that the caller's own has to take their place.
+/// Both are [live](Self::is_external) when read, so that a loader can tell that the caller's own has to take their place.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum LearningRate {
@@ -106,14 +106,14 @@ impl LearningRate {
     /// use candle_adamax::LearningRate;
     ///
     /// let saved: LearningRate = serde_json::from_str(r#"{"class_name": "Custom", "config": null}"#)?;
-    /// assert!(saved.is_live()); // so keep the learning rate that the optimizer has
+    /// assert!(saved.is_external()); // so keep the learning rate that the optimizer has
     /// assert!(saved.validate().is_err()); // and do not train with this one
     ///
     /// let saved: LearningRate = serde_json::from_str("0.001")?;
-    /// assert!(!saved.is_live());
+    /// assert!(!saved.is_external());
     /// # Ok::<(), serde_json::Error>(())
     /// ```
-    pub fn is_live(&self) -> bool {
+    pub fn is_external(&self) -> bool {
         match self {
             Self::Constant(_) | Self::Schedule(_) => false,
             Self::Tensor(_) | Self::Custom(_) => true,

@@ -31,7 +31,7 @@ pub enum ThresholdMode {
 /// Lower learning rates once a metric has stopped getting better: PyTorch's `ReduceLROnPlateau`, with its defaults.
 ///
 /// Set [`ParamsAdamax::plateau`](crate::ParamsAdamax::plateau) and hand each metric, once an epoch, say, to
-/// [`Adamax::observe`](crate::Adamax::observe). After more than `patience` metrics in a row that were no better than the
+/// [`Adamax::observe_metric`](crate::Adamax::observe_metric). After more than `patience` metrics in a row that were no better than the
 /// best one, the learning rates of all groups are multiplied by `factor`, on top of what their schedules say:
 ///
 /// ```text

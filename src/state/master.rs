@@ -21,7 +21,7 @@ use crate::rounding::Rounding;
 /// What is kept beside a parameter; zeros are a copy that equals its parameter.
 pub(crate) enum Kept {
     /// The other half of the copy of a bf16 parameter.
-    Rest(Pages<i16>),
+    Residual(Pages<i16>),
     /// The copy of an f16 parameter.
     Copy(Pages<f32>),
     /// Either of them, on the parameter's GPU.
@@ -48,7 +48,7 @@ impl Master {
         let (dtype, n) = (Self::dtype(var.dtype()), var.elem_count());
         let kept = match (place, dtype) {
             (Place::Cuda, dtype) => Kept::Device(Tensor::zeros(var.shape(), dtype, var.device())?),
-            (_, DType::I16) => Kept::Rest(Pages::zeros(n)),
+            (_, DType::I16) => Kept::Residual(Pages::zeros(n)),
             (_, _) => Kept::Copy(Pages::zeros(n)),
         };
         Ok(Some(Self::new(kept, var)))
@@ -65,7 +65,7 @@ impl Master {
         } else {
             match (self.written.take(), &mut self.kept) {
                 (None, _) | (_, Kept::Device(_)) => {}
-                (Some(elements), Kept::Rest(values)) => elements.clear(values),
+                (Some(elements), Kept::Residual(values)) => elements.clear(values),
                 (Some(elements), Kept::Copy(values)) => elements.clear(values),
             }
         }
@@ -88,10 +88,10 @@ impl Master {
     pub(crate) fn grown(&self, var: &Tensor) -> Result<Self> {
         let n = var.elem_count();
         let kept = match &self.kept {
-            Kept::Rest(values) => {
+            Kept::Residual(values) => {
                 let mut values = Pages::extended(values, n);
                 self.written.clear(&mut values);
-                Kept::Rest(values)
+                Kept::Residual(values)
             }
             Kept::Copy(values) => {
                 let mut values = Pages::extended(values, n);
@@ -109,7 +109,7 @@ impl Master {
     /// The values as they are stored.
     pub(crate) fn to_tensor(&self, shape: &Shape) -> Result<Tensor> {
         Ok(match &self.kept {
-            Kept::Rest(values) => {
+            Kept::Residual(values) => {
                 let mut values = values.to_vec();
                 self.written.clear(&mut values);
                 Tensor::from_vec(values, shape, &Device::Cpu)?
@@ -133,7 +133,7 @@ impl Master {
         }
         let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?;
         let kept = match flat.dtype() {
-            DType::I16 => Kept::Rest(Pages::of(&flat.to_vec1()?)),
+            DType::I16 => Kept::Residual(Pages::of(&flat.to_vec1()?)),
             _ => Kept::Copy(Pages::of(&flat.to_vec1()?)),
         };
         Ok(Self::new(kept, var))
@@ -147,7 +147,7 @@ impl Master {
     /// How many bytes it takes, once all of it has been written.
     pub(crate) fn bytes(&self) -> usize {
         match &self.kept {
-            Kept::Rest(values) => size_of_val::<[i16]>(values),
+            Kept::Residual(values) => size_of_val::<[i16]>(values),
             Kept::Copy(values) => size_of_val::<[f32]>(values),
             Kept::Device(tensor) => tensor.elem_count() * tensor.dtype().size_in_bytes(),
         }

@@ -273,15 +273,15 @@ impl Moments {
         with_coded!(&self.stored, c => coded(c), (m, u) => m.bytes() + u.bytes(), tensors => tensors.bytes())
     }
 
-    /// How many of these bytes are those of units.
-    pub(crate) fn unit_bytes(&self) -> usize {
+    /// How many of these bytes are those of scales.
+    pub(crate) fn scale_bytes(&self) -> usize {
         fn coded<F: Format>(coded: &Coded<F>) -> usize {
             match &coded.norms {
                 Norms::Each { logs, .. } => size_of_val::<[u32]>(logs),
                 Norms::Shared(_) => 0,
             }
         }
-        with_coded!(&self.stored, c => coded(c), (_m, _u) => 0, tensors => tensors.unit_bytes())
+        with_coded!(&self.stored, c => coded(c), (_m, _u) => 0, tensors => tensors.scale_bytes())
     }
 
     /// A copy of tensors on a GPU in host memory; `None` if they are not there.
@@ -390,12 +390,12 @@ impl Moments {
             Stored::F16(coded) => Stored::F16(coded.grown(n, layout)),
             Stored::Q8(coded) => Stored::Q8(coded.grown(n, layout)),
             Stored::Device(tensors) => {
-                let units = tensors.units.as_ref().map(|units| grown(units, &Shape::from(n.div_ceil(layout.unit))));
+                let scales = tensors.scales.as_ref().map(|scales| grown(scales, &Shape::from(n.div_ceil(layout.unit))));
                 let norms = if layout.rowwise { Shape::from(n.div_ceil(layout.unit)) } else { var.shape().clone() };
                 Stored::Device(MomentTensors {
                     exp_avg: grown(&tensors.exp_avg, var.shape())?,
                     exp_inf: grown(&tensors.exp_inf, &norms)?,
-                    units: units.transpose()?,
+                    scales: scales.transpose()?,
                 })
             }
         };

@@ -16,8 +16,8 @@ pub(crate) struct MomentTensors {
     pub(crate) exp_avg: Tensor,
     /// u, or its codes, in the variable's shape; or one for each row.
     pub(crate) exp_inf: Tensor,
-    /// The logarithm of each unit, where there are units.
-    pub(crate) units: Option<Tensor>,
+    /// The logarithm of each unit, where there are scales.
+    pub(crate) scales: Option<Tensor>,
 }
 
 impl MomentTensors {
@@ -25,13 +25,13 @@ impl MomentTensors {
     pub(super) fn zeros(var: &Tensor, layout: &Layout) -> Result<Self> {
         let zeros = |(dtype, shape): (DType, Vec<usize>)| Tensor::zeros(shape, dtype, var.device());
         let [exp_avg, exp_inf] = Moments::expected(var, layout);
-        let units = Moments::expected_units(var, layout).map(zeros).transpose()?;
-        Ok(Self { exp_avg: zeros(exp_avg)?, exp_inf: zeros(exp_inf)?, units })
+        let scales = Moments::expected_scales(var, layout).map(zeros).transpose()?;
+        Ok(Self { exp_avg: zeros(exp_avg)?, exp_inf: zeros(exp_inf)?, scales })
     }
 
     fn each(&self, f: impl Fn(&Tensor) -> candle_core::Result<Tensor>) -> Result<Self> {
-        let units = self.units.as_ref().map(&f).transpose()?;
-        Ok(Self { exp_avg: f(&self.exp_avg)?, exp_inf: f(&self.exp_inf)?, units })
+        let scales = self.scales.as_ref().map(&f).transpose()?;
+        Ok(Self { exp_avg: f(&self.exp_avg)?, exp_inf: f(&self.exp_inf)?, scales })
     }
 
     /// Copies on a device.
@@ -41,14 +41,14 @@ impl MomentTensors {
     }
 
     pub(super) fn bytes(&self) -> usize {
-        bytes(&self.exp_avg) + bytes(&self.exp_inf) + self.unit_bytes()
+        bytes(&self.exp_avg) + bytes(&self.exp_inf) + self.scale_bytes()
     }
 
-    pub(super) fn unit_bytes(&self) -> usize {
-        self.units.as_ref().map_or(0, bytes)
+    pub(super) fn scale_bytes(&self) -> usize {
+        self.scales.as_ref().map_or(0, bytes)
     }
 
-    /// Sets rows to zero; their units may be those of other rows, too, and of zeros it does not matter.
+    /// Sets rows to zero; their scales may be those of other rows, too, and of zeros it does not matter.
     pub(super) fn clear_rows(&self, rows: &[u32], rowwise: bool) -> Result<()> {
         for tensor in [&self.exp_avg, &self.exp_inf] {
             let is_of_rows = rowwise && std::ptr::eq(tensor, &self.exp_inf);
@@ -131,12 +131,12 @@ impl Moments {
             Stored::Full { exp_avg, exp_inf } if self.layout.rowwise => Ok(MomentTensors {
                 exp_avg: exp_avg.to_tensor(shape)?,
                 exp_inf: exp_inf.to_tensor(&Shape::from(exp_inf.len()))?,
-                units: None,
+                scales: None,
             }),
             Stored::Full { exp_avg, exp_inf } => Ok(MomentTensors {
                 exp_avg: exp_avg.to_tensor(shape)?,
                 exp_inf: exp_inf.to_tensor(shape)?,
-                units: None,
+                scales: None,
             }),
             Stored::BF16(coded) => self.coded(coded, shape),
             Stored::F16(coded) => self.coded(coded, shape),
@@ -156,10 +156,10 @@ impl Moments {
             Norms::Each { codes, logs } => MomentTensors {
                 exp_avg,
                 exp_inf: Codes::tensor(codes, dtype, shape)?,
-                units: Some(Tensor::from_slice(logs, logs.len(), &Device::Cpu)?),
+                scales: Some(Tensor::from_slice(logs, logs.len(), &Device::Cpu)?),
             },
             Norms::Shared(norms) => {
-                MomentTensors { exp_avg, exp_inf: Tensor::from_slice(norms, norms.len(), &Device::Cpu)?, units: None }
+                MomentTensors { exp_avg, exp_inf: Tensor::from_slice(norms, norms.len(), &Device::Cpu)?, scales: None }
             }
         })
     }
@@ -172,10 +172,10 @@ impl Moments {
             F::Norm: Codes,
         {
             let flat = |tensor: &Tensor| tensor.to_device(&Device::Cpu)?.flatten_all();
-            let norms = match &tensors.units {
-                Some(units) => Norms::Each {
+            let norms = match &tensors.scales {
+                Some(scales) => Norms::Each {
                     codes: Codes::pages(&flat(&tensors.exp_inf)?)?,
-                    logs: Pages::of(&flat(units)?.to_vec1::<u32>()?),
+                    logs: Pages::of(&flat(scales)?.to_vec1::<u32>()?),
                 },
                 None => Norms::Shared(Pages::of(&flat(&tensors.exp_inf)?.to_vec1::<f32>()?)),
             };
@@ -205,9 +205,9 @@ impl Moments {
         [(dtype, var.dims().to_vec()), norm]
     }
 
-    /// The same of the tensor of units, if there is one.
-    pub(crate) fn expected_units(var: &Tensor, layout: &Layout) -> Option<(DType, Vec<usize>)> {
-        let has_units = layout.dtype != StateDType::F32 && !layout.rowwise;
-        has_units.then(|| (DType::U32, vec![var.elem_count().div_ceil(layout.unit)]))
+    /// The same of the tensor of scales, if there is one.
+    pub(crate) fn expected_scales(var: &Tensor, layout: &Layout) -> Option<(DType, Vec<usize>)> {
+        let has_scales = layout.dtype != StateDType::F32 && !layout.rowwise;
+        has_scales.then(|| (DType::U32, vec![var.elem_count().div_ceil(layout.unit)]))
     }
 }

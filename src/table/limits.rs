@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use candle_core::{Tensor, TensorId};
 
-use super::debts;
+use super::exact;
 use super::records::{self, lock};
 use crate::error::Result;
 use crate::kernel::Limit;
@@ -80,5 +80,5 @@ pub(crate) fn scale_down(var: &Tensor) -> Result<()> {
     if noted.is_empty() {
         return Ok(());
     }
-    debts::scale_down(var, &noted)
+    exact::scale_down(var, &noted)
 }

@@ -9,17 +9,17 @@ use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Result, Shape, Storage, Tensor, bail};
 
 use super::Table;
-use super::debts;
+use super::exact;
 use super::records::{self, Lookup, lock};
 #[cfg(feature = "cuda")]
 use crate::kernel::GpuIds;
-use crate::kernel::{self, Listed, Occurrences};
+use crate::kernel::{self, HostIds, LookupIds};
 
 /// The ids of a lookup, and which of them get a gradient.
 pub(super) struct Ids {
     /// All of them, if those are more and in host memory.
-    pub(super) all: Option<Listed>,
-    pub(super) trained: Arc<Occurrences>,
+    pub(super) all: Option<HostIds>,
+    pub(super) trained: Arc<LookupIds>,
 }
 
 /// A lookup whose rows are pooled.
@@ -80,17 +80,17 @@ pub(super) fn gather(table: &Table, ids: &[u32], max_norm: Option<f64>) -> Resul
 pub(super) fn pool(table: &Table, pooled: Pooled) -> crate::Result<Tensor> {
     let mut shape = vec![pooled.starts.len() - 1];
     shape.extend(&table.raw().dims()[1..]);
-    let occurrences = Arc::new(if table.on_host() { listed(&pooled)? } else { on_gpu(table, &pooled)? });
-    debts::pay_occurrences(table.raw().id(), &occurrences)?;
+    let lookup_ids = Arc::new(if table.on_host() { listed(&pooled)? } else { on_gpu(table, &pooled)? });
+    exact::catch_up_lookup(table.raw().id(), &lookup_ids)?;
     let Pooled { starts, mean, factors, max_norm, .. } = pooled;
     // The weight may have changed when the gradient of the factors is asked for.
     let needs_rows = factors.as_ref().is_some_and(Tensor::track_op);
     let rows = match needs_rows || max_norm.is_some() {
-        true => Some(copied_rows(table, &occurrences, max_norm)?),
+        true => Some(copied_rows(table, &lookup_ids, max_norm)?),
         false => None,
     };
-    let anchor = anchor(table, &shape, occurrences.len())?;
-    let record = Record::new(table, &anchor, occurrences);
+    let anchor = anchor(table, &shape, lookup_ids.len())?;
+    let record = Record::new(table, &anchor, lookup_ids);
     let kept = rows.clone().filter(|_| needs_rows);
     let op = Pool { record, starts, mean, weighted: factors.is_some(), shape: shape.into(), rows: Mutex::new(rows) };
     Ok(match factors {
@@ -100,19 +100,19 @@ pub(super) fn pool(table: &Table, pooled: Pooled) -> crate::Result<Tensor> {
 }
 
 /// The rows of a pooled lookup, one after another.
-fn copied_rows(table: &Table, occurrences: &Occurrences, max_norm: Option<f64>) -> crate::Result<Tensor> {
-    let rows = match occurrences {
-        Occurrences::Host(listed) => Storage::Cpu(gather(table, listed.ids(), max_norm)?),
+fn copied_rows(table: &Table, lookup_ids: &LookupIds, max_norm: Option<f64>) -> crate::Result<Tensor> {
+    let rows = match lookup_ids {
+        LookupIds::Host(listed) => Storage::Cpu(gather(table, listed.ids(), max_norm)?),
         #[cfg(feature = "cuda")]
-        Occurrences::Gpu(ids) => Storage::Cuda(kernel::gpu::gather(table.raw(), table.row_len(), ids.rows())?),
+        LookupIds::Gpu(ids) => Storage::Cuda(kernel::gpu::gather(table.raw(), table.row_len(), ids.rows())?),
         #[cfg(not(feature = "cuda"))]
-        Occurrences::Gpu(ids) => match **ids {},
+        LookupIds::Gpu(ids) => match **ids {},
     };
-    Ok(Tensor::from_storage(rows, (occurrences.len(), table.row_len()), BackpropOp::none(), false))
+    Ok(Tensor::from_storage(rows, (lookup_ids.len(), table.row_len()), BackpropOp::none(), false))
 }
 
 /// What a pooled lookup contributes to, in host memory.
-fn listed(pooled: &Pooled) -> crate::Result<Occurrences> {
+fn listed(pooled: &Pooled) -> crate::Result<LookupIds> {
     let Pooled { ids: PooledIds::Host(ids), starts, bags, mean, factors, .. } = pooled else {
         return Err(candle_core::Error::msg("expected ids in host memory").into());
     };
@@ -123,23 +123,23 @@ fn listed(pooled: &Pooled) -> crate::Result<Occurrences> {
         }
         None => None,
     };
-    Ok(Occurrences::Host(Listed::new(ids.clone(), Some(bags.clone()), scales)))
+    Ok(LookupIds::Host(HostIds::new(ids.clone(), Some(bags.clone()), scales)))
 }
 
 /// The same on the table's GPU.
 #[cfg(feature = "cuda")]
-fn on_gpu(table: &Table, pooled: &Pooled) -> crate::Result<Occurrences> {
+fn on_gpu(table: &Table, pooled: &Pooled) -> crate::Result<LookupIds> {
     let ids = match &pooled.ids {
         PooledIds::Host(ids) => GpuIds::listed_on(table.raw().device(), ids, None)?,
         PooledIds::Gpu(ids) => table.gpu_ids(ids, None)?,
     };
     // The gradient of a row may be asked for when the factors have changed.
     let factors = pooled.factors.as_ref().map(|factors| factors.detach().copy()).transpose()?;
-    Ok(Occurrences::Gpu(Box::new(ids.pooled(&pooled.starts, pooled.mean, factors)?)))
+    Ok(LookupIds::Gpu(Box::new(ids.pooled(&pooled.starts, pooled.mean, factors)?)))
 }
 
 #[cfg(not(feature = "cuda"))]
-fn on_gpu(_: &Table, _: &Pooled) -> crate::Result<Occurrences> {
+fn on_gpu(_: &Table, _: &Pooled) -> crate::Result<LookupIds> {
     Err(candle_core::Error::msg("this program is built without the feature `cuda`").into())
 }
 
@@ -172,8 +172,8 @@ struct Record {
 }
 
 impl Record {
-    fn new(table: &Table, anchor: &Tensor, occurrences: Arc<Occurrences>) -> Arc<Self> {
-        let lookup = Lookup::new(anchor.id(), occurrences);
+    fn new(table: &Table, anchor: &Tensor, lookup_ids: Arc<LookupIds>) -> Arc<Self> {
+        let lookup = Lookup::new(anchor.id(), lookup_ids);
         if anchor.is_variable() {
             records::add(table.raw().id(), &lookup);
         }
@@ -226,7 +226,7 @@ impl CustomOp1 for StandIn {
 struct Gather {
     record: Arc<Record>,
     /// The ids, if they are not those of the record.
-    all: Option<Listed>,
+    all: Option<HostIds>,
     shape: Shape,
     max_norm: Option<f64>,
 }
@@ -237,10 +237,10 @@ impl CustomOp1 for Gather {
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        let Record { table, lookup: Lookup { occurrences, .. }, .. } = &*self.record;
+        let Record { table, lookup: Lookup { lookup_ids, .. }, .. } = &*self.record;
         let ids = match &self.all {
             Some(all) => all,
-            None => occurrences.listed()?,
+            None => lookup_ids.listed()?,
         };
         Ok((gather(table, ids.ids(), self.max_norm)?, self.shape.clone()))
     }
@@ -272,10 +272,10 @@ impl CustomOp1 for Pool {
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (table, occurrences) = (&self.record.table, self.record.lookup.occurrences.listed()?);
+        let (table, lookup_ids) = (&self.record.table, self.record.lookup.lookup_ids.listed()?);
         // The scales of a mean are those of its gradient; the mean itself is a sum, divided once.
-        let factors = if self.weighted { occurrences.scales() } else { None };
-        let (row_len, ids) = (table.row_len(), occurrences.ids());
+        let factors = if self.weighted { lookup_ids.scales() } else { None };
+        let (row_len, ids) = (table.row_len(), lookup_ids.ids());
         let pooled = match lock(&self.rows).take() {
             None => kernel::pool(table.raw(), row_len, ids, &self.starts, factors, self.mean)?,
             Some(rows) => {
@@ -314,8 +314,8 @@ impl PoolWeighted {
         if !table.on_host() {
             return Ok(Storage::Cuda(kernel::gpu::dot_rows(rows, grad, table.row_len(), lookup.on_gpu()?)?));
         }
-        let occurrences = lookup.occurrences.listed()?;
-        Ok(Storage::Cpu(kernel::dot_rows(rows, grad, table.row_len(), occurrences)?))
+        let lookup_ids = lookup.lookup_ids.listed()?;
+        Ok(Storage::Cpu(kernel::dot_rows(rows, grad, table.row_len(), lookup_ids)?))
     }
 }
 

@@ -7,7 +7,7 @@
 //! Invariant: nothing here is as large as the table, and what is thrown away leaves nothing; see `records` for how long
 //! a record lives.
 
-pub(crate) mod debts;
+pub(crate) mod exact;
 pub(crate) mod limits;
 mod lookup;
 mod records;
@@ -20,7 +20,7 @@ use candle_core::backprop::GradStore;
 use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::SparseGrad;
 use crate::gradient::sparse::{IDS, read_ids, row_len, rows_of, to_sparse};
-use crate::kernel::{self, GpuIds, Listed, Occurrences, RowGrad, Unchecked, is_supported};
+use crate::kernel::{self, GpuIds, HostIds, LookupIds, RowGrad, Unchecked, is_supported};
 use crate::state::{arithmetic, written};
 
 pub(crate) use lookup::{Pooled, PooledIds};
@@ -115,7 +115,7 @@ impl Table {
             });
             // Not while others wait for the records.
             if is_new && weight.device().is_cpu() {
-                kernel::enlarge(weight)?;
+                kernel::advise_huge_pages(weight)?;
             }
             return Ok(Self(shared));
         }
@@ -137,7 +137,7 @@ impl Table {
     /// A device that does not answer, or has no memory.
     pub fn weight(&self) -> Result<Tensor> {
         let weight = &self.0.weight;
-        let caught_up = debts::caught_up(weight.id())?;
+        let caught_up = exact::caught_up(weight.id())?;
         if !weight.device().is_cpu() {
             limits::scale_down(weight)?;
         }
@@ -151,7 +151,7 @@ impl Table {
         Ok(lookup::stand_in(weight, &copy)?)
     }
 
-    /// The weight, whatever its rows owe.
+    /// The weight, whatever updates its rows have missed.
     pub(crate) fn raw(&self) -> &Tensor {
         &self.0.weight
     }
@@ -164,7 +164,7 @@ impl Table {
         }
         drop(paddings);
         // After that: an optimizer that takes the table meanwhile has found it there.
-        debts::pad(self.0.weight.id(), row)
+        exact::pad(self.0.weight.id(), row)
     }
 
     /// How many rows it has.
@@ -197,22 +197,22 @@ impl Table {
             return Ok(weight.index_select(&ids, 0)?.reshape(shape)?);
         }
         if !self.on_host() {
-            let trained = Arc::new(Occurrences::Gpu(Box::new(self.gpu_ids(ids, padding)?)));
-            debts::pay_occurrences(weight.id(), &trained)?;
+            let trained = Arc::new(LookupIds::Gpu(Box::new(self.gpu_ids(ids, padding)?)));
+            exact::catch_up_lookup(weight.id(), &trained)?;
             return lookup::rows(self, lookup::Ids { all: None, trained }, shape, None);
         }
-        let rows = Listed::new(self.read(ids)?, None, None);
+        let rows = HostIds::new(self.read(ids)?, None, None);
         let ids = match padding {
-            None => lookup::Ids { all: None, trained: Arc::new(Occurrences::Host(rows)) },
+            None => lookup::Ids { all: None, trained: Arc::new(LookupIds::Host(rows)) },
             Some(padding) => {
                 let (sources, trained) = (0..).zip(rows.ids()).filter(|&(_, &row)| row != padding).unzip();
-                let trained = Arc::new(Occurrences::Host(Listed::new(trained, Some(sources), None)));
+                let trained = Arc::new(LookupIds::Host(HostIds::new(trained, Some(sources), None)));
                 lookup::Ids { all: Some(rows), trained }
             }
         };
         match &ids.all {
-            None => debts::pay_occurrences(weight.id(), &ids.trained)?,
-            Some(all) => debts::pay_listed(weight.id(), all)?,
+            None => exact::catch_up_lookup(weight.id(), &ids.trained)?,
+            Some(all) => exact::catch_up_rows(weight.id(), all)?,
         }
         lookup::rows(self, ids, shape, max_norm)
     }
@@ -246,18 +246,18 @@ impl Table {
             return Err(ErrorKind::DTypeMismatch { what: "values", name, expected, got: values.dtype() }.into());
         }
         // The last of equal ids: a scatter may write them in any order.
-        let sorted = Listed::new(rows, None, None);
+        let sorted = HostIds::new(rows, None, None);
         let last = sorted.sorted().chunk_by(|a, b| a >> 32 == b >> 32).filter_map(|equal| equal.last());
         let (rows, positions): (Vec<u32>, Vec<u32>) = last.map(|&key| ((key >> 32) as u32, key as u32)).unzip();
         if rows.is_empty() || row_len == 0 {
             return Ok(());
         }
-        debts::pay_before_writing(weight.id(), &rows)?;
+        exact::catch_up_before_writing(weight.id(), &rows)?;
         let (n, device) = (rows.len(), weight.device());
         let positions = Tensor::new(positions, device)?;
         let values = values.to_device(device)?.copy()?.reshape(((), row_len))?.index_select(&positions, 0)?;
         let places = Tensor::new(rows.as_slice(), device)?.reshape((n, 1))?.broadcast_as((n, row_len))?.contiguous()?;
-        debts::write(weight.id(), &rows, || {
+        exact::write(weight.id(), &rows, || {
             weight.detach().reshape((self.0.rows, row_len))?.scatter_set(&places, &values, 0)?;
             written::rows(weight, &rows);
             Ok(())
@@ -278,7 +278,7 @@ impl Table {
 
     /// Lets a row be scaled down if it is above `max_norm`, although no lookup returns it.
     pub(crate) fn limit(&self, row: u32, max_norm: f64) -> Result<()> {
-        debts::pay_listed(self.0.weight.id(), &Listed::new(vec![row], None, None))?;
+        exact::catch_up_rows(self.0.weight.id(), &HostIds::new(vec![row], None, None))?;
         lookup::gather(self, &[row], Some(max_norm))?;
         Ok(())
     }
@@ -325,7 +325,7 @@ impl Table {
         lookups.check(std::iter::once(weight.id()))?;
         let mut parts = lookups.take(weight.id());
         for part in &mut parts {
-            part.occurrences.check()?;
+            part.lookup_ids.check()?;
             if ![weight.dtype(), arithmetic(weight.dtype())].contains(&part.grad.dtype()) {
                 let (name, expected) = ("weight".to_owned(), format!("{:?}", weight.dtype()));
                 let got = part.grad.dtype();

@@ -18,7 +18,7 @@ use candle_core::backprop::GradStore;
 
 use super::Shared;
 use crate::error::{ErrorKind, Result};
-use crate::kernel::{Occurrences, Part};
+use crate::kernel::{LookupGrad, LookupIds};
 use crate::maps::IdMap;
 
 /// So many records are kept, of so many ids together.
@@ -37,20 +37,20 @@ pub(super) struct Lookup {
     /// The leaf of the graph that takes the gradient.
     pub(super) anchor: TensorId,
     pub(super) number: u64,
-    pub(super) occurrences: Arc<Occurrences>,
+    pub(super) lookup_ids: Arc<LookupIds>,
 }
 
 impl Lookup {
-    pub(super) fn new(anchor: TensorId, occurrences: Arc<Occurrences>) -> Self {
-        Self { anchor, number: NEXT.fetch_add(1, Ordering::Relaxed), occurrences }
+    pub(super) fn new(anchor: TensorId, lookup_ids: Arc<LookupIds>) -> Self {
+        Self { anchor, number: NEXT.fetch_add(1, Ordering::Relaxed), lookup_ids }
     }
 
     /// The ids of a lookup in a table on a GPU.
     #[cfg(feature = "cuda")]
     pub(super) fn on_gpu(&self) -> candle_core::Result<&crate::kernel::GpuIds> {
-        match &*self.occurrences {
-            Occurrences::Gpu(ids) => Ok(ids),
-            Occurrences::Host(_) => candle_core::bail!("expected ids on the GPU of the table"),
+        match &*self.lookup_ids {
+            LookupIds::Gpu(ids) => Ok(ids),
+            LookupIds::Host(_) => candle_core::bail!("expected ids on the GPU of the table"),
         }
     }
 }
@@ -92,7 +92,7 @@ impl<T> Recent<T> {
 struct Live {
     var: TensorId,
     number: u64,
-    occurrences: Weak<Occurrences>,
+    lookup_ids: Weak<LookupIds>,
 }
 
 #[derive(Default)]
@@ -146,8 +146,8 @@ pub(super) fn forget(var: TensorId) {
 
 /// Adds a lookup in a variable.
 pub(super) fn add(var: TensorId, lookup: &Lookup) {
-    let Lookup { anchor, number, occurrences } = lookup;
-    let live = Live { var, number: *number, occurrences: Arc::downgrade(occurrences) };
+    let Lookup { anchor, number, lookup_ids } = lookup;
+    let live = Live { var, number: *number, lookup_ids: Arc::downgrade(lookup_ids) };
     lock(&RECORDS).live.insert(*anchor, live);
 }
 
@@ -164,10 +164,10 @@ pub(super) fn keep(var: TensorId, lookup: &Lookup) {
     if !records.kept.insert(lookup.anchor, (var, lookup.clone())) {
         return;
     }
-    records.kept_ids += lookup.occurrences.len();
+    records.kept_ids += lookup.lookup_ids.len();
     while records.kept.len() > KEPT || (records.kept_ids > KEPT_IDS && records.kept.len() > 1) {
         let Some((anchor, (var, oldest))) = records.kept.pop_oldest() else { break };
-        records.kept_ids -= oldest.occurrences.len();
+        records.kept_ids -= oldest.lookup_ids.len();
         records.given_up.insert(anchor, var);
         if records.given_up.len() > GIVEN_UP {
             records.given_up.pop_oldest();
@@ -179,7 +179,7 @@ pub(super) fn keep(var: TensorId, lookup: &Lookup) {
 /// The gradients of lookups in a `GradStore`, by variables.
 #[derive(Default)]
 pub(crate) struct Lookups<'g> {
-    found: IdMap<TensorId, Vec<(u64, Part<'g>)>>,
+    found: IdMap<TensorId, Vec<(u64, LookupGrad<'g>)>>,
     /// The variables of gradients whose records were given up.
     lost: Vec<TensorId>,
 }
@@ -193,14 +193,14 @@ pub(crate) fn find(grads: &GradStore) -> Lookups<'_> {
     }
     for &anchor in grads.get_ids() {
         let live = records.live.get(&anchor);
-        let live = live.and_then(|live| Some((live.var, live.number, live.occurrences.upgrade()?)));
+        let live = live.and_then(|live| Some((live.var, live.number, live.lookup_ids.upgrade()?)));
         let kept = || {
             let (var, lookup) = records.kept.entries.get(&anchor)?;
-            Some((*var, lookup.number, lookup.occurrences.clone()))
+            Some((*var, lookup.number, lookup.lookup_ids.clone()))
         };
         match (live.or_else(kept), grads.get_id(anchor)) {
-            (Some((var, number, occurrences)), Some(grad)) => {
-                let part = Part { grad: Cow::Borrowed(grad), occurrences };
+            (Some((var, number, lookup_ids)), Some(grad)) => {
+                let part = LookupGrad { grad: Cow::Borrowed(grad), lookup_ids };
                 lookups.found.entry(var).or_default().push((number, part));
             }
             _ => lookups.lost.extend(records.given_up.entries.get(&anchor)),
@@ -224,7 +224,7 @@ impl<'g> Lookups<'g> {
     }
 
     /// Takes the gradients of a variable, in the order of its lookups.
-    pub(crate) fn take(&mut self, var: TensorId) -> Vec<Part<'g>> {
+    pub(crate) fn take(&mut self, var: TensorId) -> Vec<LookupGrad<'g>> {
         // Most models have no tables, and asking costs a hash.
         if self.found.is_empty() {
             return Vec::new();

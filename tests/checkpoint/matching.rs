@@ -337,7 +337,7 @@ fn a_prefix_that_only_one_side_has() -> Result<()> {
     Ok(())
 }
 
-/// Tables keep units by rows, and with `Exact` owe updates.
+/// Tables keep scales by rows, and with `Exact` their rows have missed updates.
 #[test]
 fn tables_take_their_rows() -> Result<()> {
     let begin = |state_dtype, sparse_update| -> Result<(Vars, Table, Adamax)> {

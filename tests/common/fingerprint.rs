@@ -28,7 +28,7 @@ impl Fingerprint {
         let Snapshot { params, groups, counters, grad_scaler, plateau, vars } = snapshot;
         let mut text = format!("{params:?} {groups:?} {counters:?} {grad_scaler:?} {plateau:?}");
         let of_var = |(name, var): (&String, &VarSnapshot)| {
-            let VarSnapshot { group, step, exp_avg, exp_inf, units, by_rows, master, ema, accumulated, missed } = var;
+            let VarSnapshot { group, step, exp_avg, exp_inf, scales, by_rows, master, ema, accumulated, missed } = var;
             let (sum, rows, calls) = match accumulated {
                 None => (None, None, None),
                 Some((AccumulatedGrad::Dense(sum), calls)) => (Some(sum), None, Some(calls)),
@@ -40,8 +40,8 @@ impl Fingerprint {
                 None => [None; 2],
                 Some(missed) => [Some(&missed.last_update), Some(&missed.updates)],
             };
-            let (units, master, ema) = (units.as_ref(), master.as_ref(), ema.as_ref());
-            let tensors = [Some(exp_avg), Some(exp_inf), units, master, ema, sum, rows, last_update, updates];
+            let (scales, master, ema) = (scales.as_ref(), master.as_ref(), ema.as_ref());
+            let tensors = [Some(exp_avg), Some(exp_inf), scales, master, ema, sum, rows, last_update, updates];
             let form = |tensor: &Tensor| (tensor.dtype(), tensor.dims().to_vec());
             text += &format!(" {name} {group} {by_rows} {:?}", tensors.map(|tensor| tensor.map(form)));
             let all = tensors.map(|tensor| tensor.map(bits).unwrap_or_default());

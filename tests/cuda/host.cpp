@@ -11,12 +11,12 @@
 
 // Sizes of the structures that both sides have, in the order of src/kernel/cuda/abi.rs.
 extern "C" __attribute__((visibility("default"))) void host_sizes(uint64_t* sizes) {
-    const uint64_t all[] = {sizeof(Tensor),   sizeof(Coefficients<double>), sizeof(Coefficients<float>), sizeof(Orders),
-                            sizeof(Chunk),    sizeof(Control),              sizeof(UpdateArgs),
+    const uint64_t all[] = {sizeof(Tensor),   sizeof(Coefficients<double>), sizeof(Coefficients<float>), sizeof(UpdateArgs),
+                            sizeof(Chunk),    sizeof(Control),              sizeof(UpdateLaunchArgs),
                             sizeof(Gradient), sizeof(LeavesArgs),           sizeof(NormsArgs),           sizeof(JoinArgs),
                             sizeof(Pair),     sizeof(PairArgs),             sizeof(GatherArgs),          sizeof(IdsArgs),
-                            sizeof(Part),     sizeof(Sorting),              sizeof(SortArgs),            sizeof(Entry),
-                            sizeof(Terms),    sizeof(PayArgs),              sizeof(MarkArgs),            sizeof(PoolArgs),
+                            sizeof(LookupGrad),     sizeof(Sorting),              sizeof(SortArgs),            sizeof(Entry),
+                            sizeof(Terms),    sizeof(CatchUpArgs),              sizeof(MarkArgs),            sizeof(PoolArgs),
                             sizeof(DotArgs),  sizeof(LargestArgs),          sizeof(BagsArgs)};
     memcpy(sizes, all, sizeof(all));
 }

@@ -512,7 +512,7 @@ fn a_refused_call_leaves_sums_alone() -> Result<()> {
 fn stored(optimizer: &Adamax) -> (bool, Vec<u64>, Vec<u64>, Vec<u64>) {
     let snapshot = optimizer.snapshot().unwrap();
     let w = &snapshot.vars["w"];
-    (w.by_rows, bits(&w.exp_avg), bits(&w.exp_inf), w.units.as_ref().map(bits).unwrap_or_default())
+    (w.by_rows, bits(&w.exp_avg), bits(&w.exp_inf), w.scales.as_ref().map(bits).unwrap_or_default())
 }
 
 #[test]
@@ -534,10 +534,10 @@ fn a_refused_first_step_of_rows_encodes_nothing_anew() -> Result<()> {
         let error = optimizer.apply_gradients([(&w, &rows_of(&[1], 1.0))]).unwrap_err().to_string();
         assert!(error.contains("less than 1 of the weight to decay"), "{error}");
         assert_eq!((stored(&optimizer), optimizer.bytes(), bits(&w)), (before, bytes, weights));
-        assert_eq!((optimizer.bytes().debts, optimizer.updates()), (0, steps_before));
+        assert_eq!((optimizer.bytes().missed, optimizer.updates()), (0, steps_before));
         optimizer.set_learning_rate(0.125);
         optimizer.apply_gradients([(&w, &rows_of(&[1], 1.0))])?;
-        assert!(optimizer.bytes().debts > 0);
+        assert!(optimizer.bytes().missed > 0);
     }
     Ok(())
 }

@@ -149,7 +149,7 @@ fn plateaus() {
         check(ReduceLrOnPlateau { min_lr: x, ..default }, "plateau.min_lr", NOT_NEGATIVE, got);
         check(ReduceLrOnPlateau { eps: x, ..default }, "plateau.eps", NOT_NEGATIVE, got);
     }
-    let error = two_vars(named()).0.observe(1.0).unwrap_err();
+    let error = two_vars(named()).0.observe_metric(1.0).unwrap_err();
     let text = "Encoder: invalid `plateau`: expected the settings of a plateau, for a metric to be observed, got none";
     assert_eq!(error.to_string(), text);
     let error = two_vars(named()).0.group_learning_rate("head").unwrap_err();

@@ -352,8 +352,8 @@ fn bytes_are_those_of_each_kind() -> Result<()> {
     // 3,000 elements are 3 blocks of 1,024 with a unit each.
     let expected = (2 * 3000 + 2 * 4 * 10 + 2 * 8 * 10, 4 * 3, 2 * 3000);
     let bytes = adamax.bytes();
-    assert_eq!((bytes.moments, bytes.units, bytes.masters), expected);
-    assert_eq!((bytes.averages, bytes.accumulated, bytes.debts), (0, 0, 0));
+    assert_eq!((bytes.moments, bytes.scales, bytes.masters), expected);
+    assert_eq!((bytes.averages, bytes.accumulated, bytes.missed), (0, 0, 0));
     let of_vars = ["half", "full", "double"].map(|name| adamax.state_bytes(name).unwrap());
     assert_eq!(bytes.total(), of_vars.iter().sum::<usize>());
 
@@ -362,14 +362,14 @@ fn bytes_are_those_of_each_kind() -> Result<()> {
     store.insert(&double, double.ones_like()?);
     adamax.step(&store)?;
     let bytes = adamax.bytes();
-    assert_eq!((bytes.moments, bytes.units, bytes.masters), expected);
+    assert_eq!((bytes.moments, bytes.scales, bytes.masters), expected);
     // Sums of those with a gradient, in the type of the arithmetic; averages begin with the first update.
     assert_eq!((bytes.averages, bytes.accumulated), (0, 4 * 3000 + 8 * 10));
     adamax.step(&store)?;
     let bytes = adamax.bytes();
     // The sums' memory is kept; what had no gradient has no average.
     assert_eq!((bytes.averages, bytes.accumulated), (4 * 3000 + 8 * 10, 4 * 3000 + 8 * 10));
-    assert_eq!(bytes.total(), bytes.moments + bytes.units + bytes.masters + bytes.averages + bytes.accumulated);
+    assert_eq!(bytes.total(), bytes.moments + bytes.scales + bytes.masters + bytes.averages + bytes.accumulated);
     Ok(())
 }
 
@@ -388,11 +388,11 @@ fn bytes_of_tables_are_those_of_touched_rows_and_of_marks() -> Result<()> {
 
     let params = ParamsAdamax { sparse_update: SparseUpdate::Exact, ..Default::default() };
     let mut adamax = Adamax::from_named([("w", weight.clone())], params)?;
-    assert_eq!(adamax.bytes().debts, 0);
+    assert_eq!(adamax.bytes().missed, 0);
     adamax.apply_gradients([(&weight, &grad)])?;
-    let first = adamax.bytes().debts;
+    let first = adamax.bytes().missed;
     adamax.apply_gradients([(&weight, &grad)])?;
-    let second = adamax.bytes().debts;
+    let second = adamax.bytes().missed;
     assert!(first > 4 * 100, "{first}");
     // What the README says of an update: some 100 bytes.
     assert!((90..=110).contains(&(second - first)), "{first}, {second}");
@@ -404,7 +404,7 @@ fn statistics_are_those_of_the_moments() -> Result<()> {
     let w = var(&[1.0, 1.0, 1.0, 1.0]);
     let mut adamax = Adamax::from_named([("w", w.clone())], plain(0.1))?;
     let before = adamax.moment_statistics("w")?;
-    assert_eq!((before.exp_avg.zeros, before.exp_inf.max, before.largest_ratio), (1.0, 0.0, 0.0));
+    assert_eq!((before.exp_avg.zeros, before.exp_inf.max, before.max_ratio), (1.0, 0.0, 0.0));
     adamax.step(&grads(&[&w], &[4.0, -2.0, 0.0, f64::NAN]))?;
     let now = adamax.moment_statistics("w")?;
     // m is half of the gradient, u its magnitude.
@@ -412,7 +412,7 @@ fn statistics_are_those_of_the_moments() -> Result<()> {
     assert_eq!((m.count, m.non_finite, m.min, m.max, m.zeros), (4, 1, -1.0, 2.0, 1.0 / 3.0));
     assert_eq!((m.mean, m.rms), (1.0 / 3.0, (5.0f64 / 3.0).sqrt()));
     assert_eq!((now.exp_inf.min, now.exp_inf.max, now.exp_inf.mean), (0.0, 4.0, 2.0));
-    assert_eq!(now.largest_ratio, 0.5);
+    assert_eq!(now.max_ratio, 0.5);
     // Of codes, what they stand for.
     let halves = Var::ones(5000, DType::F32, &Device::Cpu)?;
     let params = ParamsAdamax { state_dtype: StateDType::Q8, ..Default::default() };
@@ -421,7 +421,7 @@ fn statistics_are_those_of_the_moments() -> Result<()> {
     store.insert(&halves, (halves.ones_like()? * 0.25)?);
     adamax.step(&store)?;
     let now = adamax.moment_statistics("w")?;
-    assert!((0.25..0.29).contains(&now.exp_inf.rms) && (now.largest_ratio - 0.1).abs() < 0.01, "{now:?}");
+    assert!((0.25..0.29).contains(&now.exp_inf.rms) && (now.max_ratio - 0.1).abs() < 0.01, "{now:?}");
     let error = adamax.moment_statistics("v").unwrap_err();
     assert_eq!(error.to_string(), "Adamax: unknown var `v`; known are: w");
     Ok(())

@@ -171,7 +171,7 @@ fn refused() -> Vec<Refused> {
         }),
         ("a file that is not there", |run| run.optimizer.load(Folder::new().file("none"))),
         ("a folder that is not there", |run| run.optimizer.save(Folder::new().file("none").join("state"))),
-        ("a metric without a plateau", |run| run.optimizer.observe(1.0).map(drop)),
+        ("a metric without a plateau", |run| run.optimizer.observe_metric(1.0).map(drop)),
         ("a schedule", |run| run.optimizer.start_schedule(candle_adamax::CosineDecay::new(-1.0, 10))),
         ("PyTorch's file", |run| run.optimizer.save_torch(Folder::new().file("state"))),
     ]

@@ -12,14 +12,14 @@ use crate::common::{tensor, var};
 fn a_plateau_of_a_negative_metric_is_seen() {
     let plateau = Some(ReduceLrOnPlateau { patience: 2, factor: 0.1, ..Default::default() });
     let mut optimizer = Adamax::new(vec![], ParamsAdamax { lr: 1.0.into(), plateau, ..Default::default() }).unwrap();
-    let reduced: Vec<bool> = (0..8).map(|_| optimizer.observe(-1.0).unwrap()).collect();
+    let reduced: Vec<bool> = (0..8).map(|_| optimizer.observe_metric(-1.0).unwrap()).collect();
     // The first one is the best; after two that are patiently waited for, the third one reduces.
     assert_eq!(reduced, [false, false, false, true, false, false, true, false]);
     assert!((optimizer.learning_rate() - 0.01).abs() < 1e-15);
     // A metric that does get better is no plateau.
     let plateau = Some(ReduceLrOnPlateau { patience: 2, factor: 0.1, ..Default::default() });
     let mut optimizer = Adamax::new(vec![], ParamsAdamax { lr: 1.0.into(), plateau, ..Default::default() }).unwrap();
-    assert!((1..20).all(|k| !optimizer.observe(-f64::from(k)).unwrap()));
+    assert!((1..20).all(|k| !optimizer.observe_metric(-f64::from(k)).unwrap()));
 }
 
 // huggingface/transformers#34053, THUDM/slime#1547

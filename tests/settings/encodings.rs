@@ -200,7 +200,7 @@ fn rows_of_a_lazy_table_decay_by_their_own_touches() -> Result<()> {
         let var = Var::zeros((ROWS, DIM), DType::F32, &Device::Cpu)?;
         let mut optimizer = Adamax::from_named([("w", var.clone())], params(encoding))?;
         let (mut random, mut exact) = (Random(11), vec![0.0f64; ROWS * DIM]);
-        // It begins as any variable does, so that units of blocks have to become units of rows.
+        // It begins as any variable does, so that scales of blocks have to become scales of rows.
         for _ in 0..20 {
             let grads: Vec<f32> = (0..ROWS * DIM).map(|_| random.gradient(-4.0, 0.0)).collect();
             exact.iter_mut().zip(&grads).for_each(|(u, g)| *u = (*u * 0.999).max(f64::from(g.abs())));
@@ -386,11 +386,11 @@ fn bytes_are_those_that_are_promised() -> Result<()> {
         Ok(Adamax::from_named([("w", var)], params)?.state("w")?.bytes)
     };
     let n = 100_000;
-    let units = 4 * n / 1024 + 4; // rounded up
+    let scales = 4 * n / 1024 + 4; // rounded up
     assert_eq!(bytes(params(StateDType::F32), DType::F32)?, 8 * n);
-    assert_eq!(bytes(params(StateDType::BF16), DType::F32)?, 4 * n + units - units % 4);
-    assert_eq!(bytes(params(StateDType::F16), DType::BF16)?, 4 * n + units - units % 4);
-    assert_eq!(bytes(params(StateDType::Q8), DType::F16)?, 2 * n + units - units % 4);
+    assert_eq!(bytes(params(StateDType::BF16), DType::F32)?, 4 * n + scales - scales % 4);
+    assert_eq!(bytes(params(StateDType::F16), DType::BF16)?, 4 * n + scales - scales % 4);
+    assert_eq!(bytes(params(StateDType::Q8), DType::F16)?, 2 * n + scales - scales % 4);
     // f64 keeps f64.
     assert_eq!(bytes(params(StateDType::Q8), DType::F64)?, 16 * n);
     let rowwise = |state_dtype| ParamsAdamax { rowwise_norm: true, ..params(state_dtype) };
@@ -684,16 +684,16 @@ fn a_snapshot_of_another_encoding_is_refused_by_name() -> Result<()> {
         &|w| w.exp_inf = Tensor::zeros(2, DType::U8, cpu).unwrap(),
         "Adamax: exp_inf shape mismatch for `w`: expected [2, 3], got [2]",
     );
-    check(&|w| w.units = None, "Adamax: checkpoint entry `w.units`: expected a tensor, got none");
+    check(&|w| w.scales = None, "Adamax: checkpoint entry `w.scales`: expected a tensor, got none");
     check(
-        &|w| w.units = Some(Tensor::zeros(2, DType::U32, cpu).unwrap()),
-        "Adamax: units shape mismatch for `w`: expected [1], got [2]",
+        &|w| w.scales = Some(Tensor::zeros(2, DType::U32, cpu).unwrap()),
+        "Adamax: scales shape mismatch for `w`: expected [1], got [2]",
     );
     // What writing makes ends below.
     for log in [253u32 << 24, u32::MAX] {
         check(
-            &|w| w.units = Some(Tensor::new(&[log], cpu).unwrap()),
-            &format!("Adamax: checkpoint entry `w.units`: expected logarithms below 4244635648, got {log}"),
+            &|w| w.scales = Some(Tensor::new(&[log], cpu).unwrap()),
+            &format!("Adamax: checkpoint entry `w.scales`: expected logarithms below 4244635648, got {log}"),
         );
     }
     check(
@@ -702,7 +702,7 @@ fn a_snapshot_of_another_encoding_is_refused_by_name() -> Result<()> {
     );
     assert_eq!(state_of(&optimizer), before);
     let mut largest = good.clone();
-    largest.vars.get_mut("w").unwrap().units = Some(Tensor::new(&[(253u32 << 24) - 1], cpu)?);
+    largest.vars.get_mut("w").unwrap().scales = Some(Tensor::new(&[(253u32 << 24) - 1], cpu)?);
     optimizer.restore(&largest)?;
     Ok(())
 }

@@ -204,7 +204,7 @@ fn makes_no_difference_to_tables() {
             };
             let (scaled, plain) = (run(true), run(false));
             if sparse_update == SparseUpdate::Exact {
-                // Rows pay at a lookup, and those of a bad call are lookups, too: what they owe is paid in other parts.
+                // Rows catch up at a lookup, and those of a bad call are lookups, too: they catch up in other parts.
                 let weights = |all: &std::collections::BTreeMap<String, Vec<Vec<u64>>>| {
                     all["table"][0].iter().map(|&bits| f64::from_bits(bits)).collect::<Vec<_>>()
                 };
@@ -241,7 +241,7 @@ fn a_loss_of_f16_is_scaled_in_f32() {
     let w = var(&[2.0, 3.0], &[2], DType::F16);
     let mut optimizer = Adamax::from_named([("w", w.clone())], with(GradScaler::default())).unwrap();
     let loss = loss(&w, &tensor(&[1.0, 1.0], &[2], DType::F16));
-    let scaled = optimizer.scale(&loss).unwrap();
+    let scaled = optimizer.scale_loss(&loss).unwrap();
     assert_eq!((scaled.dtype(), scaled.to_scalar::<f32>().unwrap()), (DType::F32, 5.0 * 65536.0));
     // Its own gradient is the scale, which f16 has not: found, as by PyTorch, and put right with the first call.
     optimizer.backward_step(&loss).unwrap();
@@ -261,7 +261,7 @@ fn a_backward_pass_of_ones_own_is_the_same() {
             match (own, call % 2) {
                 (false, _) => optimizer.backward_step(&loss).map(drop).unwrap(),
                 (true, 0) => {
-                    let grads = optimizer.scale(&loss).unwrap().backward().unwrap();
+                    let grads = optimizer.scale_loss(&loss).unwrap().backward().unwrap();
                     optimizer.step(&grads).unwrap();
                 }
                 (true, _) => {
@@ -386,7 +386,7 @@ fn settings_carry_on_or_begin_anew() {
 
     optimizer.set_params(ParamsAdamax { loss_scale: LossScale::Static(3.0), ..Default::default() }).unwrap();
     assert_eq!((state(&optimizer), optimizer.loss_scale()), (None, 3.0));
-    let scaled = optimizer.scale(&tensor(&[2.0], &[1], DType::F32)).unwrap();
+    let scaled = optimizer.scale_loss(&tensor(&[2.0], &[1], DType::F32)).unwrap();
     assert_eq!(values(&scaled), [6.0]);
 }
 

@@ -177,7 +177,7 @@ fn tensor_is_read_at_each_call() {
     for value in [0.25_f32, 0.1, 0.0] {
         var.set(&Tensor::new(&[[value]], &Device::Cpu).unwrap()).unwrap();
         for lr in [&by_var, &by_tensor, &clone] {
-            assert!(lr.is_live());
+            assert!(lr.is_external());
             assert_eq!(lr.at(0).unwrap(), f64::from(value));
         }
     }
@@ -237,7 +237,7 @@ fn custom_schedules() {
     let schedule: Arc<dyn LearningRateSchedule> = Arc::new(Countdown { from: 2 });
     let lr = LearningRate::from(schedule);
     lr.validate().unwrap();
-    assert!(lr.is_live());
+    assert!(lr.is_external());
     assert_eq!([0, 1, 2].map(|step| lr.at(step).unwrap()), [2.0, 1.0, 0.0]);
     assert_eq!(invalid(lr.at(3).unwrap_err()).0, "lr");
 
@@ -332,7 +332,7 @@ fn live_learning_rates_say_so_in_a_file() {
     let text = serde_json::to_string(&tensor).unwrap();
     assert_eq!(text, r#"{"class_name":"Tensor","config":0.1}"#);
     let read: LearningRate = serde_json::from_str(&text).unwrap();
-    assert!(read.is_live());
+    assert!(read.is_external());
     assert_eq!(read.at(0).unwrap(), 0.1);
     assert_eq!(serde_json::to_string(&read).unwrap(), text);
 
@@ -340,7 +340,7 @@ fn live_learning_rates_say_so_in_a_file() {
     let text = serde_json::to_string(&custom).unwrap();
     assert_eq!(text, r#"{"class_name":"Custom","config":null}"#);
     let read: LearningRate = serde_json::from_str(&text).unwrap();
-    assert!(read.is_live());
+    assert!(read.is_external());
     assert_eq!(serde_json::to_string(&read).unwrap(), text);
     for error in [read.at(0).unwrap_err(), read.validate().unwrap_err()] {
         assert_eq!(
@@ -351,7 +351,7 @@ fn live_learning_rates_say_so_in_a_file() {
     }
 
     for lr in [LearningRate::from(0.1), CosineDecay::new(0.1, 10).into()] {
-        assert!(!lr.is_live());
+        assert!(!lr.is_external());
     }
 }
 
@@ -447,7 +447,7 @@ fn a_second_stage_begins_with_the_next_call() {
     assert!(error.to_string().starts_with("Adamax: invalid `lr.learning_rate`: expected"), "{error}");
     assert_eq!(optimizer.learning_rate(), 0.0);
 
-    optimizer.observe(1.0).unwrap();
+    optimizer.observe_metric(1.0).unwrap();
     optimizer.start_schedule(LinearWarmup::new(0.0, 1.0, 4)).unwrap();
     let rates = |optimizer: &Adamax| ["default", "head", "own"].map(|g| optimizer.group_learning_rate(g).unwrap());
     assert_eq!(rates(&optimizer), [0.0, 0.0, 0.125]);
@@ -463,7 +463,7 @@ fn a_second_stage_begins_with_the_next_call() {
     assert_eq!([(); 4].map(|()| step(&mut resumed, &w)), [0.5, 0.75, 1.0, 1.0]);
 
     // A third one; a number is a schedule, too. What a metric has lowered is forgotten.
-    resumed.observe(1.0).unwrap();
+    resumed.observe_metric(1.0).unwrap();
     assert_eq!(resumed.learning_rate(), 0.5);
     resumed.start_schedule(0.75).unwrap();
     assert_eq!(resumed.learning_rate(), 0.75);

@@ -51,7 +51,7 @@ fn learning_rates_are_pytorchs() {
         for (k, metric) in case["metrics"].as_array().unwrap().iter().enumerate() {
             let at = format!("{}, metric {k}", case["name"]);
             let before = optimizer.learning_rate();
-            let reduced = optimizer.observe(number(metric)).unwrap();
+            let reduced = optimizer.observe_metric(number(metric)).unwrap();
             let (lr, expected) = (optimizer.learning_rate(), number(&case["lr"][k]));
             assert!((lr - expected).abs() <= 1e-14 * expected, "{at}: {lr:e}, expected {expected:e}");
             assert_eq!(reduced, lr < before, "{at}");
@@ -91,8 +91,8 @@ fn goes_with_schedules_groups_and_floors() {
     let mut optimizer = Adamax::from_groups(groups, params).unwrap();
     let rates = |optimizer: &Adamax| ["default", "own", "factor"].map(|g| optimizer.group_learning_rate(g).unwrap());
     assert_eq!(rates(&optimizer), [8.0, 0.75, 1.0]);
-    assert!(!optimizer.observe(1.0).unwrap());
-    assert!(optimizer.observe(1.0).unwrap());
+    assert!(!optimizer.observe_metric(1.0).unwrap());
+    assert!(optimizer.observe_metric(1.0).unwrap());
     assert_eq!(rates(&optimizer), [4.0, 0.5, 0.5]);
 
     let step = |optimizer: &mut Adamax| {
@@ -110,7 +110,7 @@ fn goes_with_schedules_groups_and_floors() {
     assert_eq!(rates(&optimizer), [0.5, 0.5, 0.0625]);
     step(&mut optimizer);
     assert_eq!(rates(&optimizer), [0.25, 0.5, 0.03125]);
-    assert!(!optimizer.observe(2.0).unwrap());
+    assert!(!optimizer.observe_metric(2.0).unwrap());
 }
 
 #[test]
@@ -120,7 +120,7 @@ fn goes_into_checkpoints_and_back() {
     let metrics = [3.0, 2.0, 2.0, 2.5, 2.5, 1.9, 1.9, 1.9, 1.9, 1.9, 1.9, 1.0, 1.0, 1.0, f64::NAN];
     let observe = |optimizer: &mut Adamax, metrics: &[f64]| {
         let rate = |&metric: &f64| {
-            optimizer.observe(metric).unwrap();
+            optimizer.observe_metric(metric).unwrap();
             optimizer.learning_rate()
         };
         metrics.iter().map(rate).collect::<Vec<_>>()
@@ -146,13 +146,13 @@ fn goes_into_checkpoints_and_back() {
 fn a_learning_rate_that_is_set_is_the_learning_rate() {
     let params = ParamsAdamax { lr: 1.0.into(), plateau: Some(halving()), ..Default::default() };
     let mut optimizer = Adamax::new(vec![], params).unwrap();
-    optimizer.observe(1.0).unwrap();
-    optimizer.observe(1.0).unwrap();
+    optimizer.observe_metric(1.0).unwrap();
+    optimizer.observe_metric(1.0).unwrap();
     assert_eq!(optimizer.learning_rate(), 0.5);
     optimizer.set_learning_rate(4.0);
     assert_eq!(optimizer.learning_rate(), 4.0);
     // The best metric stays.
-    optimizer.observe(1.0).unwrap();
+    optimizer.observe_metric(1.0).unwrap();
     assert_eq!(optimizer.learning_rate(), 2.0);
 }
 
@@ -160,11 +160,11 @@ fn a_learning_rate_that_is_set_is_the_learning_rate() {
 fn settings_may_change_and_the_state_stays() {
     let params = ParamsAdamax { lr: 1.0.into(), plateau: Some(halving()), ..Default::default() };
     let mut optimizer = Adamax::new(vec![], params.clone()).unwrap();
-    optimizer.observe(1.0).unwrap();
-    optimizer.observe(1.0).unwrap();
+    optimizer.observe_metric(1.0).unwrap();
+    optimizer.observe_metric(1.0).unwrap();
     let slower = Some(ReduceLrOnPlateau { factor: 0.25, ..halving() });
     optimizer.set_params(ParamsAdamax { plateau: slower, ..params.clone() }).unwrap();
-    optimizer.observe(1.0).unwrap();
+    optimizer.observe_metric(1.0).unwrap();
     assert_eq!(optimizer.learning_rate(), 0.125);
     optimizer.set_params(ParamsAdamax { plateau: None, ..params.clone() }).unwrap();
     assert_eq!((optimizer.learning_rate(), optimizer.snapshot().unwrap().plateau), (1.0, None));
@@ -199,7 +199,7 @@ fn a_negative_metric_that_stands_still_reduces() {
         ..Default::default()
     };
     let mut optimizer = Adamax::new(vec![], params).unwrap();
-    let reduced = [-1.0; 8].map(|metric| optimizer.observe(metric).unwrap());
+    let reduced = [-1.0; 8].map(|metric| optimizer.observe_metric(metric).unwrap());
     assert_eq!(reduced, [false, false, false, true, false, false, true, false]);
 }
 
@@ -241,7 +241,7 @@ fn an_invalid_learning_rate_is_an_error_that_changes_nothing() {
     let mut optimizer = Adamax::new(vec![], params).unwrap();
     optimizer.set_learning_rate(f64::NAN);
     let before = optimizer.snapshot().unwrap().plateau;
-    let error = optimizer.observe(1.0).unwrap_err();
+    let error = optimizer.observe_metric(1.0).unwrap_err();
     assert_eq!(error.to_string(), "Adamax: invalid `lr`: expected a finite number that is not negative, got NaN");
     assert_eq!(optimizer.snapshot().unwrap().plateau, before);
 }

@@ -134,7 +134,7 @@ impl Trainer {
         // Not by a plain number: candle ends the graph where that is 0.
         let weight = Tensor::new(weight as f32, loss.device())?;
         let loss = (loss * weight)?;
-        let grads = self.optimizer.scale(&loss)?.backward()?;
+        let grads = self.optimizer.scale_loss(&loss)?.backward()?;
         self.batcher.device.synchronize()?;
         let differentiated = Instant::now();
         self.optimizer.step(&grads)?;

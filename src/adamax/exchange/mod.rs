@@ -25,7 +25,7 @@ use crate::state::{Layout, Master, MomentTensors, Moments, Place};
 
 impl Adamax {
     /// The state of every variable with m and u as they are, decoded where they are encoded, and the counters. With
-    /// `SparseUpdate::Exact` all rows pay what they owe.
+    /// `SparseUpdate::Exact` all rows catch up.
     fn plain(&self) -> Result<(Counters, BTreeMap<String, PlainVar>)> {
         let counters = self.resolved().counters;
         self.scale_down()?;
@@ -96,17 +96,17 @@ impl VarInfo {
         let widened = |what: &'static str, tensor: &Tensor| widened(name, what, tensor, var);
         let exp_inf = widened("exp_inf", &plain.exp_inf)?;
         check_norm(&format!("{name}.exp_inf"), &exp_inf)?;
-        let tensors = MomentTensors { exp_avg: widened("exp_avg", &plain.exp_avg)?, exp_inf, units: None };
+        let tensors = MomentTensors { exp_avg: widened("exp_avg", &plain.exp_avg)?, exp_inf, scales: None };
         let as_they_are = Layout::of(var, StateDType::F32, false, false, Encoding::of(&resolved.hyper));
         let layout = resolved.layout(var, false);
-        let MomentTensors { exp_avg, exp_inf, units } = if layout == as_they_are {
+        let MomentTensors { exp_avg, exp_inf, scales } = if layout == as_they_are {
             tensors
         } else {
             let moments = Moments::from_stored(&tensors, var, Place::Host, &as_they_are)?;
             moments.converted(&layout)?.to_stored(var.shape())?
         };
         // The weights come from elsewhere, so that a master copy begins as they are.
-        let master = Master::zeros(var, Place::Host, resolved.keeping.rounding)?;
+        let master = Master::zeros(var, Place::Host, resolved.storage.rounding)?;
         let accumulated = plain.accumulated.as_ref().map(|(sum, calls)| {
             let sum = widened("accumulated", sum)?;
             Ok::<_, Error>((sum.into(), *calls))
@@ -116,7 +116,7 @@ impl VarInfo {
             step: plain.step,
             exp_avg,
             exp_inf,
-            units,
+            scales,
             by_rows: layout.by_rows,
             master: master.map(|master| master.to_tensor(var.shape())).transpose()?,
             ema: plain.ema.as_ref().map(|ema| widened("ema", ema)).transpose()?,

@@ -17,8 +17,8 @@ use candle_core::Tensor;
 pub(crate) use isa::{Isa, Pass};
 pub(crate) use measure::measure;
 pub(crate) use passes::{Accumulate, Average, Update};
-pub(crate) use rows::{PayTask, RowTask, Written, pay_rows, update_rows};
-pub(crate) use span::Orders;
+pub(crate) use rows::{CatchUpTask, RowTask, Written, catch_up_rows, update_rows};
+pub(crate) use span::UpdateArgs;
 
 use self::team::Team;
 use super::lend::{Borrowed, Elements, ElementsMut, Source, lend};
@@ -184,13 +184,13 @@ mod tests {
         for t in 1..=3 {
             let grads = sizes.iter().map(|&n| tensor(n, 99 + t, grad_dtype)).collect::<Result<Vec<_>>>()?;
             let coefficients = Coefficients { clamp: 1e30, ..Coefficients::of_update(&hyper, 0.01, t) };
-            let orders = Orders { coefficients, encoding, shrink: 24_000 * t, rounding, key: t };
+            let update_args = UpdateArgs { coefficients, encoding, shrink: 24_000 * t, rounding, key: t };
             let tasks = vars.iter_mut().zip(&grads).map(|((var, state), grad)| Task {
                 place: Place::Host,
                 nth: 0,
                 lent: Some(var.as_tensor()),
                 read: Some(Source::Tensor(grad)),
-                kind: Update { orders, state },
+                kind: Update { update_args, state },
             });
             run_with(tasks.collect(), isa, threads)?;
         }
@@ -200,7 +200,7 @@ mod tests {
         for (var, state) in &vars {
             let stored = state.moments.to_stored(var.shape()).map_err(candle_core::Error::from)?;
             let master = state.master.as_ref().map(|master| master.to_tensor(var.shape())).transpose();
-            let tensors = [Some(var.as_tensor().clone()), Some(stored.exp_avg), Some(stored.exp_inf), stored.units];
+            let tensors = [Some(var.as_tensor().clone()), Some(stored.exp_avg), Some(stored.exp_inf), stored.scales];
             for tensor in tensors.into_iter().chain([master.map_err(candle_core::Error::from)?]).flatten() {
                 all.extend(tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?.into_iter().map(bits));
             }

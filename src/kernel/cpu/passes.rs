@@ -3,7 +3,7 @@
 use candle_core::bail;
 
 use super::convert::Convert;
-use super::span::{DensePass, MasterMut, Orders, Span, narrow, split};
+use super::span::{DensePass, MasterMut, Span, UpdateArgs, narrow, split};
 use super::{Elements, ElementsMut, Isa, Kind, Pass, Work};
 use crate::element::{Arithmetic, Element};
 use crate::rounding::{Half, Rounding, derive};
@@ -12,7 +12,7 @@ use crate::state::{Buffer, Master, ParamState};
 
 /// The update of a variable and its moments.
 pub(crate) struct Update<'a> {
-    pub(crate) orders: Orders,
+    pub(crate) update_args: UpdateArgs,
     pub(crate) state: &'a mut ParamState,
 }
 
@@ -52,7 +52,7 @@ impl<'a> Kind<'a> for Update<'a> {
     {
         match (lent, read) {
             (Some(lent), Some(grads)) if lent.takes(grads) => {
-                Ok(Box::new(DensePass { span: Span::new(lent, self.state)?, orders: self.orders, grads }))
+                Ok(Box::new(DensePass { span: Span::new(lent, self.state)?, update_args: self.update_args, grads }))
             }
             _ => bail!("no CPU kernel for this combination of dtypes"),
         }
@@ -61,14 +61,14 @@ impl<'a> Kind<'a> for Update<'a> {
 
 impl<'x> Work<'x> for DensePass<'x> {
     fn cut(self: Box<Self>, piece: usize) -> Vec<Box<dyn Work<'x> + 'x>> {
-        let Self { mut span, orders, grads } = *self;
+        let Self { mut span, update_args, grads } = *self;
         let units = piece.div_ceil(span.unit).max(1);
         let piece = units * span.unit;
         let mut pieces: Vec<Box<dyn Work<'x> + 'x>> = Vec::new();
         let mut start = 0;
         while span.len() > 0 {
             let (part, rest) = span.split_at(units);
-            pieces.push(Box::new(DensePass { span: part, orders, grads: grads.part(start, piece) }));
+            pieces.push(Box::new(DensePass { span: part, update_args, grads: grads.part(start, piece) }));
             (span, start) = (rest, start + piece);
         }
         pieces
@@ -130,7 +130,7 @@ impl<'a> Kind<'a> for Average<'a> {
             (Some(ElementsMut::BF16(params)), Buffer::F32(average), None) => {
                 Box::new(NarrowAverageLoop { shares, rounded, params, rests: None, average })
             }
-            (Some(ElementsMut::BF16(params)), Buffer::F32(average), Some(MasterMut::Rest(rest))) => {
+            (Some(ElementsMut::BF16(params)), Buffer::F32(average), Some(MasterMut::Residual(rest))) => {
                 Box::new(NarrowAverageLoop { shares, rounded, params, rests: Some(rest), average })
             }
             _ => bail!("no CPU kernel for this combination of dtypes"),
@@ -246,7 +246,7 @@ struct NarrowAverageLoop<'x, H: Half> {
     shares: Shares,
     rounded: Rounded,
     params: &'x mut [H],
-    rests: Option<&'x mut [H::Rest]>,
+    rests: Option<&'x mut [H::Residual]>,
     average: &'x mut [f32],
 }
 

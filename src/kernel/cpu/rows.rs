@@ -5,7 +5,7 @@
 use candle_core::{Tensor, bail};
 
 use super::isa::{prefetch, prefetch_early};
-use super::span::{Lane, Orders, PayRow, Span, UpdateUnit};
+use super::span::{CatchUpRow, Lane, Span, UpdateArgs, UpdateUnit};
 use super::team::Team;
 use super::{Elements, Isa, Pass};
 use crate::codec::Limits;
@@ -36,7 +36,7 @@ pub(crate) struct RowTask<'a> {
     pub(crate) nth: usize,
     pub(crate) var: &'a Tensor,
     pub(crate) grad: &'a RowGrad<'a>,
-    pub(crate) orders: Orders,
+    pub(crate) update_args: UpdateArgs,
     pub(crate) state: &'a mut ParamState,
     /// Where the checksums of the touched rows go, if they are wanted.
     pub(crate) checksums: Option<&'a mut Vec<Checksum>>,
@@ -62,7 +62,7 @@ fn threads_for(elements: usize) -> usize {
 
 fn update_table(task: RowTask<'_>, isa: Isa, threads: usize, team: Team) -> candle_core::Result<()> {
     let elements = task.elements();
-    let RowTask { var, grad, orders, state, mut checksums, .. } = task;
+    let RowTask { var, grad, update_args, state, mut checksums, .. } = task;
     if let Some(checksums) = &mut checksums {
         checksums.clear();
         checksums.resize(grad.rows().map_or(0, <[u32]>::len), Checksum::of::<f32>(&[]));
@@ -79,7 +79,7 @@ fn update_table(task: RowTask<'_>, isa: Isa, threads: usize, team: Team) -> cand
             bail!("expected moments by rows");
         }
         let checksums = checksums.map(|checksums| &mut checksums[..]);
-        let all = Rows { view: &view, orders, from: 0, to: rows, span: span.in_units_of(row_len), checksums };
+        let all = Rows { view: &view, update_args, from: 0, to: rows, span: span.in_units_of(row_len), checksums };
         if threads <= 1 || elements <= SEQUENTIAL {
             isa.run(all);
         } else {
@@ -92,7 +92,7 @@ fn update_table(task: RowTask<'_>, isa: Isa, threads: usize, team: Team) -> cand
 /// Some of the touched rows, and the part of the table that they are in.
 struct Rows<'x> {
     view: &'x RowsView<'x>,
-    orders: Orders,
+    update_args: UpdateArgs,
     /// From which of the touched rows to which.
     from: usize,
     to: usize,
@@ -104,22 +104,22 @@ struct Rows<'x> {
 impl<'x> Rows<'x> {
     /// Cuts into pieces of `piece` touched rows: rows ascend, so the span can be cut between any two.
     fn cut(self, piece: usize) -> Vec<Self> {
-        let Self { view, orders, from, to, mut span, mut checksums } = self;
+        let Self { view, update_args, from, to, mut span, mut checksums } = self;
         let mut pieces = Vec::with_capacity((to - from).div_ceil(piece));
         for from in (from..to).step_by(piece) {
             let to = to.min(from + piece);
             let (part, rest) = span.rows(view.rows[from], view.rows[to - 1]);
             span = rest;
             let own = checksums.as_mut().and_then(|checksums| checksums.split_off_mut(..to - from));
-            pieces.push(Self { view, orders, from, to, span: part, checksums: own });
+            pieces.push(Self { view, update_args, from, to, span: part, checksums: own });
         }
         pieces
     }
 
     #[inline(always)]
     fn update<A: Lane>(self) {
-        let Self { view, orders, from, to, mut span, mut checksums } = self;
-        let orders = orders.prepare::<A>();
+        let Self { view, update_args, from, to, mut span, mut checksums } = self;
+        let update_args = update_args.prepare::<A>();
         let row_len = view.row_len;
         let (mut scratch, mut sums) = (vec![A::ZERO; row_len], vec![A::ZERO; row_len]);
         let ahead = rows_ahead(row_len * size_of::<A>());
@@ -138,7 +138,7 @@ impl<'x> Rows<'x> {
             if k + ahead < to {
                 fetch(k + ahead, &span);
             }
-            let job = UpdateUnit { orders: &orders, grads: view.row(k, &mut sums) };
+            let job = UpdateUnit { update_args: &update_args, grads: view.row(k, &mut sums) };
             A::update(&mut span, &job, place(k), &mut scratch);
             if let Some(checksums) = &mut checksums {
                 checksums[k - from] = span.checksum(place(k));
@@ -156,13 +156,13 @@ impl Pass for Rows<'_> {
     }
 }
 
-/// The payment of what rows of one table owe.
-pub(crate) struct PayTask<'a> {
+/// Applies the updates that rows of one table have missed.
+pub(crate) struct CatchUpTask<'a> {
     pub(crate) var: &'a Tensor,
     pub(crate) row_len: usize,
     pub(crate) ledger: &'a Ledger,
     pub(crate) rounding: Rounding,
-    /// Of the random numbers: seed, variable and payment.
+    /// Key of the random numbers, from seed, variable and the last update.
     pub(crate) key: u64,
     pub(crate) state: &'a mut ParamState,
 }
@@ -178,15 +178,15 @@ pub(crate) enum Written {
     Stands,
 }
 
-/// Lets rows pay, ascending, each with its mark, which becomes that of a row that is up to date. Returns the first row that
+/// Brings rows up to date, ascending, each with its mark, which becomes that of a row that is up to date. Returns the first row that
 /// was found to be written, if that is refused. Whoever calls it may hold a mutex: nobody who works on the rows takes one,
 /// and the caller takes no other tasks while it waits.
-pub(crate) fn pay_rows(
-    task: PayTask<'_>,
+pub(crate) fn catch_up_rows(
+    task: CatchUpTask<'_>,
     rows: &mut [(u32, Mark)],
     written: Written,
 ) -> candle_core::Result<Option<u32>> {
-    let PayTask { var, row_len, ledger, rounding, key, state } = task;
+    let CatchUpTask { var, row_len, ledger, rounding, key, state } = task;
     let limits = state.moments.layout.encoding.limits();
     if rows.is_empty() || row_len == 0 {
         return Ok(None);
@@ -207,7 +207,7 @@ pub(crate) fn pay_rows(
                 Written::Refused if found.is_some() => return Ok(found),
                 Written::Refused | Written::Stands => {}
             }
-            let pass = PayPass { rows, ledger, limits, rounding, key, span };
+            let pass = CatchUpPass { rows, ledger, limits, rounding, key, span };
             team.pieces(pass.cut(piece), |piece| isa.run(piece));
             Ok(None)
         })
@@ -254,8 +254,8 @@ pub(crate) fn checksums(table: Elements<'_>, row_len: usize, rows: &[u32]) -> Ve
     }
 }
 
-/// Some of the rows that pay, and the part of the table that they are in.
-struct PayPass<'x> {
+/// Some of the rows that catch up, and the part of the table that they are in.
+struct CatchUpPass<'x> {
     rows: &'x mut [(u32, Mark)],
     ledger: &'x Ledger,
     limits: Limits,
@@ -264,7 +264,7 @@ struct PayPass<'x> {
     span: Span<'x>,
 }
 
-impl<'x> PayPass<'x> {
+impl<'x> CatchUpPass<'x> {
     fn cut(self, piece: usize) -> Vec<Self> {
         let Self { rows, ledger, limits, rounding, key, mut span } = self;
         let mut pieces = Vec::with_capacity(rows.len().div_ceil(piece));
@@ -277,7 +277,7 @@ impl<'x> PayPass<'x> {
     }
 
     #[inline(always)]
-    fn pay<A: Lane>(self) {
+    fn catch_up<A: Lane>(self) {
         let Self { rows, ledger, limits, rounding, key, mut span } = self;
         let row_len = span.unit;
         let mut scratch = vec![A::ZERO; row_len];
@@ -296,25 +296,25 @@ impl<'x> PayPass<'x> {
             }
             let (row, mark) = rows[k];
             let place = row as usize - first;
-            let mut debt = ledger.debt::<A>(mark.since());
+            let mut missed = ledger.missed::<A>(mark.since());
             if mark.checksum().is_some() {
                 span.drop_master(place);
-                debt = debt.standing();
+                missed = missed.standing();
             }
             let (is_empty, is_padding) = (mark.is_empty(), mark.is_padding());
-            let job = PayRow { debt, is_empty, is_padding, limits, rounding, key };
-            A::pay(&mut span, &job, place, &mut scratch);
+            let job = CatchUpRow { missed, is_empty, is_padding, limits, rounding, key };
+            A::catch_up(&mut span, &job, place, &mut scratch);
             rows[k].1 = mark.caught_up(ledger.now(), span.checksum(place));
         }
     }
 }
 
-impl Pass for PayPass<'_> {
+impl Pass for CatchUpPass<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run(self) {
-        if self.span.is_f64() { self.pay::<f64>() } else { self.pay::<f32>() }
+        if self.span.is_f64() { self.catch_up::<f64>() } else { self.catch_up::<f32>() }
     }
 }
 

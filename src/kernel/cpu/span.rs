@@ -13,7 +13,7 @@ use super::{Elements, ElementsMut};
 use crate::codec::{self, Bf16, Codes, Encoding, F16, Format, Limits, Moment, Plain, Q8};
 use crate::element::Arithmetic;
 use crate::kernel::rows::Summand;
-use crate::ledger::Debt;
+use crate::ledger::Missed;
 use crate::mark::Checksum;
 use crate::rounding::{Half, Randoms, Rounding, derive};
 use crate::rule::{self, Coefficients};
@@ -21,7 +21,7 @@ use crate::state::{Buffer, Coded, Kept, Master, Norms, ParamState, Stored};
 
 /// What one update of one parameter is made with.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Orders {
+pub(crate) struct UpdateArgs {
     pub(crate) coefficients: Coefficients<f64>,
     /// What the codes of the moments depend on.
     pub(crate) encoding: Encoding,
@@ -33,7 +33,7 @@ pub(crate) struct Orders {
     pub(crate) key: u64,
 }
 
-/// [`Orders`] in the type of the arithmetic.
+/// [`UpdateArgs`] in the type of the arithmetic.
 #[derive(Clone, Copy)]
 pub(super) struct Prepared<A> {
     coefficients: Coefficients<A>,
@@ -42,7 +42,7 @@ pub(super) struct Prepared<A> {
     key: u64,
 }
 
-impl Orders {
+impl UpdateArgs {
     /// In the type of the arithmetic.
     pub(super) fn prepare<A: Arithmetic>(&self) -> Prepared<A> {
         Prepared {
@@ -90,14 +90,14 @@ enum NormsMut<'x, F: Format> {
 }
 
 pub(super) enum MasterMut<'x> {
-    Rest(&'x mut [i16]),
+    Residual(&'x mut [i16]),
     Copy(&'x mut [f32]),
 }
 
 impl<'x> MasterMut<'x> {
     pub(super) fn new(master: &'x mut Master) -> candle_core::Result<Self> {
         Ok(match master.kept()? {
-            Kept::Rest(rest) => Self::Rest(rest),
+            Kept::Residual(rest) => Self::Residual(rest),
             Kept::Copy(copy) => Self::Copy(copy),
             Kept::Device(_) => bail!("no CPU kernel for masters on another device"),
         })
@@ -143,7 +143,7 @@ impl<'x> Span<'x> {
         };
         let (master, other_master) = match master {
             None => (None, None),
-            Some(MasterMut::Rest(rest)) => pair(pair(rest.split_at_mut(n), MasterMut::Rest), Some),
+            Some(MasterMut::Residual(rest)) => pair(pair(rest.split_at_mut(n), MasterMut::Residual), Some),
             Some(MasterMut::Copy(copy)) => pair(pair(copy.split_at_mut(n), MasterMut::Copy), Some),
         };
         (
@@ -211,7 +211,7 @@ impl<'x> Span<'x> {
         let range = self.range(k);
         match &mut self.master {
             None => {}
-            Some(MasterMut::Rest(rest)) => rest[range].fill(0),
+            Some(MasterMut::Residual(rest)) => rest[range].fill(0),
             Some(MasterMut::Copy(copy)) => copy[range].fill(0.0),
         }
     }
@@ -321,24 +321,24 @@ pub(super) trait CodedJob: Job<f32> {
 
 /// The update of one unit with its gradient.
 pub(super) struct UpdateUnit<'g, A> {
-    pub(super) orders: &'g Prepared<A>,
+    pub(super) update_args: &'g Prepared<A>,
     pub(super) grads: &'g [A],
 }
 
 impl<A: Arithmetic + bytemuck::Pod> Job<A> for UpdateUnit<'_, A> {
     #[inline(always)]
     fn rounding(&self) -> Rounding {
-        self.orders.rounding
+        self.update_args.rounding
     }
 
     #[inline(always)]
     fn key(&self) -> u64 {
-        self.orders.key
+        self.update_args.key
     }
 
     #[inline(always)]
     fn full(&self, params: &mut [A], exp_avg: &mut [A], exp_inf: &mut [A]) {
-        self.orders.coefficients.specialized(
+        self.update_args.coefficients.specialized(
             #[inline(always)]
             |c| {
                 let streams = params.iter_mut().zip(self.grads).zip(&mut *exp_avg).zip(&mut *exp_inf);
@@ -351,7 +351,7 @@ impl<A: Arithmetic + bytemuck::Pod> Job<A> for UpdateUnit<'_, A> {
 
     #[inline(always)]
     fn rowwise<M: Moment<A>>(&self, key: u32, params: &mut [A], state: (&mut [M::Code], &mut A)) {
-        let Prepared { coefficients, codes, .. } = self.orders;
+        let Prepared { coefficients, codes, .. } = self.update_args;
         codec::update_row::<A, M>(coefficients, &codes.limits, key, params, self.grads, state);
     }
 }
@@ -359,14 +359,14 @@ impl<A: Arithmetic + bytemuck::Pod> Job<A> for UpdateUnit<'_, A> {
 impl CodedJob for UpdateUnit<'_, f32> {
     #[inline(always)]
     fn coded<F: Format>(&self, key: u32, params: &mut [f32], state: (&mut [F::Code], &mut [F::Norm], &mut u32)) {
-        let Prepared { coefficients, codes, .. } = self.orders;
+        let Prepared { coefficients, codes, .. } = self.update_args;
         codec::update_block::<F>(coefficients, codes, key, params, self.grads, state);
     }
 }
 
-/// The payment of what one row owes.
-pub(super) struct PayRow<'l, A> {
-    pub(super) debt: Debt<'l, A>,
+/// Applies the updates that one row has missed.
+pub(super) struct CatchUpRow<'l, A> {
+    pub(super) missed: Missed<'l, A>,
     /// Whether its moments are known to be zero.
     pub(super) is_empty: bool,
     /// Whether it is a padding row, which stays as it is where its moments are zero.
@@ -376,7 +376,7 @@ pub(super) struct PayRow<'l, A> {
     pub(super) key: u64,
 }
 
-impl<A: Arithmetic + bytemuck::Pod> Job<A> for PayRow<'_, A> {
+impl<A: Arithmetic + bytemuck::Pod> Job<A> for CatchUpRow<'_, A> {
     #[inline(always)]
     fn rounding(&self) -> Rounding {
         self.rounding
@@ -391,21 +391,21 @@ impl<A: Arithmetic + bytemuck::Pod> Job<A> for PayRow<'_, A> {
     fn is_of_params(&self, params: &mut [A]) -> bool {
         if self.is_empty {
             // Nothing but decay is left, and pages of moments that nobody has written are not asked for.
-            params.iter_mut().for_each(|w| *w = self.debt.decayed(*w));
+            params.iter_mut().for_each(|w| *w = self.missed.decayed(*w));
         }
         self.is_empty
     }
 
     #[inline(always)]
     fn full(&self, params: &mut [A], exp_avg: &mut [A], exp_inf: &mut [A]) {
-        let debt = &self.debt;
+        let missed = &self.missed;
         if self.is_padding && exp_avg.iter().chain(&*exp_inf).all(|x| *x == A::ZERO) {
             return;
         }
-        let is_series = exp_avg.iter().zip(&*exp_inf).all(|(m, u)| debt.is_series(*m, *u));
+        let is_series = exp_avg.iter().zip(&*exp_inf).all(|(m, u)| missed.is_series(*m, *u));
         for ((w, m), u) in params.iter_mut().zip(exp_avg).zip(exp_inf) {
-            *w = if is_series { debt.weight(*w, *m, *u) } else { debt.weight_one_by_one(*w, *m, *u) };
-            (*m, *u) = debt.moments(*m, *u);
+            *w = if is_series { missed.weight(*w, *m, *u) } else { missed.weight_one_by_one(*w, *m, *u) };
+            (*m, *u) = missed.moments(*m, *u);
         }
     }
 
@@ -413,16 +413,16 @@ impl<A: Arithmetic + bytemuck::Pod> Job<A> for PayRow<'_, A> {
     fn rowwise<M: Moment<A>>(&self, key: u32, params: &mut [A], state: (&mut [M::Code], &mut A)) {
         // With one norm for the row, it tells whether there has been a gradient.
         if !(self.is_padding && *state.1 == A::ZERO) {
-            codec::pay_row::<A, M>(&self.debt, &self.limits, key, params, state);
+            codec::catch_up_row::<A, M>(&self.missed, &self.limits, key, params, state);
         }
     }
 }
 
-impl CodedJob for PayRow<'_, f32> {
+impl CodedJob for CatchUpRow<'_, f32> {
     #[inline(always)]
     fn coded<F: Format>(&self, key: u32, params: &mut [f32], state: (&mut [F::Code], &mut [F::Norm], &mut u32)) {
         if !(self.is_padding && codec::is_zero::<F>(state.0, state.1)) {
-            codec::pay_block::<F>(&self.debt, &self.limits, key, params, state);
+            codec::catch_up_block::<F>(&self.missed, &self.limits, key, params, state);
         }
     }
 }
@@ -432,8 +432,8 @@ pub(super) trait Lane: Summand + bytemuck::Pod {
     /// Updates unit `k` of the span; `scratch` is as long as a unit.
     fn update(span: &mut Span<'_>, job: &UpdateUnit<'_, Self>, k: usize, scratch: &mut [Self]);
 
-    /// Pays what row `k` of the span owes.
-    fn pay(span: &mut Span<'_>, job: &PayRow<'_, Self>, k: usize, scratch: &mut [Self]);
+    /// Brings row `k` of the span up to date.
+    fn catch_up(span: &mut Span<'_>, job: &CatchUpRow<'_, Self>, k: usize, scratch: &mut [Self]);
 
     /// Gradients of this type, or widened into `scratch`.
     fn widened<'s>(grads: Elements<'s>, scratch: &'s mut [Self]) -> &'s [Self];
@@ -446,7 +446,7 @@ impl Lane for f64 {
     }
 
     #[inline(always)]
-    fn pay(span: &mut Span<'_>, job: &PayRow<'_, f64>, k: usize, _: &mut [f64]) {
+    fn catch_up(span: &mut Span<'_>, job: &CatchUpRow<'_, f64>, k: usize, _: &mut [f64]) {
         span.run_f64(job, k);
     }
 
@@ -466,7 +466,7 @@ impl Lane for f32 {
     }
 
     #[inline(always)]
-    fn pay(span: &mut Span<'_>, job: &PayRow<'_, f32>, k: usize, scratch: &mut [f32]) {
+    fn catch_up(span: &mut Span<'_>, job: &CatchUpRow<'_, f32>, k: usize, scratch: &mut [f32]) {
         span.run_f32(job, k, scratch);
     }
 
@@ -510,7 +510,7 @@ impl Span<'_> {
             ElementsMut::BF16(w) => {
                 let scratch = &mut scratch[..range.len()];
                 match &self.master {
-                    Some(MasterMut::Rest(rest)) => join(&w[range.clone()], &rest[range.clone()], scratch),
+                    Some(MasterMut::Residual(rest)) => join(&w[range.clone()], &rest[range.clone()], scratch),
                     _ => Convert::widen_all(&w[range.clone()], scratch),
                 }
                 scratch
@@ -535,7 +535,7 @@ impl Span<'_> {
         }
         match &mut self.params {
             ElementsMut::BF16(w) => match &mut self.master {
-                Some(MasterMut::Rest(rest)) => split(scratch, &mut w[range.clone()], &mut rest[range]),
+                Some(MasterMut::Residual(rest)) => split(scratch, &mut w[range.clone()], &mut rest[range]),
                 _ => narrow(scratch, &mut w[range], job.rounding(), param_key),
             },
             ElementsMut::F16(w) => match &mut self.master {
@@ -574,7 +574,7 @@ impl<F: Format> CodedMut<'_, F> {
 
 /// Puts masters together.
 #[inline(always)]
-fn join<H: Half>(params: &[H], rests: &[H::Rest], wide: &mut [f32]) {
+fn join<H: Half>(params: &[H], rests: &[H::Residual], wide: &mut [f32]) {
     for ((w, param), rest) in wide.iter_mut().zip(params).zip(rests) {
         *w = param.join(*rest);
     }
@@ -594,7 +594,7 @@ pub(super) fn narrow<H: Convert>(wide: &[f32], params: &mut [H], rounding: Round
 
 /// Takes masters apart.
 #[inline(always)]
-pub(super) fn split<H: Half>(wide: &[f32], params: &mut [H], rests: &mut [H::Rest]) {
+pub(super) fn split<H: Half>(wide: &[f32], params: &mut [H], rests: &mut [H::Residual]) {
     for ((w, param), rest) in wide.iter().zip(params).zip(rests) {
         (*param, *rest) = H::split(*w);
     }
@@ -603,7 +603,7 @@ pub(super) fn split<H: Half>(wide: &[f32], params: &mut [H], rests: &mut [H::Res
 /// A pass over consecutive units, with a gradient for each element.
 pub(super) struct DensePass<'x> {
     pub(super) span: Span<'x>,
-    pub(super) orders: Orders,
+    pub(super) update_args: UpdateArgs,
     pub(super) grads: Elements<'x>,
 }
 
@@ -622,15 +622,15 @@ impl super::Pass for DensePass<'_> {
 impl DensePass<'_> {
     #[inline(always)]
     fn update_all<A: Lane>(self) {
-        let Self { mut span, orders, grads } = self;
-        let orders = orders.prepare::<A>();
+        let Self { mut span, update_args, grads } = self;
+        let update_args = update_args.prepare::<A>();
         let (n, unit) = (span.len(), span.unit);
         let scratch = |is_needed| if is_needed { vec![A::ZERO; unit.min(n)] } else { Vec::new() };
         let mut widened = scratch(matches!(grads, Elements::F16(_) | Elements::BF16(_)));
         let mut scratch = scratch(span.is_narrow());
         for k in 0..n.div_ceil(unit) {
             let grads = A::widened(grads.part(k * unit, unit), &mut widened);
-            A::update(&mut span, &UpdateUnit { orders: &orders, grads }, k, &mut scratch);
+            A::update(&mut span, &UpdateUnit { update_args: &update_args, grads }, k, &mut scratch);
         }
     }
 }

@@ -8,7 +8,7 @@ use candle_core::DType;
 
 use crate::clip::Clip;
 use crate::codec::Limits;
-use crate::kernel::Orders as HostOrders;
+use crate::kernel::UpdateArgs as HostOrders;
 use crate::ledger::Terms;
 use crate::reduce::NormType;
 use crate::rounding::Rounding;
@@ -33,7 +33,7 @@ pub(crate) struct Tensor {
     /// u, or its codes, or one for each row.
     pub(crate) exp_inf: Address,
     /// The logarithm of each unit.
-    pub(crate) units: Address,
+    pub(crate) scales: Address,
     /// What masters keep beside the parameter.
     pub(crate) master: Address,
     /// Which units, ascending; none for all of them.
@@ -44,8 +44,8 @@ pub(crate) struct Tensor {
     pub(crate) len: u64,
     /// Elements of a unit.
     pub(crate) unit: u64,
-    /// Which orders are this one's.
-    pub(crate) orders: u32,
+    /// Which update_args are this one's.
+    pub(crate) update_args: u32,
     /// How many units a chunk has.
     pub(crate) chunk: u32,
 }
@@ -69,7 +69,7 @@ pub(crate) struct Narrow {
 /// What one update of one parameter is made with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
 #[repr(C)]
-pub(crate) struct Orders {
+pub(crate) struct UpdateArgs {
     pub(crate) wide: Wide,
     pub(crate) narrow: Narrow,
     limits: [f32; 3],
@@ -78,9 +78,9 @@ pub(crate) struct Orders {
     key: u64,
 }
 
-impl Orders {
-    pub(crate) fn new(orders: &HostOrders) -> Self {
-        let HostOrders { coefficients, encoding, shrink, rounding, key } = orders;
+impl UpdateArgs {
+    pub(crate) fn new(update_args: &HostOrders) -> Self {
+        let HostOrders { coefficients, encoding, shrink, rounding, key } = update_args;
         let (narrow, limits): (Coefficients<f32>, Limits) = (coefficients.round(), encoding.limits());
         Self {
             wide: Wide { grad_scale: coefficients.grad_scale, rest: rest(coefficients) },
@@ -120,9 +120,9 @@ pub(crate) struct Control {
 /// Of `update_*`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
 #[repr(C)]
-pub(crate) struct UpdateArgs {
+pub(crate) struct UpdateLaunchArgs {
     pub(crate) tensors: Address,
-    pub(crate) orders: Address,
+    pub(crate) update_args: Address,
     pub(crate) chunks: Address,
     /// Null if nothing is skipped.
     pub(crate) control: Address,
@@ -173,7 +173,7 @@ pub(crate) struct NormsArgs {
 pub(crate) struct JoinArgs {
     pub(crate) norms: Address,
     pub(crate) squares: Address,
-    pub(crate) orders: Address,
+    pub(crate) update_args: Address,
     pub(crate) control: Address,
     pub(crate) limit: f64,
     pub(crate) n: u32,
@@ -232,7 +232,7 @@ pub(crate) struct IdsArgs {
 /// One lookup whose gradient is summed by rows, or another gradient of rows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
 #[repr(C)]
-pub(crate) struct Part {
+pub(crate) struct LookupGrad {
     /// Rows of the gradient.
     pub(crate) values: Address,
     /// To which row of the table each position contributes; beyond the table: to none.
@@ -363,18 +363,18 @@ pub(crate) struct LargestArgs {
     pub(crate) row_len: u64,
 }
 
-/// Of `pay_*`.
+/// Of `catch_up_*`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
 #[repr(C)]
-pub(crate) struct PayArgs {
-    /// Its `rows` are those that pay; none for all of them.
+pub(crate) struct CatchUpArgs {
+    /// Its `rows` are those that catch up; none for all of them.
     pub(crate) tensor: Tensor,
     /// After which update each row was up to date.
     pub(crate) marks: Address,
     /// Of `ledger::Record`.
     pub(crate) entries: Address,
     pub(crate) terms: Terms,
-    /// Rows that pay.
+    /// Rows that catch up.
     pub(crate) n: u64,
     /// Rows of the table.
     pub(crate) all: u64,
@@ -383,7 +383,7 @@ pub(crate) struct PayArgs {
     pub(crate) rounding: u32,
     /// The last update.
     pub(crate) now: u32,
-    /// Of rows that have paid.
+    /// Of rows that have caught up.
     pub(crate) mark: u32,
 }
 

@@ -1,4 +1,4 @@
-//! What rows of one table on a GPU owe: which are up to date, and their payment. Nothing here waits for the device.
+//! Marks and ledger of one table on a GPU, and how its rows catch up. Nothing here waits for the device.
 //!
 //! Invariant: rows are named before they are updated, and what comes behind the update needs no memory.
 
@@ -7,18 +7,18 @@ use std::sync::Arc;
 use candle_core::{CudaDevice, Device, Tensor};
 use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
 
-use super::abi::{self, Address, MarkArgs, PayArgs};
+use super::abi::{self, Address, CatchUpArgs, MarkArgs};
 use super::compile::load;
 use super::ids::GpuRows;
 use super::launcher::launch;
 use super::order::Order;
 use super::plan::{blocks, blocks_of_units};
-use super::source::{Module, pay_kernel};
+use super::source::{Module, catch_up_kernel};
 use super::staging::alloc;
 use super::work::on_gpu;
 use crate::error::Result;
 use crate::kernel::lend::gpu::{address_to_write, written};
-use crate::kernel::{PayTask, Touched};
+use crate::kernel::{CatchUpTask, Touched};
 use crate::ledger::Record;
 use crate::rounding::Rounding;
 
@@ -59,7 +59,7 @@ impl GpuMarks {
         self.marks.len() * size_of::<u32>()
     }
 
-    /// Says which rows the next payment and the next mark are about. A row may be named more than once.
+    /// Names the rows that catch up next and are marked next. A row may be named more than once.
     pub(crate) fn name(&mut self, rows: &Touched<'_>) -> Result<()> {
         self.named = match rows {
             Touched::Rows(rows) => vec![GpuRows::on(&Device::Cuda(self.device.clone()), rows)?],
@@ -69,9 +69,9 @@ impl GpuMarks {
         Ok(())
     }
 
-    /// Lets the rows that were named pay what they owe, or all of them; those that have paid are marked with `mark`.
-    pub(crate) fn pay(&mut self, task: PayTask<'_>, is_all: bool, mark: u32) -> Result<()> {
-        let PayTask { var, row_len, ledger, rounding, key, state } = task;
+    /// Lets the rows that were named catch up, or all of them; those that have caught up are marked with `mark`.
+    pub(crate) fn catch_up(&mut self, task: CatchUpTask<'_>, is_all: bool, mark: u32) -> Result<()> {
+        let CatchUpTask { var, row_len, ledger, rounding, key, state } = task;
         let (moments, master) = on_gpu(state)?;
         if row_len == 0 {
             return Ok(());
@@ -79,8 +79,8 @@ impl GpuMarks {
         let layout = &state.moments.layout;
         let stream = self.device.cuda_stream();
         self.order.begin(&stream)?;
-        let kernel = pay_kernel(var.dtype(), layout.dtype, layout.rowwise);
-        let function = load(&self.device, Module::of_payment(var.dtype())?, &kernel)?;
+        let kernel = catch_up_kernel(var.dtype(), layout.dtype, layout.rowwise);
+        let function = load(&self.device, Module::of_catch_up(var.dtype())?, &kernel)?;
         let (first, records) = ledger.records(self.seen);
         let entries = self.told(&stream, first, &records)?;
         self.seen = first + records.len();
@@ -89,13 +89,13 @@ impl GpuMarks {
             param: own(var)?,
             exp_avg: own(&moments.exp_avg)?,
             exp_inf: own(&moments.exp_inf)?,
-            units: moments.units.as_ref().map_or(Ok(0), own)?,
+            scales: moments.scales.as_ref().map_or(Ok(0), own)?,
             master: master.map_or(Ok(0), own)?,
             len: var.elem_count() as u64,
             unit: row_len as u64,
             ..abi::Tensor::default()
         };
-        let mut args = PayArgs {
+        let mut args = CatchUpArgs {
             tensor,
             marks: self.marks.device_ptr_mut(&stream).0,
             entries,

@@ -16,7 +16,7 @@ use super::staging::alloc_of;
 use crate::error::{Error, Result};
 use crate::gradient::sparse::{IDS, read_ids};
 use crate::kernel::lend::gpu::Held;
-use crate::kernel::{Listed, Occurrences, Touched};
+use crate::kernel::{HostIds, LookupIds, Touched};
 
 /// What is no row of any table.
 const NO_ROW: u32 = u32::MAX;
@@ -30,7 +30,7 @@ pub(crate) struct GpuIds {
     trained: GpuRows,
     bags: Option<GpuBags>,
     check: Option<Arc<Check>>,
-    listed: OnceLock<Listed>,
+    listed: OnceLock<HostIds>,
 }
 
 /// Rows on a GPU, as they occurred; what is no row is there, too, and means none.
@@ -74,11 +74,11 @@ impl GpuRows {
         Ok(Self { memory: Arc::new(alloc_of(&cuda(device)?.cuda_stream(), n)?), n })
     }
 
-    /// The rows that occurrences contribute to.
-    pub(crate) fn trained(occurrences: &Occurrences, device: &Device) -> Result<Self> {
-        match occurrences {
-            Occurrences::Gpu(ids) => Ok(ids.trained.clone()),
-            Occurrences::Host(listed) => Self::on(device, listed.ids()),
+    /// The rows that lookup_ids contribute to.
+    pub(crate) fn trained(lookup_ids: &LookupIds, device: &Device) -> Result<Self> {
+        match lookup_ids {
+            LookupIds::Gpu(ids) => Ok(ids.trained.clone()),
+            LookupIds::Host(listed) => Self::on(device, listed.ids()),
         }
     }
 
@@ -182,7 +182,7 @@ impl GpuIds {
         &self.all
     }
 
-    /// The same, that are about to pay.
+    /// The same, that are about to catch up.
     pub(crate) fn touched(&self) -> Touched<'static> {
         Touched::OnGpu(vec![self.all.clone()])
     }
@@ -215,8 +215,8 @@ impl GpuIds {
         }
     }
 
-    /// The occurrences in host memory; waits for the GPU.
-    pub(crate) fn listed(&self) -> Result<&Listed> {
+    /// The lookup_ids in host memory; waits for the GPU.
+    pub(crate) fn listed(&self) -> Result<&HostIds> {
         if let Some(listed) = self.listed.get() {
             return Ok(listed);
         }
@@ -244,7 +244,7 @@ impl GpuIds {
                 (Some(sources), scales)
             }
         };
-        Ok(self.listed.get_or_init(|| Listed::new(ids, sources, scales)))
+        Ok(self.listed.get_or_init(|| HostIds::new(ids, sources, scales)))
     }
 }
 

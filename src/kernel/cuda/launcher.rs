@@ -7,8 +7,8 @@ use candle_core::CudaDevice;
 use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg};
 
 use super::abi::{
-    Address, BagsArgs, Chunk, DotArgs, GatherArgs, IdsArgs, JoinArgs, LargestArgs, LeavesArgs, MarkArgs, NormsArgs,
-    PairArgs, PayArgs, PoolArgs, SortArgs, THREADS, UpdateArgs,
+    Address, BagsArgs, CatchUpArgs, Chunk, DotArgs, GatherArgs, IdsArgs, JoinArgs, LargestArgs, LeavesArgs, MarkArgs,
+    NormsArgs, PairArgs, PoolArgs, SortArgs, THREADS, UpdateLaunchArgs,
 };
 use super::compile::load;
 use super::order::Order;
@@ -123,5 +123,16 @@ macro_rules! arguments {
         )+
     };
 }
-arguments!(UpdateArgs, LeavesArgs, NormsArgs, JoinArgs, PairArgs, SortArgs, GatherArgs, IdsArgs, PayArgs, MarkArgs);
+arguments!(
+    UpdateLaunchArgs,
+    LeavesArgs,
+    NormsArgs,
+    JoinArgs,
+    PairArgs,
+    SortArgs,
+    GatherArgs,
+    IdsArgs,
+    CatchUpArgs,
+    MarkArgs
+);
 arguments!(BagsArgs, PoolArgs, DotArgs, LargestArgs);

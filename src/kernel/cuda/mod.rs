@@ -7,20 +7,18 @@
 //! | `ids`, `checks` | ids of lookups, and what is heard of bad ones |
 //! | `pool` | rows that are gathered and pooled |
 //! | `sort`, `norms` | gradients of rows, sorted and summed; norms of gradients |
-//! | `exact` | what rows of a table owe |
+//! | `exact` | the updates that rows of a table have missed |
 //! | `launcher`, `order` | kernels of one device: loaded, planned, launched, in order whichever thread it is |
 //! | `staging` | one copy for all that a launch is told |
 //! | `compile`, `source` | the compiler at run time; the kernels' texts and names |
 //! | `plan` | sizes become blocks of a launch; pure |
 //! | `abi` | the structures that both sides have; pure |
-//! | `absent` | what stands in for `runtime` without the feature `cuda` |
+//! | `stub` | what stands in for `runtime` without the feature `cuda` |
 //!
 //! Without the feature the pure ones are there for the tests, which run the kernels on the host.
 
 #[cfg(any(test, feature = "cuda"))]
 pub(crate) mod abi;
-#[cfg(not(feature = "cuda"))]
-mod absent;
 #[cfg(feature = "cuda")]
 mod checks;
 #[cfg(feature = "cuda")]
@@ -49,11 +47,11 @@ mod sort;
 pub(crate) mod source;
 #[cfg(feature = "cuda")]
 mod staging;
+#[cfg(not(feature = "cuda"))]
+mod stub;
 #[cfg(feature = "cuda")]
 mod work;
 
-#[cfg(not(feature = "cuda"))]
-pub(crate) use absent::{GpuIds, GpuMarks, GpuRows, Runtimes, Unchecked};
 #[cfg(feature = "cuda")]
 pub(crate) use checks::Unchecked;
 #[cfg(feature = "cuda")]
@@ -66,3 +64,5 @@ pub(crate) use ids::{GpuIds, GpuRows};
 pub(crate) use pool::{dot_rows, gather, largest, largest_backward, pool};
 #[cfg(feature = "cuda")]
 pub(crate) use runtime::Runtimes;
+#[cfg(not(feature = "cuda"))]
+pub(crate) use stub::{GpuIds, GpuMarks, GpuRows, Runtimes, Unchecked};

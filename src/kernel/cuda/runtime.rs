@@ -8,13 +8,13 @@ use std::collections::HashMap;
 use candle_core::{CudaDevice, DType, Device, Tensor, TensorId};
 use cudarc::driver::{CudaEvent, CudaSlice, DevicePtr, PinnedHostSlice};
 
-use super::abi::{self, Address, Control, Gradient, JoinArgs, Pair, PairArgs, UpdateArgs};
+use super::abi::{self, Address, Control, Gradient, JoinArgs, Pair, PairArgs, UpdateLaunchArgs};
 use super::launcher::Launcher;
 use super::norms::{Norms, Scratch};
 use super::plan::{LEAVES, units_of_chunk};
 use super::sort::{Sorter, Sorts};
 use super::source::Module;
-use super::staging::{Place, Room, Staging};
+use super::staging::{ArenaLayout, Offset, Staging};
 use super::work::{Grad, Kernel, Prepared, RowPlaces, RowsAt, Work, tensor_of};
 use crate::error::Result;
 use crate::kernel::lend::gpu::{Held, address_to_write, written};
@@ -86,7 +86,7 @@ impl Runtimes {
         let tasks = tasks.into_iter().map(Work::Dense).chain(rows.into_iter().map(Work::Rows)).collect();
         let mut by_device = Self::by_device(tasks, |work| Some(work.var()?.device()));
         for (_, work) in &mut by_device {
-            // The order in which norms are joined, which is that of the orders.
+            // The order in which norms are joined, which is that of the update_args.
             work.sort_by_key(Work::nth);
         }
         // A GPU that has no memory left is to be heard of before another one has changed anything.
@@ -173,20 +173,20 @@ impl Runtimes {
 struct Update<'w> {
     tasks: Vec<Prepared<'w>>,
     /// In the order of the tasks.
-    orders: Vec<abi::Orders>,
+    update_args: Vec<abi::UpdateArgs>,
     /// Each with the tasks that are its own.
     kernels: Vec<(Kernel, String, Vec<usize>)>,
     sorts: Sorts,
     /// How many elements gradients have, or can have.
     lens: Vec<(DType, u64)>,
     norms: Option<Norms>,
-    room: Room,
+    layout_of_arguments: ArenaLayout,
     places: Places,
 }
 
 /// Where what the kernels are told will be.
 struct Places {
-    orders: Place,
+    update_args: Place,
     tensors: Vec<Place>,
     gradients: Place,
     rows: Vec<Option<RowPlaces>>,
@@ -236,7 +236,7 @@ impl Runtime {
         if self.addresses.len() > 8 * (tasks.len() + 64) {
             self.addresses.clear();
         }
-        let orders: Vec<abi::Orders> = work.iter().map(Work::orders).collect();
+        let update_args: Vec<abi::UpdateArgs> = work.iter().map(Work::update_args).collect();
         let mut kernels: Vec<(Kernel, String, Vec<usize>)> = Vec::new();
         for (index, task) in tasks.iter().enumerate().filter(|(_, task)| task.units() > 0) {
             match kernels.iter_mut().find(|(kernel, ..)| *kernel == task.kernel) {
@@ -254,24 +254,25 @@ impl Runtime {
             tasks.iter().map(|task| (task.grad.dtype(task.var), task.grad.elements())).collect();
         let norms = measure.map(|_| self.scratch.prepare(&mut self.launcher, &lens)).transpose()?;
 
-        let mut room = Room::default();
+        let mut layout_of_arguments = ArenaLayout::default();
         let places = Places {
-            orders: room.of::<abi::Orders>(orders.len()),
-            tensors: kernels.iter().map(|(_, _, tasks)| room.of::<abi::Tensor>(tasks.len())).collect(),
-            gradients: room.of::<Gradient>(tasks.len()),
-            rows: tasks.iter().map(|task| RowPlaces::of(&task.grad, &mut room)).collect(),
-            sorts: room.of::<abi::Sorting>(sorts.tables.len()),
+            update_args: layout_of_arguments.of::<abi::UpdateArgs>(update_args.len()),
+            tensors: kernels.iter().map(|(_, _, tasks)| layout_of_arguments.of::<abi::Tensor>(tasks.len())).collect(),
+            gradients: layout_of_arguments.of::<Gradient>(tasks.len()),
+            rows: tasks.iter().map(|task| RowPlaces::of(&task.grad, &mut layout_of_arguments)).collect(),
+            sorts: layout_of_arguments.of::<abi::Sorting>(sorts.tables.len()),
         };
-        self.staging.prepare(&room)?;
+        self.staging.prepare(&layout_of_arguments)?;
         if let (None, Some(Measure { skips: true, .. })) = (&self.decision, measure) {
             self.decision = Some(self.memory_for_decision()?);
         }
-        Ok(Update { tasks, orders, kernels, sorts, lens, norms, room, places })
+        Ok(Update { tasks, update_args, kernels, sorts, lens, norms, layout_of_arguments, places })
     }
 
     fn update(&mut self, work: &[Work<'_>], measure: Option<&Measure>) -> Result<()> {
-        let Update { tasks, orders, kernels, mut sorts, lens, norms, room, places } = self.prepare(work, measure)?;
-        let mut filling = self.staging.fill(&room)?;
+        let Update { tasks, update_args, kernels, mut sorts, lens, norms, layout_of_arguments, places } =
+            self.prepare(work, measure)?;
+        let mut writer = self.staging.fill(&layout_of_arguments)?;
 
         // From here on the gradients are locked against writing, until everything is launched.
         let held = tasks
@@ -287,7 +288,7 @@ impl Runtime {
                 addresses.push(address);
             }
             let rows = match places {
-                Some(places) => places.fill(&task.grad, (&addresses, sorts.of(index)), &mut filling)?,
+                Some(places) => places.fill(&task.grad, (&addresses, sorts.of(index)), &mut writer)?,
                 None => RowsAt { grad: addresses.first().copied().unwrap_or(0), ..RowsAt::default() },
             };
             let mut own = |tensor: &Tensor| -> Result<Address> {
@@ -303,19 +304,19 @@ impl Runtime {
                 grad: rows.grad,
                 exp_avg: own(&task.moments.exp_avg)?,
                 exp_inf: own(&task.moments.exp_inf)?,
-                units: task.moments.units.as_ref().map_or(Ok(0), &mut own)?,
+                scales: task.moments.scales.as_ref().map_or(Ok(0), &mut own)?,
                 master: task.master.map_or(Ok(0), &mut own)?,
                 rows: rows.rows,
                 count: rows.count,
                 len: task.var.elem_count() as u64,
                 unit: task.unit,
-                orders: index as u32,
+                update_args: index as u32,
                 chunk: units_of_chunk(task.unit),
             });
         }
-        let orders_at = filling.put(places.orders, &orders)?;
+        let update_args_at = writer.put(places.update_args, &update_args)?;
         for ((_, _, of_kernel), place) in kernels.iter().zip(&places.tensors) {
-            filling.put(*place, &of_kernel.iter().map(|&i| tensors[i]).collect::<Vec<_>>())?;
+            writer.put(*place, &of_kernel.iter().map(|&i| tensors[i]).collect::<Vec<_>>())?;
         }
         let mut first = 0;
         let gradients = tasks.iter().zip(&lens).zip(&tensors).map(|((task, (dtype, most)), tensor)| {
@@ -329,10 +330,10 @@ impl Runtime {
             gradient
         });
         let gradients: Vec<Gradient> = gradients.collect();
-        let sorts_at = filling.put(places.sorts, &sorts.tables)?;
-        let gradients_at = filling.put(places.gradients, &gradients)?;
-        let tensors_at: Vec<Address> = places.tensors.iter().map(|place| filling.address(*place)).collect();
-        filling.copy()?;
+        let sorts_at = writer.put(places.sorts, &sorts.tables)?;
+        let gradients_at = writer.put(places.gradients, &gradients)?;
+        let tensors_at: Vec<Address> = places.tensors.iter().map(|place| writer.address(*place)).collect();
+        writer.copy()?;
 
         sorts.launch(&self.launcher, sorts_at)?;
         let skips = measure.is_some_and(|measure| measure.skips);
@@ -342,7 +343,7 @@ impl Runtime {
             let args = JoinArgs {
                 norms: norms.norms,
                 squares: norms.squares,
-                orders: orders_at,
+                update_args: update_args_at,
                 control: self.control.device_ptr(&self.launcher.stream).0,
                 limit,
                 n: work.len() as u32,
@@ -359,7 +360,11 @@ impl Runtime {
         let control = if skips { self.control.device_ptr(&self.launcher.stream).0 } else { 0 };
         for ((_, kernel, _), tensors) in kernels.iter().zip(tensors_at) {
             let (chunks, blocks) = self.launcher.planned(kernel);
-            self.launcher.launch(kernel, blocks, UpdateArgs { tensors, orders: orders_at, chunks, control })?;
+            self.launcher.launch(
+                kernel,
+                blocks,
+                UpdateLaunchArgs { tensors, update_args: update_args_at, chunks, control },
+            )?;
         }
         drop(guards);
         self.launcher.end()?;
@@ -411,9 +416,9 @@ impl Runtime {
             self.launcher.load(Module::Passes, kernel)?;
             self.launcher.plan_leaves(kernel, pairs.iter().map(|pair| pair.to.elem_count() as u64))?;
         }
-        let mut room = Room::default();
-        let places: Vec<_> = kernels.iter().map(|(_, pairs)| room.of::<Pair>(pairs.len())).collect();
-        let mut filling = self.staging.fill(&room)?;
+        let mut layout_of_arguments = ArenaLayout::default();
+        let places: Vec<_> = kernels.iter().map(|(_, pairs)| layout_of_arguments.of::<Pair>(pairs.len())).collect();
+        let mut writer = self.staging.fill(&layout_of_arguments)?;
         let mut addresses = Vec::with_capacity(kernels.len());
         for ((_, pairs), place) in kernels.iter().zip(&places) {
             let address = |tensor: &Tensor| address_to_write(tensor, &self.launcher.stream);
@@ -421,9 +426,9 @@ impl Runtime {
                 let master = master.as_ref().map_or(Ok(0), &address)?;
                 Ok(Pair { to: address(to)?, other: address(other)?, master, key: *key, len: to.elem_count() as u64 })
             });
-            addresses.push(filling.put(*place, &pairs.collect::<Result<Vec<_>>>()?)?);
+            addresses.push(writer.put(*place, &pairs.collect::<Result<Vec<_>>>()?)?);
         }
-        filling.copy()?;
+        writer.copy()?;
         for ((kernel, pairs), address) in kernels.iter().zip(addresses) {
             let (chunks, blocks) = self.launcher.planned(kernel);
             let args = PairArgs {
@@ -449,19 +454,19 @@ impl Runtime {
         self.launcher.begin()?;
         let lens = [(grad.dtype(), grad.elem_count() as u64)];
         let norms = self.scratch.prepare(&mut self.launcher, &lens)?;
-        let mut room = Room::default();
-        let place = room.of::<Gradient>(1);
-        let mut filling = self.staging.fill(&room)?;
+        let mut layout_of_arguments = ArenaLayout::default();
+        let place = layout_of_arguments.of::<Gradient>(1);
+        let mut writer = self.staging.fill(&layout_of_arguments)?;
         let held = if grad.elem_count() > 0 { Some(Held::new(grad)?) } else { None };
         let (values, _guard) = match &held {
             Some(held) => held.address(&self.launcher.stream).map(|(address, guard)| (address, Some(guard)))?,
             None => (0, None),
         };
-        let gradients = filling.put(
+        let gradients = writer.put(
             place,
             &[Gradient { values, count: 0, len: lens[0].1, first: 0, is_f64: u64::from(lens[0].0 == DType::F64) }],
         )?;
-        filling.copy()?;
+        writer.copy()?;
         norms.launch(&self.launcher, &lens, gradients, norm, 1.0)?;
         self.launcher.end()?;
         let scratch = self.scratch.0.as_ref().ok_or_else(|| candle_core::Error::msg("no memory for norms"))?;

@@ -22,7 +22,7 @@ const HEADERS: [&str; 7] = [
 pub(crate) enum Module {
     /// The update, of parameters of one dtype with gradients of one dtype.
     Update(&'static str),
-    /// What rows owe, of parameters of one dtype.
+    /// The updates that rows have missed, of parameters of one dtype.
     Exact(&'static str),
     /// Norms.
     Summary,
@@ -72,8 +72,8 @@ impl Module {
         Ok(Self::Update(name))
     }
 
-    /// The module for what rows of parameters of this dtype owe.
-    pub(crate) fn of_payment(dtype: DType) -> candle_core::Result<Self> {
+    /// The module that brings rows of parameters of this dtype up to date.
+    pub(crate) fn of_catch_up(dtype: DType) -> candle_core::Result<Self> {
         Ok(Self::Exact(match dtype {
             DType::F64 => "f64",
             DType::F32 => "f32",
@@ -125,9 +125,9 @@ pub(crate) fn update_kernel(param: DType, grad: DType, state: StateDType, rowwis
     format!("update_{}_{}_{}", param.as_str(), grad.as_str(), moments(state, rowwise))
 }
 
-/// The kernel by which rows pay, of parameters of this dtype, with moments stored like this.
-pub(crate) fn pay_kernel(param: DType, state: StateDType, rowwise: bool) -> String {
-    format!("pay_{}_{}", param.as_str(), moments(state, rowwise))
+/// The kernel that brings rows up to date, of parameters of this dtype, with moments stored like this.
+pub(crate) fn catch_up_kernel(param: DType, state: StateDType, rowwise: bool) -> String {
+    format!("catch_up_{}_{}", param.as_str(), moments(state, rowwise))
 }
 
 fn moments(state: StateDType, rowwise: bool) -> String {

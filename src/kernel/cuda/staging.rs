@@ -22,10 +22,10 @@ pub(crate) struct Place(usize);
 
 /// What is to be copied: places first, contents when addresses are known.
 #[derive(Debug, Default)]
-pub(crate) struct Room(usize);
+pub(crate) struct ArenaLayout(usize);
 
-impl Room {
-    /// Room for `n` values.
+impl ArenaLayout {
+    /// ArenaLayout for `n` values.
     pub(crate) fn of<T>(&mut self, n: usize) -> Place {
         let place = Place(self.0);
         self.0 += (n * size_of::<T>()).next_multiple_of(ALIGNMENT);
@@ -46,9 +46,9 @@ impl Staging {
         Self { stream, pinned: Vec::new(), next: 0, device: None }
     }
 
-    /// Makes room on both sides.
-    pub(crate) fn prepare(&mut self, room: &Room) -> Result<()> {
-        let bytes = room.0.max(ALIGNMENT);
+    /// Makes layout_of_arguments on both sides.
+    pub(crate) fn prepare(&mut self, layout_of_arguments: &ArenaLayout) -> Result<()> {
+        let bytes = layout_of_arguments.0.max(ALIGNMENT);
         if self.device.as_ref().is_none_or(|device| device.len() < bytes) {
             let bytes = bytes.next_power_of_two();
             self.wait();
@@ -69,9 +69,9 @@ impl Staging {
         Ok(())
     }
 
-    /// Begins to fill the room, once it is made.
-    pub(crate) fn fill(&mut self, room: &Room) -> Result<Filling<'_>> {
-        self.prepare(room)?;
+    /// Begins to fill the layout_of_arguments, once it is made.
+    pub(crate) fn fill(&mut self, layout_of_arguments: &ArenaLayout) -> Result<ArenaWriter<'_>> {
+        self.prepare(layout_of_arguments)?;
         let turn = self.next;
         self.next = (self.next + 1) % TURNS;
         let (Some(device), Some((pinned, copied))) = (&mut self.device, self.pinned.get_mut(turn)) else {
@@ -79,7 +79,7 @@ impl Staging {
         };
         copied.synchronize().map_err(candle_core::Error::wrap)?;
         let base = device.device_ptr(&self.stream).0;
-        Ok(Filling { stream: &self.stream, pinned, copied, device, base, bytes: room.0 })
+        Ok(ArenaWriter { stream: &self.stream, pinned, copied, device, base, bytes: layout_of_arguments.0 })
     }
 }
 
@@ -114,7 +114,7 @@ pub(crate) fn alloc_of<T: Pod + DeviceRepr>(stream: &Arc<CudaStream>, n: usize) 
 }
 
 /// One copy, being filled.
-pub(crate) struct Filling<'s> {
+pub(crate) struct ArenaWriter<'s> {
     stream: &'s Arc<CudaStream>,
     pinned: &'s mut PinnedHostSlice<u8>,
     copied: &'s CudaEvent,
@@ -123,7 +123,7 @@ pub(crate) struct Filling<'s> {
     bytes: usize,
 }
 
-impl Filling<'_> {
+impl ArenaWriter<'_> {
     /// The stream that the copy is on.
     pub(crate) fn stream(&self) -> &CudaStream {
         self.stream

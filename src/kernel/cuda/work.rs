@@ -5,10 +5,10 @@ use candle_core::{DType, Tensor};
 use super::abi::{self, Address, Sorting};
 use super::ids::BagsAt;
 use super::source::{Module, update_kernel};
-use super::staging::{Filling, Place, Room};
+use super::staging::{ArenaLayout, ArenaWriter, Offset};
 use crate::codec::StateDType;
 use crate::error::Result;
-use crate::kernel::{Occurrences, Part, RowGrad, RowTask, RowValues, Source, SummedRows, Task, Update, total};
+use crate::kernel::{LookupGrad, LookupIds, RowGrad, RowTask, RowValues, Source, SummedRows, Task, Update, total};
 use crate::state::{Buffer, Master, MomentTensors, ParamState, Stored, arithmetic};
 
 /// One parameter of an update.
@@ -39,10 +39,10 @@ impl Work<'_> {
         }
     }
 
-    pub(super) fn orders(&self) -> abi::Orders {
-        abi::Orders::new(match self {
-            Self::Dense(task) => &task.kind.orders,
-            Self::Rows(task) => &task.orders,
+    pub(super) fn update_args(&self) -> abi::UpdateArgs {
+        abi::UpdateArgs::new(match self {
+            Self::Dense(task) => &task.kind.update_args,
+            Self::Rows(task) => &task.update_args,
         })
     }
 }
@@ -91,7 +91,7 @@ const PLANNED_ROWS: u64 = 1024;
 /// Of a `RowGrad`.
 pub(super) struct Parts<'a> {
     /// Those that are not empty.
-    parts: Vec<&'a Part<'a>>,
+    parts: Vec<&'a LookupGrad<'a>>,
     pub(super) row_len: u64,
     /// How many contributions there are.
     pub(super) n: u32,
@@ -100,20 +100,20 @@ pub(super) struct Parts<'a> {
 }
 
 impl<'a> Parts<'a> {
-    fn new(parts: &'a [Part<'a>], row_len: usize, var: &Tensor) -> Result<Self> {
+    fn new(parts: &'a [LookupGrad<'a>], row_len: usize, var: &Tensor) -> Result<Self> {
         let n = total(parts)? as u32;
         let rows = var.dims().first().map_or(1, |&rows| u64::from(n).min(rows as u64));
         // Launches are planned for that many, and planned anew only where batches differ by more.
         let rows = rows.next_multiple_of(PLANNED_ROWS).min(u32::MAX.into());
-        let parts = parts.iter().filter(|part| part.occurrences.len() > 0).collect();
+        let parts = parts.iter().filter(|part| part.lookup_ids.len() > 0).collect();
         Ok(Self { parts, row_len: row_len as u64, n, rows })
     }
 
     /// What contributions are multiplied with.
-    fn factors(part: &'a Part<'_>) -> Option<&'a Tensor> {
-        match &*part.occurrences {
-            Occurrences::Gpu(ids) => ids.factors(),
-            Occurrences::Host(_) => None,
+    fn factors(part: &'a LookupGrad<'_>) -> Option<&'a Tensor> {
+        match &*part.lookup_ids {
+            LookupIds::Gpu(ids) => ids.factors(),
+            LookupIds::Host(_) => None,
         }
     }
 }
@@ -211,24 +211,24 @@ pub(super) enum RowPlaces {
 }
 
 impl RowPlaces {
-    pub(super) fn of(grad: &Grad<'_>, room: &mut Room) -> Option<Self> {
+    pub(super) fn of(grad: &Grad<'_>, layout_of_arguments: &mut ArenaLayout) -> Option<Self> {
         match grad {
             Grad::Dense(_) => None,
             Grad::Rows(SummedRows { rows, values }) => Some(Self::Summed {
-                rows: room.of::<u32>(rows.len()),
-                count: room.of::<u32>(1),
-                values: room.of::<u8>(values.bytes()),
+                rows: layout_of_arguments.of::<u32>(rows.len()),
+                count: layout_of_arguments.of::<u32>(1),
+                values: layout_of_arguments.of::<u8>(values.bytes()),
             }),
             Grad::Parts(Parts { parts, .. }) => {
-                let listed = parts.iter().map(|part| match &*part.occurrences {
-                    Occurrences::Gpu(_) => None,
-                    Occurrences::Host(listed) => {
-                        let ids = room.of::<u32>(listed.ids().len());
-                        Some((ids, listed.sources().map(|sources| room.of::<u32>(sources.len()))))
+                let listed = parts.iter().map(|part| match &*part.lookup_ids {
+                    LookupIds::Gpu(_) => None,
+                    LookupIds::Host(listed) => {
+                        let ids = layout_of_arguments.of::<u32>(listed.ids().len());
+                        Some((ids, listed.sources().map(|sources| layout_of_arguments.of::<u32>(sources.len()))))
                     }
                 });
                 let listed = listed.collect();
-                Some(Self::Parts { parts: room.of::<abi::Part>(parts.len()), listed })
+                Some(Self::Parts { parts: layout_of_arguments.of::<abi::LookupGrad>(parts.len()), listed })
             }
         }
     }
@@ -248,39 +248,37 @@ impl RowPlaces {
         &self,
         grad: &Grad<'_>,
         (tensors, sorting): (&[Address], Option<&mut Sorting>),
-        filling: &mut Filling<'_>,
+        writer: &mut ArenaWriter<'_>,
     ) -> Result<RowsAt> {
         match (self, grad) {
             (Self::Summed { rows, count, values }, Grad::Rows(sums)) => {
                 let grad = match &sums.values {
-                    Buffer::F32(sums) => filling.put::<f32>(*values, sums)?,
-                    Buffer::F64(sums) => filling.put::<f64>(*values, sums)?,
+                    Buffer::F32(sums) => writer.put::<f32>(*values, sums)?,
+                    Buffer::F64(sums) => writer.put::<f64>(*values, sums)?,
                     Buffer::Tensor(_) => return Err(candle_core::Error::msg("expected sums in host memory").into()),
                 };
                 let n = sums.rows.len() as u32;
-                Ok(RowsAt { rows: filling.put(*rows, &sums.rows)?, count: filling.put(*count, &[n])?, grad })
+                Ok(RowsAt { rows: writer.put(*rows, &sums.rows)?, count: writer.put(*count, &[n])?, grad })
             }
             (Self::Parts { parts: place, listed }, Grad::Parts(Parts { parts, .. })) => {
                 let Some(sorting) = sorting else { return Ok(RowsAt::default()) };
                 let (mut tensors, mut begin) = (tensors.iter().copied(), 0);
                 let mut all = Vec::with_capacity(parts.len());
                 for (part, listed) in parts.iter().zip(listed) {
-                    let (ids, BagsAt { starts, bags, is_mean }) = match (&*part.occurrences, listed) {
-                        (Occurrences::Gpu(ids), _) => {
-                            (ids.trained().address(filling.stream()), ids.bags(filling.stream()))
-                        }
-                        (Occurrences::Host(list), Some((ids, sources))) => {
+                    let (ids, BagsAt { starts, bags, is_mean }) = match (&*part.lookup_ids, listed) {
+                        (LookupIds::Gpu(ids), _) => (ids.trained().address(writer.stream()), ids.bags(writer.stream())),
+                        (LookupIds::Host(list), Some((ids, sources))) => {
                             let bags = match (list.sources(), sources) {
-                                (Some(sources), Some(place)) => filling.put(*place, sources)?,
+                                (Some(sources), Some(place)) => writer.put(*place, sources)?,
                                 _ => 0,
                             };
-                            (filling.put(*ids, list.ids())?, BagsAt { bags, ..BagsAt::default() })
+                            (writer.put(*ids, list.ids())?, BagsAt { bags, ..BagsAt::default() })
                         }
-                        (Occurrences::Host(_), None) => (0, BagsAt::default()),
+                        (LookupIds::Host(_), None) => (0, BagsAt::default()),
                     };
                     let values = tensors.next().unwrap_or(0);
                     let factors = Parts::factors(part);
-                    all.push(abi::Part {
+                    all.push(abi::LookupGrad {
                         values,
                         ids,
                         bags,
@@ -291,9 +289,9 @@ impl RowPlaces {
                         factors_dtype: factors.map_or(0, |factors| abi::number(factors.dtype())),
                         padding: 0,
                     });
-                    begin += part.occurrences.len() as u32;
+                    begin += part.lookup_ids.len() as u32;
                 }
-                (sorting.parts, sorting.parts_n) = (filling.put(*place, &all)?, all.len() as u32);
+                (sorting.parts, sorting.parts_n) = (writer.put(*place, &all)?, all.len() as u32);
                 Ok(RowsAt { rows: sorting.rows, count: sorting.count, grad: sorting.sums })
             }
             _ => Err(candle_core::Error::msg("a gradient in another place than it was").into()),

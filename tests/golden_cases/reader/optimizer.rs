@@ -159,7 +159,7 @@ impl Recording<'_> {
                 step,
                 exp_avg: if k == 0 { zeros()? } else { before("m")?.context("no m")? },
                 exp_inf: if k == 0 { zeros()? } else { before("u")?.context("no u")? },
-                units: None,
+                scales: None,
                 by_rows: false,
                 master: None,
                 ema: if k == 0 { None } else { before("ema")? },

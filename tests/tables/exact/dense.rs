@@ -211,7 +211,7 @@ fn rows_that_are_hardly_or_never_touched() -> Result<()> {
         for k in 0..4000 {
             pair.step(&[0], &noise(k, 3))?;
             if k % 10 == 0 {
-                // A missing gradient: nothing decays, and nothing is owed.
+                // A missing gradient: nothing decays, and no row misses an update.
                 let none: [(&Var, &Tensor); 0] = [];
                 pair.by_rows.1.apply_gradients(none)?;
                 pair.dense.1.apply_gradients(none)?;
@@ -227,7 +227,7 @@ fn rows_that_are_hardly_or_never_touched() -> Result<()> {
             assert_eq!(same, decay == WeightDecay::None, "row {row}, {decay:?}");
         }
         pair.by_rows.1.catch_up()?;
-        assert_eq!(after, bits(&pair.by_rows.0), "nothing is paid twice");
+        assert_eq!(after, bits(&pair.by_rows.0), "no update is applied twice");
     }
     Ok(())
 }
@@ -282,7 +282,7 @@ fn every_dtype_and_encoding_within_its_rounding() -> Result<()> {
     Ok(())
 }
 
-/// Other numbers, half way: what was owed is paid with those that it was owed under.
+/// Other numbers, half way: missed updates are made with the numbers that held then.
 #[test]
 fn settings_that_change_on_the_way() -> Result<()> {
     let first = decaying(ParamsAdamax::default());
@@ -319,7 +319,7 @@ fn settings_that_change_on_the_way() -> Result<()> {
 }
 
 /// A run that was saved and went on, and one that was resumed, have the same bits: in weights and in moments, in rows that
-/// nobody touched before, and whether rows were owing or a dense gradient had just let all of them pay.
+/// nobody touched before, and whether rows had missed updates or a dense gradient had just brought all of them up to date.
 #[test]
 fn resume() -> Result<()> {
     let kinds = [
@@ -382,7 +382,7 @@ fn resumes(dtype: DType, params: &ParamsAdamax, ends_dense: bool) -> Result<()> 
     assert_eq!(bits(&var), bits(&copy), "the weights: {case}");
     let moments = |snapshot: &Snapshot| {
         let state = &snapshot.vars["w"];
-        [Some(&state.exp_avg), Some(&state.exp_inf), state.units.as_ref(), state.master.as_ref()].map(|t| t.map(bits))
+        [Some(&state.exp_avg), Some(&state.exp_inf), state.scales.as_ref(), state.master.as_ref()].map(|t| t.map(bits))
     };
     assert_eq!(moments(&one), moments(&other), "the moments: {case}");
     // Going back, weights and all.
@@ -426,7 +426,7 @@ fn elements_without_momentum_and_betas_that_are_close() -> Result<()> {
     Ok(())
 }
 
-/// Layers pay for what they read, and nobody else changes anything.
+/// Layers bring up to date what they read, and nobody else changes anything.
 #[test]
 fn lookups_pay_and_are_free_after_that() -> Result<()> {
     let mut pair = Pair::new(12, 3, DType::F64, &decaying(ParamsAdamax::default()))?;
@@ -440,11 +440,12 @@ fn lookups_pay_and_are_free_after_that() -> Result<()> {
     let ids = Tensor::new(&[[3u32, 5], [3, 7]], CPU)?;
     let (raw, layer) = (bits(&weight), Embedding::new(weight.clone())?);
     let first = bits(&layer.forward(&ids)?);
-    let paid = bits(&weight);
-    let moved: Vec<usize> = (0..12).filter(|row| raw[3 * row..3 * row + 3] != paid[3 * row..3 * row + 3]).collect();
-    assert!(moved.iter().all(|row| [3, 5, 7].contains(row)) && !moved.is_empty(), "{moved:?} have paid");
+    let caught_up = bits(&weight);
+    let moved: Vec<usize> =
+        (0..12).filter(|row| raw[3 * row..3 * row + 3] != caught_up[3 * row..3 * row + 3]).collect();
+    assert!(moved.iter().all(|row| [3, 5, 7].contains(row)) && !moved.is_empty(), "{moved:?} have caught up");
     assert_eq!(first, bits(&layer.forward(&ids)?));
-    assert_eq!(paid, bits(&weight), "a second lookup writes nothing");
+    assert_eq!(caught_up, bits(&weight), "a second lookup writes nothing");
     // On another thread, through another table of the same variable.
     let other = Table::new(&weight)?;
     std::thread::scope(|scope| scope.spawn(|| other.lookup(&ids).map(|rows| bits(&rows))).join().unwrap())
@@ -473,7 +474,7 @@ fn steps_of_a_graph() -> Result<()> {
         pair.by_rows.1.step(&grads)?;
         pair.dense.1.step(&dense_grads)?;
     }
-    // Two graphs of the same weights, one step after the other: the second one's rows owe the first step.
+    // Two graphs of the same weights, one step after the other: the second one's rows have missed the first step.
     let (first, second) = (loss(&[1, 2])?.backward()?, loss(&[2, 5])?.backward()?);
     let (dense_first, dense_second) = (dense_loss(&[1, 2])?.backward()?, dense_loss(&[2, 5])?.backward()?);
     for (grads, dense_grads) in [(first, dense_first), (second, dense_second)] {
@@ -511,7 +512,7 @@ fn rows_and_variables_come_and_go() -> Result<()> {
     pair.by_rows.1.reset_rows("w", &Tensor::new(&[1u32], CPU)?)?;
     pair.step(&[4], &noise(4, 2))?;
     let got = values(&pair.table.weight().unwrap());
-    assert_eq!(got[2..4], [7.0, 8.0], "what was set has nothing to pay");
+    assert_eq!(got[2..4], [7.0, 8.0], "what was set has missed nothing");
     assert!(close(&got[0..2], &pair.last[0..2]) && close(&got[4..10], &pair.last[4..10]));
 
     let mut pair = run()?;
@@ -530,7 +531,7 @@ fn rows_and_variables_come_and_go() -> Result<()> {
     let pair = run()?;
     let (var, last) = (pair.by_rows.0.clone(), pair.last.clone());
     drop(pair);
-    assert!(close(&values(&var), &last), "the end of the optimizer is the last day to pay");
+    assert!(close(&values(&var), &last), "rows catch up when the optimizer ends");
     Ok(())
 }
 

@@ -44,7 +44,7 @@ fn betas_that_are_too_close_are_refused() -> Result<()> {
         }
         optimizer.catch_up()?;
         // The ledger: 16 bytes an update of the window, and little more.
-        assert!(optimizer.bytes().debts <= 8 + 16 * 65_536 + 1024, "{beta1}, {beta2}: {:?}", optimizer.bytes());
+        assert!(optimizer.bytes().missed <= 8 + 16 * 65_536 + 1024, "{beta1}, {beta2}: {:?}", optimizer.bytes());
     }
     Ok(())
 }

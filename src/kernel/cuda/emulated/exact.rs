@@ -1,17 +1,17 @@
-//! Rows that owe something, and their marks.
+//! Rows that have missed updates, and their marks.
 
 use candle_core::{DType, Result, Var};
 
 use super::rows::row_grad;
 use super::*;
 use crate::kernel::cuda::plan::{blocks, blocks_of_units};
-use crate::kernel::cuda::source::pay_kernel;
-use crate::kernel::{PayTask, RowTask, Written, cpu};
+use crate::kernel::cuda::source::catch_up_kernel;
+use crate::kernel::{CatchUpTask, RowTask, Written, cpu};
 use crate::ledger::Ledger;
 use crate::mark::Mark;
 use crate::state::{Layout, Place};
 
-/// A table of which some rows were updated now and then, and what they owe.
+/// A table with rows that have missed updates, since only some were updated now and then.
 struct Owing {
     var: Var,
     state: ParamState,
@@ -31,36 +31,36 @@ impl Owing {
         let var = Var::from_tensor(&tensor(&[rows, row_len], 5, 2, keep.dtypes.0)?)?;
         let layout = Layout::of(&var, keep.state, true, keep.rowwise, encoding);
         let state = ParamState::zeros(&var, Place::Host, &layout, keep.rounding).map_err(candle_core::Error::from)?;
-        let mut owing = Self { var, state, ledger: Ledger::new(&hyper(keep)), marks: vec![EMPTY; rows] };
-        PADDINGS.into_iter().for_each(|row| owing.marks[row as usize] |= PADDING);
+        let mut behind = Self { var, state, ledger: Ledger::new(&hyper(keep)), marks: vec![EMPTY; rows] };
+        PADDINGS.into_iter().for_each(|row| behind.marks[row as usize] |= PADDING);
         for t in 1..=900u64 {
-            let base = orders(keep, t, encoding);
+            let base = update_args(keep, t, encoding);
             if [1, 2, 300, 500, 899].contains(&t) {
                 let touched: Vec<u32> = (0..rows as u32 - 3).filter(|row| (row + t as u32).is_multiple_of(3)).collect();
                 let grad = row_grad(&touched, row_len, &[tensor(&[9, row_len], t, span, keep.dtypes.1)?]);
                 cpu::update_rows(vec![RowTask {
                     nth: 0,
-                    var: &owing.var,
+                    var: &behind.var,
                     grad: &grad,
-                    orders: base,
-                    state: &mut owing.state,
+                    update_args: base,
+                    state: &mut behind.state,
                     checksums: None,
                 }])?;
-                owing.ledger.book(&base.coefficients, base.shrink);
+                behind.ledger.record(&base.coefficients, base.shrink);
                 for row in touched {
-                    let mark = &mut owing.marks[row as usize];
-                    *mark = (*mark & PADDING) | owing.ledger.now() as u32;
+                    let mark = &mut behind.marks[row as usize];
+                    *mark = (*mark & PADDING) | behind.ledger.now() as u32;
                 }
             } else {
-                owing.ledger.book(&base.coefficients, 24_000);
+                behind.ledger.record(&base.coefficients, 24_000);
             }
         }
         // As after loading a state: nobody knows that the moments of a row are zero.
-        owing.marks[38] = PADDING;
-        Ok(owing)
+        behind.marks[38] = PADDING;
+        Ok(behind)
     }
 
-    fn owes(&self, row: u32) -> Option<(u32, Mark)> {
+    fn behind(&self, row: u32) -> Option<(u32, Mark)> {
         let mark = Mark::new(self.marks[row as usize]);
         let is_spared = mark.is_empty() && (mark.is_padding() || !self.ledger.decays_since(mark.since()));
         (mark.since() < self.ledger.now() && !is_spared).then_some((row, mark))
@@ -87,9 +87,9 @@ fn rows_pay_what_they_owe_with_the_bits_of_the_cpu() -> Result<()> {
         // Of all magnitudes: for some elements the series does not suffice.
         let (row_len, span) = ([24, 5, 64, 300][nth % 4], if nth % 2 == 0 { 3 } else { 12 });
         let Owing { var, mut state, ledger, mut marks } = Owing::new(&keep, row_len, span)?;
-        let owing =
+        let behind =
             Owing { var: var.clone(), state: ParamState::nothing(&state.moments.layout), ledger, marks: marks.clone() };
-        let ledger = &owing.ledger;
+        let ledger = &behind.ledger;
         let mut devices = arrays(&var, &state, 0)?;
         let is_all = nth % 3 == 0;
         // Rows that are named several times, and the id of nothing.
@@ -98,21 +98,21 @@ fn rows_pay_what_they_owe_with_the_bits_of_the_cpu() -> Result<()> {
         rows.retain(|row| *row < 40);
         rows.sort_unstable();
         rows.dedup();
-        let mut paying: Vec<(u32, Mark)> = rows.iter().filter_map(|&row| owing.owes(row)).collect();
+        let mut catching_up: Vec<(u32, Mark)> = rows.iter().filter_map(|&row| behind.behind(row)).collect();
         let (rounding, key, layout) = (keep.rounding, 77, state.moments.layout);
-        let task = PayTask { var: &var, row_len, ledger, rounding, key, state: &mut state };
-        assert_eq!(cpu::pay_rows(task, &mut paying, Written::Refused)?, None);
+        let task = CatchUpTask { var: &var, row_len, ledger, rounding, key, state: &mut state };
+        assert_eq!(cpu::catch_up_rows(task, &mut catching_up, Written::Refused)?, None);
 
         let mut address = |i: usize| devices[i].as_mut().map_or(0, |(memory, _)| memory.address());
         let (mut of_marks, mut of_rows) = (Memory::of(&marks, 0), Memory::of(&named, 0));
         let mut entries = Memory::of(&ledger.records(0).1, 0);
         let n = if is_all { 40 } else { named.len() as u64 };
-        let args = abi::PayArgs {
+        let args = abi::CatchUpArgs {
             tensor: abi::Tensor {
                 param: address(0),
                 exp_avg: address(1),
                 exp_inf: address(2),
-                units: address(3),
+                scales: address(3),
                 master: address(4),
                 rows: if is_all { 0 } else { of_rows.address() },
                 len: var.elem_count() as u64,
@@ -130,14 +130,14 @@ fn rows_pay_what_they_owe_with_the_bits_of_the_cpu() -> Result<()> {
             now: ledger.now() as u32,
             mark: ledger.now() as u32,
         };
-        let kernel = pay_kernel(keep.dtypes.0, layout.dtype, layout.rowwise);
+        let kernel = catch_up_kernel(keep.dtypes.0, layout.dtype, layout.rowwise);
         launch(&kernel, blocks_of_units(n, row_len as u64) as usize, &args, nth % 2 == 0);
         for (i, (got, expected)) in devices.iter().zip(&arrays(&var, &state, 0)?).enumerate() {
             if let (Some((got, dtype)), Some((expected, _))) = (got, expected) {
                 assert!(numbers(got, *dtype) == numbers(expected, *dtype), "{keep:?}, array {i}, span {span}");
             }
         }
-        for (row, _) in paying {
+        for (row, _) in catching_up {
             let mark = &mut marks[row as usize];
             *mark = ledger.now() as u32 | (*mark & (EMPTY | PADDING));
         }

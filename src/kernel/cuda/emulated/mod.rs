@@ -22,7 +22,7 @@ use libloading::{Library, Symbol};
 
 use super::abi::{self, Address};
 use crate::codec::{Encoding, StateDType};
-use crate::kernel::Orders;
+use crate::kernel::UpdateArgs;
 use crate::ledger::{Record, Terms};
 use crate::rounding::Rounding;
 use crate::rule::{Coefficients, EpsMode, Hyperparameters, WeightDecay};
@@ -206,7 +206,7 @@ fn arrays(var: &Var, state: &ParamState, offset: usize) -> Result<Vec<Option<(Me
         own(var.as_tensor(), offset * var.dtype().size_in_bytes())?,
         own(&stored.exp_avg, 0)?,
         own(&stored.exp_inf, 0)?,
-        stored.units.as_ref().map_or(Ok(None), |units| own(units, 0))?,
+        stored.scales.as_ref().map_or(Ok(None), |scales| own(scales, 0))?,
         master.as_ref().map_or(Ok(None), |master| own(master, 0))?,
     ])
 }
@@ -223,9 +223,9 @@ fn hyper(keep: &Keep) -> Hyperparameters {
     Hyperparameters { beta1: 0.9, beta2: 0.999, eps: 1e-7, eps_mode: keep.eps_mode, weight_decay: keep.decay }
 }
 
-fn orders(keep: &Keep, t: u64, encoding: Encoding) -> Orders {
+fn update_args(keep: &Keep, t: u64, encoding: Encoding) -> UpdateArgs {
     let coefficients = Coefficients { clamp: keep.clamp, ..Coefficients::of_update(&hyper(keep), 0.01, t) };
-    Orders {
+    UpdateArgs {
         coefficients,
         encoding,
         shrink: 24_000 * t,
@@ -251,10 +251,10 @@ fn structures_are_laid_out_alike() {
         size_of::<abi::Tensor>(),
         size_of::<abi::Wide>(),
         size_of::<abi::Narrow>(),
-        size_of::<abi::Orders>(),
+        size_of::<abi::UpdateArgs>(),
         size_of::<abi::Chunk>(),
         size_of::<abi::Control>(),
-        size_of::<abi::UpdateArgs>(),
+        size_of::<abi::UpdateLaunchArgs>(),
         size_of::<abi::Gradient>(),
         size_of::<abi::LeavesArgs>(),
         size_of::<abi::NormsArgs>(),
@@ -263,12 +263,12 @@ fn structures_are_laid_out_alike() {
         size_of::<abi::PairArgs>(),
         size_of::<abi::GatherArgs>(),
         size_of::<abi::IdsArgs>(),
-        size_of::<abi::Part>(),
+        size_of::<abi::LookupGrad>(),
         size_of::<abi::Sorting>(),
         size_of::<abi::SortArgs>(),
         size_of::<Record>(),
         size_of::<Terms>(),
-        size_of::<abi::PayArgs>(),
+        size_of::<abi::CatchUpArgs>(),
         size_of::<abi::MarkArgs>(),
         size_of::<abi::PoolArgs>(),
         size_of::<abi::DotArgs>(),

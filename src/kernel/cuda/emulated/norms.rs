@@ -10,7 +10,7 @@ use crate::kernel::cuda::plan::{LEAVES, chunks_of_leaves};
 use crate::reduce::{LEAF, Norm, NormType};
 use crate::state::Place;
 
-/// The norms of gradients by the kernels, and the orders that they leave.
+/// The norms of gradients by the kernels, and the update_args that they leave.
 fn summarize(
     grads: &[Tensor],
     norm: NormType,
@@ -37,9 +37,9 @@ fn summarize(
     let (mut gradients, mut chunks) = (Memory::of(&gradients, 0), Memory::of(&chunks, 0));
     let (mut leaves, mut folded) = (Memory::zeros::<f64>(first as usize), Memory::zeros::<f64>(first as usize));
     let (mut norms, mut squares) = (Memory::zeros::<f64>(grads.len()), Memory::zeros::<f64>(2 * grads.len()));
-    let mut base = orders(&PLAIN, 1, Encoding::of(&hyper(&PLAIN)));
+    let mut base = update_args(&PLAIN, 1, Encoding::of(&hyper(&PLAIN)));
     base.coefficients.grad_scale = unscale;
-    let mut all = Memory::of(&vec![abi::Orders::new(&base); grads.len()], 0);
+    let mut all = Memory::of(&vec![abi::UpdateArgs::new(&base); grads.len()], 0);
     let mut control = Memory::of(&[Control::default()], 0);
     let args = LeavesArgs {
         gradients: gradients.address(),
@@ -63,7 +63,7 @@ fn summarize(
     let args = JoinArgs {
         norms: norms.address(),
         squares: squares.address(),
-        orders: all.address(),
+        update_args: all.address(),
         control: control.address(),
         limit,
         n: grads.len() as u32,
@@ -72,11 +72,13 @@ fn summarize(
         skips: u32::from(skips),
     };
     launch("summary_join", 1, &args, reversed);
-    let scales = all.read::<abi::Orders>();
-    for orders in &scales {
-        assert!(orders.wide.grad_scale.is_nan() || orders.narrow.grad_scale == orders.wide.grad_scale as f32);
+    let scales = all.read::<abi::UpdateArgs>();
+    for update_args in &scales {
+        assert!(
+            update_args.wide.grad_scale.is_nan() || update_args.narrow.grad_scale == update_args.wide.grad_scale as f32
+        );
     }
-    Ok((norms.read(), control.read()[0], scales.iter().map(|orders| orders.wide.grad_scale).collect()))
+    Ok((norms.read(), control.read()[0], scales.iter().map(|update_args| update_args.wide.grad_scale).collect()))
 }
 
 /// Compares norms, factors and what is skipped with those of the CPU.

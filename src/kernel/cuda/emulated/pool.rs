@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, DType, Result, Shape, Storage, Tensor};
 use super::*;
 use crate::kernel::cuda::abi::{DotArgs, LargestArgs, PoolArgs};
 use crate::kernel::cuda::plan::{blocks_of_rows, blocks_of_warps};
-use crate::kernel::{self, Listed};
+use crate::kernel::{self, HostIds};
 
 const STARTS: [u32; 7] = [0, 3, 3, 4, 20, 29, 29];
 
@@ -82,7 +82,7 @@ fn gradients_of_factors_are_those_of_the_cpu() -> Result<()> {
     for dtype in DTYPES {
         for row_len in [1, 31, 64, 100] {
             let (rows, grad) = (tensor(&[29, row_len], 3, 3, dtype)?, tensor(&[6, row_len], 4, 3, dtype)?);
-            let listed = Listed::new(ids(), Some(bags()), None);
+            let listed = HostIds::new(ids(), Some(bags()), None);
             let dots = kernel::dot_rows(&rows, &grad, row_len, &listed)?;
             let (mut from, mut grad) = (memory(&rows, 0)?, memory(&grad, 0)?);
             let mut bags = Memory::of(&bags(), 0);

@@ -3,7 +3,7 @@
 use candle_core::{DType, Result, Tensor, Var};
 
 use super::*;
-use crate::kernel::cuda::abi::UpdateArgs;
+use crate::kernel::cuda::abi::UpdateLaunchArgs;
 use crate::kernel::cuda::plan::{blocks_of_rows, chunks, units_of_chunk};
 use crate::kernel::rows::{Coalesced, Contribution};
 use crate::kernel::{RowGrad, RowTask, RowValues, cpu};
@@ -48,13 +48,13 @@ fn touched_rows_have_the_bits_of_the_cpu() -> Result<()> {
                 parts.push(tensor(&[6, row_len], t + 70, 3, DType::F32)?);
             }
             let grad = row_grad(&rows, row_len, &parts);
-            let orders = orders(&keep, t, encoding);
+            let update_args = update_args(&keep, t, encoding);
             let mut devices = arrays(&var, &own, 0)?;
             cpu::update_rows(vec![RowTask {
                 nth: 0,
                 var: &var,
                 grad: &grad,
-                orders,
+                update_args,
                 state: &mut own,
                 checksums: None,
             }])?;
@@ -70,7 +70,7 @@ fn touched_rows_have_the_bits_of_the_cpu() -> Result<()> {
                 grad: sums.address(),
                 exp_avg: address(1),
                 exp_inf: address(2),
-                units: address(3),
+                scales: address(3),
                 rows: numbers_of_rows.address(),
                 count: count.address(),
                 len: var.elem_count() as u64,
@@ -79,10 +79,11 @@ fn touched_rows_have_the_bits_of_the_cpu() -> Result<()> {
                 ..abi::Tensor::default()
             };
             let chunks = chunks([(n, tensor.chunk)]).expect("little work");
-            let (mut tensors, mut orders) = (Memory::of(&[tensor], 0), Memory::of(&[abi::Orders::new(&orders)], 0));
+            let (mut tensors, mut update_args) =
+                (Memory::of(&[tensor], 0), Memory::of(&[abi::UpdateArgs::new(&update_args)], 0));
             let (blocks, mut chunks) = (chunks.len(), Memory::of(&chunks, 0));
-            let (tensors, orders) = (tensors.address(), orders.address());
-            let args = UpdateArgs { tensors, orders, chunks: chunks.address(), control: 0 };
+            let (tensors, update_args) = (tensors.address(), update_args.address());
+            let args = UpdateLaunchArgs { tensors, update_args, chunks: chunks.address(), control: 0 };
             launch(&kernel_of(&keep), blocks, &args, t == 3);
 
             for (i, (got, expected)) in devices.iter().zip(&arrays(&var, &own, 0)?).enumerate() {

@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use super::*;
 use crate::kernel::cuda::abi::{SortArgs, Sorting};
 use crate::kernel::cuda::plan::{chunks, sorting};
-use crate::kernel::{Listed, Occurrences, Part, RowGrad, SummedRows};
+use crate::kernel::{HostIds, LookupGrad, LookupIds, RowGrad, SummedRows};
 use crate::state::arithmetic;
 
 const NO_ROW: u32 = u32::MAX;
@@ -26,7 +26,7 @@ enum Use {
 
 /// One lookup, as the host and as the device know it.
 struct Given {
-    part: Part<'static>,
+    part: LookupGrad<'static>,
     values: Memory,
     ids: Memory,
     bags: Option<Memory>,
@@ -59,7 +59,7 @@ impl Given {
             Use::Mean => Some(all.clone().map(|i| 1.0 / count(bags[i])).collect()),
             Use::Weighted => Some(all.clone().map(|i| weights[i]).collect()),
         };
-        let listed = Listed::new(all.map(|i| ids[i]).collect(), Some(sources), scales);
+        let listed = HostIds::new(all.map(|i| ids[i]).collect(), Some(sources), scales);
         Ok(Self {
             values: memory(&grad, 0)?,
             ids: Memory::of(&ids, 0),
@@ -68,13 +68,13 @@ impl Given {
             factors: if kind == Use::Weighted { Some(memory(&factors, 0)?) } else { None },
             len: n as u32,
             dtypes: (dtype, table),
-            part: Part { grad: Cow::Owned(grad), occurrences: Arc::new(Occurrences::Host(listed)) },
+            part: LookupGrad { grad: Cow::Owned(grad), lookup_ids: Arc::new(LookupIds::Host(listed)) },
         })
     }
 
-    fn at(&mut self, begin: u32) -> abi::Part {
+    fn at(&mut self, begin: u32) -> abi::LookupGrad {
         let address = |memory: &mut Option<Memory>| memory.as_mut().map_or(0, Memory::address);
-        abi::Part {
+        abi::LookupGrad {
             values: self.values.address(),
             ids: self.ids.address(),
             bags: address(&mut self.bags),
@@ -141,7 +141,7 @@ fn compare(mut tables: Vec<Lookups>, tiles: u32, reversed: bool) -> Result<()> {
     }
     for ((table, sorting), own) in tables.into_iter().zip(&sortings).zip(&mut memories) {
         let Lookups { dtype, row_len, given, .. } = table;
-        let parts: Vec<Part<'_>> = given.into_iter().map(|given| given.part).collect();
+        let parts: Vec<LookupGrad<'_>> = given.into_iter().map(|given| given.part).collect();
         let expected = RowGrad::coalesced(&parts, row_len).and_then(|grad| grad.summed(dtype));
         let SummedRows { rows, values } = expected.map_err(candle_core::Error::from)?;
         let base = own.address();

@@ -3,7 +3,7 @@
 use candle_core::{DType, Result, Var};
 
 use super::*;
-use crate::kernel::cuda::abi::{Control, Pair, PairArgs, UpdateArgs};
+use crate::kernel::cuda::abi::{Control, Pair, PairArgs, UpdateLaunchArgs};
 use crate::kernel::cuda::plan::{LEAVES, chunks, chunks_of_leaves, units_of_chunk};
 use crate::kernel::{Source, Task, Update, cpu};
 use crate::state::{Layout, Master, Place};
@@ -21,7 +21,7 @@ fn check(shapes: &[Vec<usize>], keep: Keep) -> Result<()> {
     for t in 1..=4u64 {
         let grads =
             shapes.iter().map(|shape| tensor(shape, 99 + t, keep.span, keep.dtypes.1)).collect::<Result<Vec<_>>>()?;
-        let orders = orders(&keep, t, encoding);
+        let update_args = update_args(&keep, t, encoding);
         let mut devices =
             vars.iter().map(|(var, state)| arrays(var, state, keep.offset)).collect::<Result<Vec<_>>>()?;
         let tasks = vars.iter_mut().zip(&grads).map(|((var, state), grad)| Task {
@@ -29,7 +29,7 @@ fn check(shapes: &[Vec<usize>], keep: Keep) -> Result<()> {
             nth: 0,
             lent: Some(var.as_tensor()),
             read: Some(Source::Tensor(grad)),
-            kind: Update { orders, state },
+            kind: Update { update_args, state },
         });
         cpu::run(tasks.collect())?;
 
@@ -49,7 +49,7 @@ fn check(shapes: &[Vec<usize>], keep: Keep) -> Result<()> {
                     grad: grad.address(),
                     exp_avg: address(1),
                     exp_inf: address(2),
-                    units: address(3),
+                    scales: address(3),
                     master: address(4),
                     len: var.elem_count() as u64,
                     unit,
@@ -59,11 +59,16 @@ fn check(shapes: &[Vec<usize>], keep: Keep) -> Result<()> {
             })
             .collect();
         let chunks = chunks(tensors.iter().map(|t| (t.len.div_ceil(t.unit), t.chunk))).expect("little work");
-        let (mut tensors, mut orders) = (Memory::of(&tensors, 0), Memory::of(&[abi::Orders::new(&orders)], 0));
+        let (mut tensors, mut update_args) =
+            (Memory::of(&tensors, 0), Memory::of(&[abi::UpdateArgs::new(&update_args)], 0));
         let blocks = chunks.len();
         let mut chunks = Memory::of(&chunks, 0);
-        let args =
-            UpdateArgs { tensors: tensors.address(), orders: orders.address(), chunks: chunks.address(), control: 0 };
+        let args = UpdateLaunchArgs {
+            tensors: tensors.address(),
+            update_args: update_args.address(),
+            chunks: chunks.address(),
+            control: 0,
+        };
         launch(&kernel_of(&keep), blocks, &args, keep.reversed);
 
         for ((var, state), got) in vars.iter().zip(&devices) {
@@ -142,7 +147,7 @@ fn rows_norms_of_rows_and_unaligned_starts_too() -> Result<()> {
 
 #[test]
 fn a_skipped_update_writes_nothing() -> Result<()> {
-    let orders = [abi::Orders::new(&orders(&PLAIN, 1, Encoding::of(&hyper(&PLAIN))))];
+    let update_args = [abi::UpdateArgs::new(&update_args(&PLAIN, 1, Encoding::of(&hyper(&PLAIN))))];
     let run = |skip: u32| {
         let (mut w, mut g) = (Memory::of(&[1.0f32, -2.0], 0), Memory::of(&[0.5f32, 0.25], 0));
         let (mut m, mut u) = (Memory::zeros::<f32>(2), Memory::zeros::<f32>(2));
@@ -156,11 +161,16 @@ fn a_skipped_update_writes_nothing() -> Result<()> {
             chunk: units_of_chunk(1024),
             ..abi::Tensor::default()
         };
-        let (mut tensors, mut orders) = (Memory::of(&[tensor], 0), Memory::of(&orders, 0));
+        let (mut tensors, mut update_args) = (Memory::of(&[tensor], 0), Memory::of(&update_args, 0));
         let mut chunks = Memory::of(&chunks([(1, 16)]).expect("little work"), 0);
         let mut control = Memory::of(&[Control { skip, ..Control::default() }], 0);
-        let [tensors, orders, chunks] = [tensors.address(), orders.address(), chunks.address()];
-        launch("update_f32_f32_full", 1, &UpdateArgs { tensors, orders, chunks, control: control.address() }, false);
+        let [tensors, update_args, chunks] = [tensors.address(), update_args.address(), chunks.address()];
+        launch(
+            "update_f32_f32_full",
+            1,
+            &UpdateLaunchArgs { tensors, update_args, chunks, control: control.address() },
+            false,
+        );
         (w.read::<f32>(), m.read::<f32>(), u.read::<f32>())
     };
     assert_eq!(run(1), (vec![1.0, -2.0], vec![0.0; 2], vec![0.0; 2]));

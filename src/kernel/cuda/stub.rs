@@ -4,7 +4,7 @@ use candle_core::{Device, Tensor};
 
 use crate::error::Result;
 use crate::kernel::{
-    Accumulate, Average, Listed, Measure, Occurrences, PayTask, RowTask, Source, Task, Touched, Update,
+    Accumulate, Average, CatchUpTask, HostIds, LookupIds, Measure, RowTask, Source, Task, Touched, Update,
 };
 use crate::reduce::{Norm, NormType};
 
@@ -34,7 +34,7 @@ impl Runtimes {
     }
 
     pub(crate) fn measure(&mut self, _: Source<'_>, _: NormType) -> Result<Norm> {
-        absent()
+        stub()
     }
 
     pub(crate) fn was_skipped(&self) -> Result<bool> {
@@ -46,12 +46,12 @@ impl Runtimes {
     }
 }
 
-/// What rows of a table on a GPU owe: there is none.
+/// Marks of the rows of a table on a GPU: there is none.
 pub(crate) enum GpuMarks {}
 
 impl GpuMarks {
     pub(crate) fn new(_: &Tensor, _: u32) -> Result<Self> {
-        absent()
+        stub()
     }
 
     pub(crate) fn bytes(&self) -> usize {
@@ -62,7 +62,7 @@ impl GpuMarks {
         match *self {}
     }
 
-    pub(crate) fn pay(&mut self, _: PayTask<'_>, _: bool, _: u32) -> Result<()> {
+    pub(crate) fn catch_up(&mut self, _: CatchUpTask<'_>, _: bool, _: u32) -> Result<()> {
         match *self {}
     }
 
@@ -84,8 +84,8 @@ impl GpuMarks {
 pub(crate) enum GpuRows {}
 
 impl GpuRows {
-    pub(crate) fn trained(_: &Occurrences, _: &Device) -> Result<Self> {
-        absent()
+    pub(crate) fn trained(_: &LookupIds, _: &Device) -> Result<Self> {
+        stub()
     }
 }
 
@@ -94,7 +94,7 @@ pub(crate) enum GpuIds {}
 
 impl GpuIds {
     pub(crate) fn new(_: &Device, _: &Tensor, _: usize, _: Option<u32>, _: &mut Unchecked) -> Result<Self> {
-        absent()
+        stub()
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -109,7 +109,7 @@ impl GpuIds {
         match *self {}
     }
 
-    pub(crate) fn listed(&self) -> Result<&Listed> {
+    pub(crate) fn listed(&self) -> Result<&HostIds> {
         match *self {}
     }
 }
@@ -124,6 +124,6 @@ impl Unchecked {
     }
 }
 
-fn absent<T>() -> Result<T> {
+fn stub<T>() -> Result<T> {
     Err(candle_core::Error::msg("this program is built without the feature `cuda`").into())
 }

@@ -13,13 +13,13 @@ use super::rows::{Coalesced, Contribution};
 use crate::error::{Error, Result};
 
 /// The rows of a table that a lookup touched, and where their gradients will be.
-pub(crate) enum Occurrences {
-    Host(Listed),
+pub(crate) enum LookupIds {
+    Host(HostIds),
     /// On the GPU of the table.
     Gpu(Box<GpuIds>),
 }
 
-impl Occurrences {
+impl LookupIds {
     /// How many contributions there are, if not fewer.
     pub(crate) fn len(&self) -> usize {
         match self {
@@ -37,7 +37,7 @@ impl Occurrences {
     }
 
     /// In host memory; waits for a GPU that has them.
-    pub(crate) fn listed(&self) -> Result<&Listed> {
+    pub(crate) fn listed(&self) -> Result<&HostIds> {
         match self {
             Self::Host(listed) => Ok(listed),
             Self::Gpu(ids) => ids.listed(),
@@ -45,8 +45,8 @@ impl Occurrences {
     }
 }
 
-/// [`Occurrences`] in host memory.
-pub(crate) struct Listed {
+/// [`LookupIds`] in host memory.
+pub(crate) struct HostIds {
     /// One for each contribution, in order of occurrence.
     ids: Vec<u32>,
     /// From which row of the lookup's gradient each one comes; if none, they come one from each.
@@ -57,7 +57,7 @@ pub(crate) struct Listed {
     sorted: OnceLock<Vec<u64>>,
 }
 
-impl Listed {
+impl HostIds {
     pub(crate) fn new(ids: Vec<u32>, sources: Option<Vec<u32>>, scales: Option<Vec<f64>>) -> Self {
         Self { ids, sources, scales, sorted: OnceLock::new() }
     }
@@ -123,9 +123,9 @@ fn sort(ids: &[u32]) -> Vec<u64> {
 }
 
 /// The gradient of a lookup, and to which rows it contributes.
-pub(crate) struct Part<'g> {
+pub(crate) struct LookupGrad<'g> {
     pub(crate) grad: Cow<'g, Tensor>,
-    pub(crate) occurrences: Arc<Occurrences>,
+    pub(crate) lookup_ids: Arc<LookupIds>,
 }
 
 /// How many contributions the parts have together.
@@ -133,8 +133,8 @@ pub(crate) struct Part<'g> {
 /// # Errors
 ///
 /// More than positions have bits.
-pub(crate) fn total(parts: &[Part<'_>]) -> Result<usize> {
-    let total = parts.iter().map(|part| part.occurrences.len()).sum();
+pub(crate) fn total(parts: &[LookupGrad<'_>]) -> Result<usize> {
+    let total = parts.iter().map(|part| part.lookup_ids.len()).sum();
     match u32::try_from(total) {
         Ok(_) => Ok(total),
         Err(_) => Err(Error::invalid("ids", "at most 4294967295 ids of one table in a step", total)),
@@ -142,9 +142,9 @@ pub(crate) fn total(parts: &[Part<'_>]) -> Result<usize> {
 }
 
 /// All contributions of a step to one table, by rows. Nothing is summed up yet.
-pub(crate) fn coalesce<'g>(parts: &[Part<'g>]) -> Result<Coalesced<'g>> {
+pub(crate) fn coalesce<'g>(parts: &[LookupGrad<'g>]) -> Result<Coalesced<'g>> {
     total(parts)?;
-    let lists = parts.iter().map(|part| part.occurrences.listed()).collect::<Result<Vec<_>>>()?;
+    let lists = parts.iter().map(|part| part.lookup_ids.listed()).collect::<Result<Vec<_>>>()?;
     let mut ends = Vec::with_capacity(parts.len());
     for list in &lists {
         ends.push(ends.last().copied().unwrap_or(0) + list.ids.len());
@@ -206,7 +206,7 @@ mod tests {
         ) {
             let grad = || Cow::Owned(Tensor::zeros((40, 1), DType::F32, &Device::Cpu).expect("small"));
             let parts = lookups.iter().map(|ids| {
-                Part { grad: grad(), occurrences: Arc::new(Occurrences::Host(Listed::new(ids.clone(), None, None))) }
+                LookupGrad { grad: grad(), lookup_ids: Arc::new(LookupIds::Host(HostIds::new(ids.clone(), None, None))) }
             });
             let coalesced = coalesce(&parts.collect::<Vec<_>>()).expect("few ids");
             let mut expected: Vec<(u32, u32, u32)> = Vec::new();
