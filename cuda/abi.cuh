@@ -28,7 +28,7 @@ struct Tensor {
     u64 count;   // u32: how many `rows` there are
     u64 len;     // elements of the parameter
     u64 unit;    // elements of a unit
-    u32 update_args;  // which update_args are this one's
+    u32 update_args;  // index of this one's arguments
     u32 chunk;   // how many units a chunk has
 };
 

@@ -2,7 +2,7 @@
 //
 // Three launches: `summary_leaves_*`, a warp for each leaf of 1,024 elements, for all tensors of one type; `summary_norms`, a
 // block for each tensor, which folds its leaves; `summary_join`, one block, which joins the norms of all tensors and scales
-// the update_args of the update that follows. Called by src/kernel/cuda.
+// the arguments of the update that follows. Called by src/kernel/cuda.
 #include "abi.cuh"
 
 // Elements of a leaf, and of the partial results that one keeps.

@@ -119,7 +119,7 @@ impl GroupSettings {
         }
     }
 
-    /// The optimizer's ways of storage state with this group's overrides, checked together with its numbers.
+    /// The optimizer's ways of storing state with this group's overrides, checked together with its numbers.
     pub(crate) fn storage(&self, params: &ParamsAdamax) -> Result<StateStorage> {
         let base = params.storage();
         let storage = StateStorage {

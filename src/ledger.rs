@@ -1,4 +1,4 @@
-//! The updates that rows have missed that a step did not touch, where they are to be what a dense optimizer would have made of them. Pure.
+//! Updates that rows of a table have missed, and the sum of the steps that a dense optimizer would have made. Pure.
 //!
 //! Without a gradient m and u only shrink, so a row that was last updated in update s has missed, by update n,
 //!
@@ -20,7 +20,7 @@
 //! each update; an entry is final once its window has passed, since `rho^k` vanishes (after 394 updates with the
 //! default betas). Six terms leave less than 1e-9 of the movement for the default betas, whatever u is. Where they do
 //! not suffice, for other betas and a u near eps, or where PyTorch's u reaches its epsilon within the window, the
-//! missed updates are made one by one ([`Missed::missed`]).
+//! missed updates are made one by one ([`Missed::weight_one_by_one`]).
 //!
 //! Invariant: a row that catches up in several parts, or later, ends where it would have in one, but for rounding. What is
 //! all zero stays as it is, bit for bit. What depends on a row is mirrored in `cuda/ledger.cuh`, statement for statement;
@@ -48,7 +48,7 @@ pub(crate) fn window(beta1: f64, beta2: f64) -> f64 {
     if beta1 == 0.0 { 0.0 } else { VANISHED.ln() / (beta1 / beta2).ln() }
 }
 
-/// What of a missed is the same for all rows; kernels take it as it is.
+/// Numbers of missed updates that are the same for all rows; kernels take them as they are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C)]
 pub(crate) struct Terms {
@@ -68,7 +68,7 @@ pub(crate) struct MissedUpdate {
     decay: f64,
 }
 
-/// The updates that rows have missed that were last updated in one update.
+/// Sums for the rows that have seen no update after one.
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     sums: [f64; TERMS],
@@ -180,7 +180,7 @@ impl Ledger {
         (first, self.entries.iter().zip(&self.shrinking).skip(first).map(record).collect())
     }
 
-    /// What of a missed is the same for all rows.
+    /// Numbers of missed updates that are the same for all rows.
     pub(crate) fn terms(&self) -> Terms {
         let Hyperparameters { beta1, beta2, eps, eps_mode, .. } = self.hyper;
         let (eps_inside, eps_outside) = match eps_mode {
@@ -242,7 +242,7 @@ impl Ledger {
         });
     }
 
-    /// The updates that a row has missed now that was last up to date after update `since`.
+    /// The updates after `since` that a row has missed.
     pub(crate) fn missed<A: Arithmetic>(&self, since: usize) -> Missed<'_, A> {
         let now = self.now();
         let (entry, last) = (&self.entries[since.min(now)], &self.entries[now]);

@@ -94,7 +94,7 @@
 //! | `pages` | zeroed arrays that take memory where they are written |
 //! | `codec` | how moments are stored in 4 and 2 bytes; pure |
 //! | `mark` | what is known of one such row: when it was up to date, and a checksum of its weights; pure |
-//! | `ledger` | the updates that rows have missed for the updates that they missed; pure |
+//! | `ledger` | the updates that rows have missed, and the sum of their steps; pure |
 //! | `scaler` | the dynamic loss scale: what a call makes of it; pure |
 //! | `reduce`, `clip` | the one tree by which norms are summed, and what clipping makes of them; pure |
 //! | `rule` | **the formula**; pure |

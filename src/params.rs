@@ -455,7 +455,7 @@ impl ParamsAdamax {
         }
     }
 
-    /// The ways of storage state that groups may override.
+    /// The ways of storing state that groups may override.
     pub(crate) fn storage(&self) -> StateStorage {
         StateStorage {
             state_dtype: self.state_dtype,

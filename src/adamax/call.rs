@@ -11,7 +11,7 @@ use crate::rounding::derive;
 use crate::rule::Coefficients;
 use crate::state::ParamState;
 
-/// LookupGrad of a call in the accumulation of gradients.
+/// Part of a call in the accumulation of gradients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Turn {
     /// It updates with its own gradients.

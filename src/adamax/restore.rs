@@ -261,7 +261,7 @@ impl Adamax {
     }
 }
 
-/// RestoredLedger updates, and the table that takes them, unless there is one.
+/// Missed updates, and the table that takes them, unless there is one.
 struct RestoredTable {
     missed: RestoredLedger,
     owner: Option<Owner>,

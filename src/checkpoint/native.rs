@@ -129,7 +129,7 @@ pub(crate) fn write(snapshot: &Snapshot, file: AtomicFile) -> Result<()> {
     write_tensors(file, tensors, Some((METADATA, json)))
 }
 
-/// Makes sure that a file has limits for these settings, whatever variables there are.
+/// Makes sure that a file has room for these settings, whatever variables there are.
 pub(crate) fn check_settings(params: &ParamsAdamax, groups: &[GroupSettings]) -> Result<()> {
     HeaderLimits::of([]).check(METADATA, &to_json(&(params, groups))?)
 }

@@ -372,7 +372,7 @@ fn behind(ledger: &Ledger, marks: &[Mark], row: u32) -> Option<(u32, Mark)> {
     (mark.since() < ledger.now() && !is_spared()).then_some((row, mark))
 }
 
-/// RestoredLedger updates of a snapshot, checked.
+/// Missed updates of a snapshot, checked.
 pub(crate) struct RestoredLedger {
     ledger: Ledger,
     marks: Vec<Mark>,

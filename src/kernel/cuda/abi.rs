@@ -44,7 +44,7 @@ pub(crate) struct Tensor {
     pub(crate) len: u64,
     /// Elements of a unit.
     pub(crate) unit: u64,
-    /// Which update_args are this one's.
+    /// Index of this one's arguments.
     pub(crate) update_args: u32,
     /// How many units a chunk has.
     pub(crate) chunk: u32,

@@ -74,7 +74,7 @@ impl GpuRows {
         Ok(Self { memory: Arc::new(alloc_of(&cuda(device)?.cuda_stream(), n)?), n })
     }
 
-    /// The rows that lookup_ids contribute to.
+    /// The rows that the ids contribute to.
     pub(crate) fn trained(lookup_ids: &LookupIds, device: &Device) -> Result<Self> {
         match lookup_ids {
             LookupIds::Gpu(ids) => Ok(ids.trained.clone()),
@@ -215,7 +215,7 @@ impl GpuIds {
         }
     }
 
-    /// The lookup_ids in host memory; waits for the GPU.
+    /// The ids in host memory; waits for the GPU.
     pub(crate) fn listed(&self) -> Result<&HostIds> {
         if let Some(listed) = self.listed.get() {
             return Ok(listed);

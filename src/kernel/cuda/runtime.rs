@@ -86,7 +86,7 @@ impl Runtimes {
         let tasks = tasks.into_iter().map(Work::Dense).chain(rows.into_iter().map(Work::Rows)).collect();
         let mut by_device = Self::by_device(tasks, |work| Some(work.var()?.device()));
         for (_, work) in &mut by_device {
-            // The order in which norms are joined, which is that of the update_args.
+            // The order in which norms are joined, which is that of the arguments.
             work.sort_by_key(Work::nth);
         }
         // A GPU that has no memory left is to be heard of before another one has changed anything.
@@ -180,7 +180,7 @@ struct Update<'w> {
     /// How many elements gradients have, or can have.
     lens: Vec<(DType, u64)>,
     norms: Option<Norms>,
-    layout_of_arguments: ArenaLayout,
+    arena: ArenaLayout,
     places: Places,
 }
 
@@ -254,25 +254,25 @@ impl Runtime {
             tasks.iter().map(|task| (task.grad.dtype(task.var), task.grad.elements())).collect();
         let norms = measure.map(|_| self.scratch.prepare(&mut self.launcher, &lens)).transpose()?;
 
-        let mut layout_of_arguments = ArenaLayout::default();
+        let mut arena = ArenaLayout::default();
         let places = Places {
-            update_args: layout_of_arguments.of::<abi::UpdateArgs>(update_args.len()),
-            tensors: kernels.iter().map(|(_, _, tasks)| layout_of_arguments.of::<abi::Tensor>(tasks.len())).collect(),
-            gradients: layout_of_arguments.of::<Gradient>(tasks.len()),
-            rows: tasks.iter().map(|task| RowPlaces::of(&task.grad, &mut layout_of_arguments)).collect(),
-            sorts: layout_of_arguments.of::<abi::Sorting>(sorts.tables.len()),
+            update_args: arena.of::<abi::UpdateArgs>(update_args.len()),
+            tensors: kernels.iter().map(|(_, _, tasks)| arena.of::<abi::Tensor>(tasks.len())).collect(),
+            gradients: arena.of::<Gradient>(tasks.len()),
+            rows: tasks.iter().map(|task| RowPlaces::of(&task.grad, &mut arena)).collect(),
+            sorts: arena.of::<abi::Sorting>(sorts.tables.len()),
         };
-        self.staging.prepare(&layout_of_arguments)?;
+        self.staging.prepare(&arena)?;
         if let (None, Some(Measure { skips: true, .. })) = (&self.decision, measure) {
             self.decision = Some(self.memory_for_decision()?);
         }
-        Ok(Update { tasks, update_args, kernels, sorts, lens, norms, layout_of_arguments, places })
+        Ok(Update { tasks, update_args, kernels, sorts, lens, norms, arena, places })
     }
 
     fn update(&mut self, work: &[Work<'_>], measure: Option<&Measure>) -> Result<()> {
-        let Update { tasks, update_args, kernels, mut sorts, lens, norms, layout_of_arguments, places } =
+        let Update { tasks, update_args, kernels, mut sorts, lens, norms, arena, places } =
             self.prepare(work, measure)?;
-        let mut writer = self.staging.fill(&layout_of_arguments)?;
+        let mut writer = self.staging.fill(&arena)?;
 
         // From here on the gradients are locked against writing, until everything is launched.
         let held = tasks
@@ -416,9 +416,9 @@ impl Runtime {
             self.launcher.load(Module::Passes, kernel)?;
             self.launcher.plan_leaves(kernel, pairs.iter().map(|pair| pair.to.elem_count() as u64))?;
         }
-        let mut layout_of_arguments = ArenaLayout::default();
-        let places: Vec<_> = kernels.iter().map(|(_, pairs)| layout_of_arguments.of::<Pair>(pairs.len())).collect();
-        let mut writer = self.staging.fill(&layout_of_arguments)?;
+        let mut arena = ArenaLayout::default();
+        let places: Vec<_> = kernels.iter().map(|(_, pairs)| arena.of::<Pair>(pairs.len())).collect();
+        let mut writer = self.staging.fill(&arena)?;
         let mut addresses = Vec::with_capacity(kernels.len());
         for ((_, pairs), place) in kernels.iter().zip(&places) {
             let address = |tensor: &Tensor| address_to_write(tensor, &self.launcher.stream);
@@ -454,9 +454,9 @@ impl Runtime {
         self.launcher.begin()?;
         let lens = [(grad.dtype(), grad.elem_count() as u64)];
         let norms = self.scratch.prepare(&mut self.launcher, &lens)?;
-        let mut layout_of_arguments = ArenaLayout::default();
-        let place = layout_of_arguments.of::<Gradient>(1);
-        let mut writer = self.staging.fill(&layout_of_arguments)?;
+        let mut arena = ArenaLayout::default();
+        let place = arena.of::<Gradient>(1);
+        let mut writer = self.staging.fill(&arena)?;
         let held = if grad.elem_count() > 0 { Some(Held::new(grad)?) } else { None };
         let (values, _guard) = match &held {
             Some(held) => held.address(&self.launcher.stream).map(|(address, guard)| (address, Some(guard)))?,

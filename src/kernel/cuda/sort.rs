@@ -30,7 +30,7 @@ const BLOCKS: &str = "sort_keys";
 const SUMS: [(DType, &str); 2] = [(DType::F32, "sort_sum_f32"), (DType::F64, "sort_sum_f64")];
 
 impl Sorter {
-    /// Loads what sorts and sums these gradients, and makes layout_of_arguments for it.
+    /// Loads what sorts and sums these gradients, and makes room for it.
     pub(super) fn prepare(&mut self, launcher: &mut Launcher, prepared: &[Prepared<'_>]) -> Result<Sorts> {
         let mut sorts = Sorts::default();
         let (mut sizes, mut sums, mut bytes) = (Vec::new(), Vec::new(), 0);

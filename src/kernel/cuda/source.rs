@@ -22,7 +22,7 @@ const HEADERS: [&str; 7] = [
 pub(crate) enum Module {
     /// The update, of parameters of one dtype with gradients of one dtype.
     Update(&'static str),
-    /// The updates that rows have missed, of parameters of one dtype.
+    /// Kernels that bring rows up to date, of parameters of one dtype.
     Exact(&'static str),
     /// Norms.
     Summary,

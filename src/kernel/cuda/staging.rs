@@ -46,9 +46,9 @@ impl Staging {
         Self { stream, pinned: Vec::new(), next: 0, device: None }
     }
 
-    /// Makes layout_of_arguments on both sides.
-    pub(crate) fn prepare(&mut self, layout_of_arguments: &ArenaLayout) -> Result<()> {
-        let bytes = layout_of_arguments.0.max(ALIGNMENT);
+    /// Makes room on both sides.
+    pub(crate) fn prepare(&mut self, arena: &ArenaLayout) -> Result<()> {
+        let bytes = arena.0.max(ALIGNMENT);
         if self.device.as_ref().is_none_or(|device| device.len() < bytes) {
             let bytes = bytes.next_power_of_two();
             self.wait();
@@ -69,9 +69,9 @@ impl Staging {
         Ok(())
     }
 
-    /// Begins to fill the layout_of_arguments, once it is made.
-    pub(crate) fn fill(&mut self, layout_of_arguments: &ArenaLayout) -> Result<ArenaWriter<'_>> {
-        self.prepare(layout_of_arguments)?;
+    /// Begins to write arguments, once there is room.
+    pub(crate) fn fill(&mut self, arena: &ArenaLayout) -> Result<ArenaWriter<'_>> {
+        self.prepare(arena)?;
         let turn = self.next;
         self.next = (self.next + 1) % TURNS;
         let (Some(device), Some((pinned, copied))) = (&mut self.device, self.pinned.get_mut(turn)) else {
@@ -79,7 +79,7 @@ impl Staging {
         };
         copied.synchronize().map_err(candle_core::Error::wrap)?;
         let base = device.device_ptr(&self.stream).0;
-        Ok(ArenaWriter { stream: &self.stream, pinned, copied, device, base, bytes: layout_of_arguments.0 })
+        Ok(ArenaWriter { stream: &self.stream, pinned, copied, device, base, bytes: arena.0 })
     }
 }
 

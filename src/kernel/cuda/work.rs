@@ -211,24 +211,24 @@ pub(super) enum RowPlaces {
 }
 
 impl RowPlaces {
-    pub(super) fn of(grad: &Grad<'_>, layout_of_arguments: &mut ArenaLayout) -> Option<Self> {
+    pub(super) fn of(grad: &Grad<'_>, arena: &mut ArenaLayout) -> Option<Self> {
         match grad {
             Grad::Dense(_) => None,
             Grad::Rows(SummedRows { rows, values }) => Some(Self::Summed {
-                rows: layout_of_arguments.of::<u32>(rows.len()),
-                count: layout_of_arguments.of::<u32>(1),
-                values: layout_of_arguments.of::<u8>(values.bytes()),
+                rows: arena.of::<u32>(rows.len()),
+                count: arena.of::<u32>(1),
+                values: arena.of::<u8>(values.bytes()),
             }),
             Grad::Parts(Parts { parts, .. }) => {
                 let listed = parts.iter().map(|part| match &*part.lookup_ids {
                     LookupIds::Gpu(_) => None,
                     LookupIds::Host(listed) => {
-                        let ids = layout_of_arguments.of::<u32>(listed.ids().len());
-                        Some((ids, listed.sources().map(|sources| layout_of_arguments.of::<u32>(sources.len()))))
+                        let ids = arena.of::<u32>(listed.ids().len());
+                        Some((ids, listed.sources().map(|sources| arena.of::<u32>(sources.len()))))
                     }
                 });
                 let listed = listed.collect();
-                Some(Self::Parts { parts: layout_of_arguments.of::<abi::LookupGrad>(parts.len()), listed })
+                Some(Self::Parts { parts: arena.of::<abi::LookupGrad>(parts.len()), listed })
             }
         }
     }

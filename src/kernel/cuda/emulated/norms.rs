@@ -10,7 +10,7 @@ use crate::kernel::cuda::plan::{LEAVES, chunks_of_leaves};
 use crate::reduce::{LEAF, Norm, NormType};
 use crate::state::Place;
 
-/// The norms of gradients by the kernels, and the update_args that they leave.
+/// The norms of gradients by the kernels, and the arguments that they leave.
 fn summarize(
     grads: &[Tensor],
     norm: NormType,
