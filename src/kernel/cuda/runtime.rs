@@ -186,11 +186,11 @@ struct Update<'w> {
 
 /// Where what the kernels are told will be.
 struct Places {
-    update_args: Place,
-    tensors: Vec<Place>,
-    gradients: Place,
+    update_args: Offset,
+    tensors: Vec<Offset>,
+    gradients: Offset,
     rows: Vec<Option<RowPlaces>>,
-    sorts: Place,
+    sorts: Offset,
 }
 
 /// What is done to pairs of tensors.

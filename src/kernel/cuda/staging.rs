@@ -18,16 +18,16 @@ const TURNS: usize = 4;
 
 /// Where something will be, once it is on the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Place(usize);
+pub(crate) struct Offset(usize);
 
 /// What is to be copied: places first, contents when addresses are known.
 #[derive(Debug, Default)]
 pub(crate) struct ArenaLayout(usize);
 
 impl ArenaLayout {
-    /// ArenaLayout for `n` values.
-    pub(crate) fn of<T>(&mut self, n: usize) -> Place {
-        let place = Place(self.0);
+    /// Room for `n` values.
+    pub(crate) fn of<T>(&mut self, n: usize) -> Offset {
+        let place = Offset(self.0);
         self.0 += (n * size_of::<T>()).next_multiple_of(ALIGNMENT);
         place
     }
@@ -130,12 +130,12 @@ impl ArenaWriter<'_> {
     }
 
     /// Where something will be on the device.
-    pub(crate) fn address(&self, place: Place) -> Address {
+    pub(crate) fn address(&self, place: Offset) -> Address {
         self.base + place.0 as Address
     }
 
     /// Fills a place.
-    pub(crate) fn put<T: Pod>(&mut self, place: Place, values: &[T]) -> Result<Address> {
+    pub(crate) fn put<T: Pod>(&mut self, place: Offset, values: &[T]) -> Result<Address> {
         let bytes: &[u8] = bytemuck::cast_slice(values);
         let pinned = self.pinned.as_mut_slice().map_err(candle_core::Error::wrap)?;
         pinned[place.0..place.0 + bytes.len()].copy_from_slice(bytes);

@@ -199,14 +199,14 @@ pub(super) fn on_gpu(state: &ParamState) -> Result<(&MomentTensors, Option<&Tens
 /// Where on the device what the host knows of the rows of one table will be.
 pub(super) enum RowPlaces {
     Summed {
-        rows: Place,
-        count: Place,
-        values: Place,
+        rows: Offset,
+        count: Offset,
+        values: Offset,
     },
     /// The parts, and for each the ids and bags that are in host memory.
     Parts {
-        parts: Place,
-        listed: Vec<Option<(Place, Option<Place>)>>,
+        parts: Offset,
+        listed: Vec<Option<(Offset, Option<Offset>)>>,
     },
 }
 
