@@ -36,6 +36,7 @@ fn main() -> Result<()> {
             GroupLr::Inherit => "the optimizer's lr".to_owned(),
             GroupLr::Factor(factor) => format!("{factor} times the optimizer's lr"),
             GroupLr::Own(lr) => format!("lr {lr}"),
+            _ => unreachable!("no other one is made here"),
         };
         let decays = if group.weight_decay.is_some() { "a decay of its own" } else { "the optimizer's decay" };
         println!("group {:>8}: {lr}, {decays}", group.name);

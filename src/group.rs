@@ -17,6 +17,7 @@ pub(crate) const DEFAULT_GROUP: &str = "default";
 
 /// The learning rate of a group.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum GroupLr {
     /// The optimizer's.
     #[default]

@@ -135,10 +135,11 @@ pub use adamax::{Adamax, Audit, MomentStatistics, Restored, State, StateBytes, S
 pub use checkpoint::{AccumulatedGrad, Counters, MissedUpdates, Snapshot, TorchOptions, VarSnapshot};
 pub use clip::Clip;
 pub use codec::StateDType;
-pub use embedding::{Bags, Embedding, EmbeddingBag, Pooling, embedding, embedding_bag};
+pub use embedding::{Bags, Embedding, EmbeddingBag, Pooling, embedding, embedding_bag, embedding_with_init};
 pub use error::{Error, ErrorKind, Result};
 pub use gradient::{Gradient, SparseGrad, TouchedRows};
 pub use group::{GroupLr, GroupSettings, ParamGroup};
+#[doc(hidden)]
 pub use kernel::Kernel;
 pub use params::{Ema, MissingGradients, ParamsAdamax, SparseUpdate, StepCount};
 pub use reduce::NormType;

@@ -18,6 +18,7 @@ use crate::schedule::{LearningRate, ReduceLrOnPlateau};
 
 /// What the bias correction `1 - beta1^t` of a variable counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum StepCount {
     /// All updates of the optimizer, also those in which the variable had no gradient. Keras, optax.
     #[default]
@@ -135,6 +136,7 @@ impl Default for Ema {
 
 /// What a step does to the rows of a table that had no gradient in it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum SparseUpdate {
     /// Nothing: neither they nor their moments change. TensorFlow's, for `IndexedSlices`.
     #[default]

@@ -21,6 +21,7 @@ pub(crate) const LANES: usize = 32;
 
 /// Which norm of a gradient is meant: L1, L2 (Euclidean) or the largest magnitude.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum NormType {
     /// The sum of the magnitudes.
     L1,

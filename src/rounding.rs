@@ -13,6 +13,7 @@ use crate::element::{self, Element};
 ///
 /// A step of Adamax is about `lr`, and bf16 has 8 bits: a weight between 1 and 2 moves by 0.008 or not at all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum Rounding {
     /// To the nearest value. Updates under half a unit in the last place are lost, all of them: with bf16 and the learning
     /// rates of a fine-tuning nearly all, as the [guide](crate::guide::precision) has measured.

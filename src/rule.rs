@@ -19,6 +19,7 @@ use crate::element::Arithmetic;
 
 /// Where epsilon stands; `u` means something else in each, so a state cannot move from one to the other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum EpsMode {
     /// Added to the norm: `u = max(beta2 * u, |g|)`, `w -= step_size * m / (u + eps)`. TensorFlow and Keras.
     #[default]
@@ -29,6 +30,7 @@ pub enum EpsMode {
 
 /// How weights decay.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum WeightDecay {
     /// Not at all.
     #[default]

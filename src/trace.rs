@@ -5,6 +5,12 @@ mod imp {
     use tracing::field::Empty;
     use tracing::span::EnteredSpan;
 
+    /// Warns that a GPU has no kernels of this crate, so that candle's tensor operations update its variables.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn no_kernels(gpu: &str, cause: &str) {
+        tracing::warn!(gpu, cause, "no CUDA kernels: candle's tensor operations are used");
+    }
+
     /// One call of `step`, as long as it lives.
     pub(crate) struct Call(EnteredSpan);
 
@@ -29,6 +35,9 @@ mod imp {
 
 #[cfg(not(feature = "tracing"))]
 mod imp {
+    #[cfg(feature = "cuda")]
+    pub(crate) fn no_kernels(_: &str, _: &str) {}
+
     /// Nothing.
     pub(crate) struct Call;
 
@@ -44,3 +53,5 @@ mod imp {
 }
 
 pub(crate) use imp::Call;
+#[cfg(feature = "cuda")]
+pub(crate) use imp::no_kernels;

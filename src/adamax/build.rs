@@ -69,11 +69,7 @@ impl Adamax {
         mut keep: impl FnMut(&str, &Var) -> bool,
         params: ParamsAdamax,
     ) -> Result<Self> {
-        // The caller's function runs without the lock.
-        let named = varmap.data().lock().unwrap_or_else(PoisonError::into_inner);
-        let mut vars: Vec<_> = named.iter().map(|(name, var)| (name.clone(), var.clone())).collect();
-        drop(named);
-        vars.sort_by(|a, b| a.0.cmp(&b.0));
+        let mut vars = sorted(varmap);
         let all = vars.len();
         vars.retain(|(name, var)| keep(name, var));
         if vars.is_empty() && all > 0 {
@@ -81,6 +77,45 @@ impl Adamax {
             return Err(error.of_optimizer(&params.name));
         }
         Self::from_named(vars, params)
+    }
+
+    /// An optimizer of all variables in a `VarMap`, in groups that their names decide: `group_of` gives each variable's
+    /// group, with its settings. Variables whose groups have one name are one group, with the settings of the first.
+    ///
+    /// ```
+    /// use candle_adamax::{Adamax, ParamGroup, ParamsAdamax};
+    /// use candle_core::{DType, Device};
+    /// use candle_nn::{VarBuilder, VarMap, linear};
+    ///
+    /// let varmap = VarMap::new();
+    /// let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
+    /// let (_body, _head) = (linear(8, 4, vb.pp("body"))?, linear(4, 2, vb.pp("head"))?);
+    /// let optimizer = Adamax::from_varmap_groups(&varmap, ParamsAdamax::default(), |name| {
+    ///     if name.starts_with("head.") { ParamGroup::new("head").lr_factor(10.0) } else { ParamGroup::new("body") }
+    /// })?;
+    /// assert_eq!(optimizer.group_learning_rate("head")?, 10.0 * optimizer.group_learning_rate("body")?);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`from_groups`](Self::from_groups).
+    pub fn from_varmap_groups(
+        varmap: &VarMap,
+        params: ParamsAdamax,
+        mut group_of: impl FnMut(&str) -> ParamGroup,
+    ) -> Result<Self> {
+        let mut groups: Vec<ParamGroup> = Vec::new();
+        let mut indices: HashMap<String, usize> = HashMap::new();
+        for (name, var) in sorted(varmap) {
+            let group = group_of(&name);
+            let index = *indices.entry(group.settings.name.clone()).or_insert_with(|| {
+                groups.push(group);
+                groups.len() - 1
+            });
+            groups[index].vars.push((name, var));
+        }
+        Self::from_groups(groups, params)
     }
 
     /// An optimizer of named variables.
@@ -220,9 +255,20 @@ impl Adamax {
     /// An optimizer of variables without names.
     pub(super) fn unnamed(vars: Vec<Var>, params: ParamsAdamax) -> Result<Self> {
         let mut adamax = Self::without_vars(params)?;
-        let vars = vars.into_iter().enumerate().map(|(i, var)| (format!("var.{i}"), Some(i), var)).collect();
+        // With leading zeros the order of the names is that of the variables.
+        let digits = vars.len().saturating_sub(1).to_string().len();
+        let vars = vars.into_iter().enumerate().map(|(i, var)| (format!("var.{i:0digits$}"), Some(i), var)).collect();
         adamax.named(|adamax| adamax.insert(0, vars))?;
         adamax.check_no_decay()?;
         Ok(adamax)
     }
+}
+
+/// The variables of a `VarMap`, by name. Functions of the caller run without its lock.
+fn sorted(varmap: &VarMap) -> Vec<(String, Var)> {
+    let named = varmap.data().lock().unwrap_or_else(PoisonError::into_inner);
+    let mut vars: Vec<_> = named.iter().map(|(name, var)| (name.clone(), var.clone())).collect();
+    drop(named);
+    vars.sort_by(|a, b| a.0.cmp(&b.0));
+    vars
 }

@@ -11,7 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::TouchedRows;
 use crate::gradient::sparse::{IDS, read_ids, row_len, rows_of};
 use crate::maps::IdMap;
-use crate::table::{self, Lookups};
+use crate::table::{self, Lookups, Table};
 
 impl Adamax {
     /// A call of [`step`](Self::step) for models that keep `candle_nn`'s `Embedding`, whose gradients are
@@ -83,6 +83,37 @@ impl Adamax {
                 None => {}
             }
             Ok(())
+        })
+    }
+
+    /// Gives rows of the variable `name` new weights, and lets them begin anew, as [`reset_rows`](Self::reset_rows) does: for
+    /// ids that are given to other items.
+    ///
+    /// ```
+    /// use candle_adamax::{Adamax, Embedding, ParamsAdamax};
+    /// use candle_core::{DType, Device, Tensor, Var};
+    ///
+    /// let items = Var::ones((10, 2), DType::F32, &Device::Cpu)?;
+    /// let layer = Embedding::new(items.as_tensor().clone())?;
+    /// let mut optimizer = Adamax::from_named([("items", items.clone())], ParamsAdamax::default())?;
+    /// let ids = Tensor::new(&[3u32, 7], &Device::Cpu)?;
+    /// optimizer.backward_step(&layer.lookup(&ids)?.sum_all()?)?;
+    ///
+    /// optimizer.replace_rows("items", &ids, &Tensor::zeros((2, 2), DType::F32, &Device::Cpu)?)?;
+    /// assert_eq!(layer.lookup(&ids)?.to_vec2::<f32>()?, [[0.0; 2]; 2]);
+    /// assert_eq!(optimizer.state("items")?.exp_avg.max_all()?.to_scalar::<f32>()?, 0.0);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`reset_rows`](Self::reset_rows) and [`Table::set_rows`](crate::Table::set_rows). Nothing has changed then.
+    pub fn replace_rows(&mut self, name: &str, ids: &Tensor, values: &Tensor) -> Result<()> {
+        let var = self.vars[self.index_of(name)?].var.clone();
+        self.named(|adamax| {
+            adamax.sync()?;
+            Table::new(&var)?.set_rows(ids, values)?;
+            adamax.reset_rows(name, ids)
         })
     }
 

@@ -1,6 +1,6 @@
 //! Settings of an optimizer and of its groups: resolved and checked when they are set.
 
-use candle_core::Tensor;
+use candle_core::{Tensor, Var};
 
 use super::Adamax;
 use crate::codec::Encoding;
@@ -60,9 +60,15 @@ impl ResolvedGroup {
 }
 
 impl Adamax {
-    /// The names of the variables, in alphabetical order; "var.I" for the I-th of those without one.
+    /// The names of the variables, in alphabetical order; "var.I" for the I-th of those without one,
+    /// with leading zeros where there are more than ten.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.vars.iter().map(|param| param.name.as_str())
+    }
+
+    /// The variables with their names, in alphabetical order of these.
+    pub fn vars(&self) -> impl Iterator<Item = (&str, &Var)> {
+        self.vars.iter().map(|param| (param.name.as_str(), &param.var))
     }
 
     /// The settings.

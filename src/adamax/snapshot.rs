@@ -16,6 +16,7 @@ use crate::state::{MomentTensors, ParamState};
 
 /// The state of one variable: copies, in host memory, in the shape of the variable; f64 for f64 variables, else f32.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct State {
     /// m, the first moment.
     pub exp_avg: Tensor,

@@ -146,6 +146,7 @@ pub struct MissedUpdates {
 
 /// A sum of gradients that waits for its update.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub enum AccumulatedGrad {
     /// In the variable's shape.
     Dense(Tensor),

@@ -15,6 +15,7 @@ use crate::table::{Pooled, PooledIds, Table};
 
 /// How the rows of a bag are pooled.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Pooling {
     /// Their sum.
     Sum,
@@ -328,7 +329,7 @@ pub fn embedding_bag(
     pooling: Pooling,
     vb: VarBuilder<'_>,
 ) -> candle_core::Result<EmbeddingBag> {
-    Ok(EmbeddingBag::new(weight(rows, dim, vb)?, pooling)?)
+    Ok(EmbeddingBag::new(weight(rows, dim, super::NORMAL, vb)?, pooling)?)
 }
 
 /// The largest of each column of each bag, of rows that have been looked up.

@@ -131,6 +131,37 @@ impl Embedding {
         Ok(self)
     }
 
+    /// A layer over a weight that is not trained: PyTorch's `Embedding.from_pretrained`.
+    ///
+    /// ```
+    /// use candle_adamax::Embedding;
+    /// use candle_core::{Device, Tensor, Var};
+    ///
+    /// let pretrained = Var::new(&[[1f32, 2.0], [3.0, 4.0]], &Device::Cpu)?;
+    /// let layer = Embedding::frozen(pretrained.as_tensor())?;
+    /// let rows = layer.lookup(&Tensor::new(&[1u32], &Device::Cpu)?)?;
+    /// assert_eq!(rows.to_vec2::<f32>()?, [[3.0, 4.0]]);
+    /// assert!(rows.sum_all()?.backward()?.get(&pretrained).is_none());
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`Embedding::new`].
+    pub fn frozen(weight: &Tensor) -> Result<Self> {
+        Self::new(weight.detach())
+    }
+
+    /// The rows of these ids: [`forward`](Module::forward), with the crate's error.
+    ///
+    /// # Errors
+    ///
+    /// Ids that are not integers; an id that is not the number of a row, which on a GPU is an error of the next step or
+    /// lookup.
+    pub fn lookup(&self, ids: &Tensor) -> Result<Tensor> {
+        self.table.lookup_without(ids, self.options.padding, self.options.max_norm)
+    }
+
     /// The weight, `[rows, dim]`, as [`Table::weight`] gives it.
     ///
     /// # Errors
@@ -153,7 +184,7 @@ impl Embedding {
 
 impl Module for Embedding {
     fn forward(&self, ids: &Tensor) -> candle_core::Result<Tensor> {
-        Ok(self.table.lookup_without(ids, self.options.padding, self.options.max_norm)?)
+        Ok(self.lookup(ids)?)
     }
 }
 
@@ -164,13 +195,37 @@ impl Module for Embedding {
 ///
 /// As [`Embedding::new`], and what `vb` cannot give.
 pub fn embedding(rows: usize, dim: usize, vb: VarBuilder<'_>) -> candle_core::Result<Embedding> {
-    Ok(Embedding::new(weight(rows, dim, vb)?)?)
+    embedding_with_init(rows, dim, NORMAL, vb)
 }
 
-fn weight(rows: usize, dim: usize, vb: VarBuilder<'_>) -> candle_core::Result<Tensor> {
+/// An [`Embedding`] whose `weight` comes from `vb` or is drawn as `init` says.
+///
+/// ```
+/// use candle_adamax::embedding_with_init;
+/// use candle_core::{DType, Device};
+/// use candle_nn::{Init, VarBuilder, VarMap};
+///
+/// let varmap = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
+/// let items = embedding_with_init(1000, 16, Init::Uniform { lo: -0.05, up: 0.05 }, vb.pp("items"))?;
+/// assert!(items.embeddings()?.abs()?.max_all()?.to_scalar::<f32>()? <= 0.05);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # Errors
+///
+/// As [`embedding`].
+pub fn embedding_with_init(rows: usize, dim: usize, init: Init, vb: VarBuilder<'_>) -> candle_core::Result<Embedding> {
+    Ok(Embedding::new(weight(rows, dim, init, vb)?)?)
+}
+
+/// The initial values of `candle_nn::embedding`.
+const NORMAL: Init = Init::Randn { mean: 0.0, stdev: 1.0 };
+
+fn weight(rows: usize, dim: usize, init: Init, vb: VarBuilder<'_>) -> candle_core::Result<Tensor> {
     if rows.checked_mul(dim).is_none_or(|n| isize::try_from(n).is_err()) || u32::try_from(rows).is_err() {
         let error = Error::invalid("rows", "at most 4294967295 rows, and a table that fits into memory", rows);
         return Err(error.into());
     }
-    vb.get_with_hints((rows, dim), "weight", Init::Randn { mean: 0.0, stdev: 1.0 })
+    vb.get_with_hints((rows, dim), "weight", init)
 }

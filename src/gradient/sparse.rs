@@ -91,6 +91,7 @@ pub(crate) fn nonzero(grad: &Tensor) -> Result<Vec<u32>> {
 
 /// A gradient for [`apply_gradients`](crate::Adamax::apply_gradients): `.into()` makes it from either kind.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub enum Gradient<'a> {
     /// In the shape of the variable.
     Dense(&'a Tensor),
@@ -112,6 +113,7 @@ impl<'a> From<&'a SparseGrad> for Gradient<'a> {
 
 /// Which rows of a dense gradient are meant; for [`step_rows`](crate::Adamax::step_rows).
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub enum TouchedRows<'a> {
     /// These: the ids of the batch, in any shape, of any integer dtype, with repetitions.
     Ids(&'a Tensor),

@@ -35,6 +35,7 @@ impl Fingerprint {
                 Some((AccumulatedGrad::Rows(SparseGrad { indices, values }), calls)) => {
                     (Some(values), Some(indices), Some(calls))
                 }
+                _ => unreachable!("no other one is made here"),
             };
             let [last_update, updates] = match missed {
                 None => [None; 2],

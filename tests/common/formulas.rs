@@ -91,6 +91,7 @@ pub(crate) fn norm(grads: &[&[f64]], norm_type: NormType) -> f64 {
             sum(all().map(|g| (g / unit) * (g / unit))).sqrt() * unit
         }
         NormType::Inf => all().fold(0.0, |a: f64, g| if a.is_nan() || g.is_nan() { f64::NAN } else { a.max(g.abs()) }),
+        _ => unreachable!("no other one is made here"),
     }
 }
 
@@ -218,12 +219,14 @@ where
             GroupLr::Inherit => lr,
             GroupLr::Factor(factor) => lr * factor,
             GroupLr::Own(own) => own.at(counters.calls).unwrap(),
+            _ => unreachable!("no other one is made here"),
         };
         let (beta1, beta2) = (group.beta1.unwrap_or(params.beta1), group.beta2.unwrap_or(params.beta2));
         let epsilon = group.eps.unwrap_or(params.eps);
         let (inside, outside) = match params.eps_mode {
             EpsMode::InsideMax => (epsilon, 0.0),
             EpsMode::AddToNorm => (0.0, epsilon),
+            _ => unreachable!("no other one is made here"),
         };
         let spared = params.no_decay.iter().any(|part| is_part(part, name));
         let (l2, decoupled) = match group.weight_decay.unwrap_or(params.weight_decay) {
@@ -231,6 +234,7 @@ where
             WeightDecay::None => (0.0, 0.0),
             WeightDecay::L2(lambda) => (lambda, 0.0),
             WeightDecay::Decoupled(lambda) => (0.0, lambda),
+            _ => unreachable!("no other one is made here"),
         };
         let (w, m, u) = (values(var), values(&state.exp_avg), values(&state.exp_inf));
         let entry = expected.entry(name.clone()).or_default();
@@ -244,6 +248,7 @@ where
         let t = match params.step_count {
             StepCount::Shared => counters.updates + 1,
             StepCount::PerVar => state.step + 1,
+            _ => unreachable!("no other one is made here"),
         };
         let step_size = lr / (1.0 - (0..t).fold(1.0, |power, _| power * beta1));
         let own = norm(&[&grad.g], norm_type.unwrap_or_default());

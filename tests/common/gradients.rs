@@ -45,6 +45,7 @@ impl Whole {
                 return Self { size: g.iter().map(|g| g.abs()).collect(), g, terms: 1, rows: None };
             }
             Gradient::Sparse(grad) => grad,
+            _ => unreachable!("no other one is made here"),
         };
         let n = shape.iter().product();
         let (mut g, mut size) = (vec![0.0; n], vec![0.0; n]);
@@ -67,6 +68,7 @@ impl Whole {
         match sum {
             AccumulatedGrad::Dense(sum) => Self::of(sum, shape),
             AccumulatedGrad::Rows(sum) => Self::of(sum, shape),
+            _ => unreachable!("no other one is made here"),
         }
     }
 

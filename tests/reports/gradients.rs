@@ -41,6 +41,7 @@ fn the_norm_of_an_empty_variable_is_zero_in_every_norm() {
             NormType::L1 => 7.0,
             NormType::L2 => 5.0,
             NormType::Inf => 4.0,
+            _ => unreachable!("no other one is made here"),
         };
         assert_eq!(optimizer.report().total_norm(), Some(expected));
         assert!(values(&w).iter().all(|w| w.is_finite()));

@@ -124,6 +124,7 @@ fn reference(weight: &Tensor, bags: &[Vec<u32>], pooling: Pooling, factors: Opti
             Pooling::Sum => rows.sum(0),
             Pooling::Mean => rows.mean(0),
             Pooling::Max => rows.max(0),
+            _ => unreachable!("no other one is made here"),
         }
     };
     let all: candle_core::Result<Vec<Tensor>> = bags.iter().map(bag).collect();

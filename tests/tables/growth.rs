@@ -82,6 +82,7 @@ fn rows_that_begin_anew_drop_what_was_accumulated_for_them() {
                     assert!(dense);
                     assert_eq!(values(&sum), [1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0]);
                 }
+                _ => unreachable!("no other one is made here"),
             }
             // The next call updates, also where nothing is left for a row.
             let before = bits(&w);

@@ -227,6 +227,7 @@ fn rows_that_are_reset_begin_anew() {
                 sum.indices = sum.indices.narrow(0, 2, 1).unwrap();
                 sum.values = sum.values.narrow(0, 2, 1).unwrap();
             }
+            _ => unreachable!("no other one is made here"),
         }
         edited.restore(&snapshot).unwrap();
         reset.reset_rows("w", &Tensor::new(&[[3i64], [4], [3]], CPU).unwrap()).unwrap();

@@ -10,6 +10,7 @@ use cudarc::nvrtc::result as nvrtc;
 
 use super::source::Module;
 use crate::error::Result;
+use crate::trace;
 
 /// The oldest compute capability that NVRTC 13 compiles for.
 const OLDEST: u32 = 75;
@@ -95,7 +96,7 @@ pub(crate) fn has_kernels(device: &CudaDevice) -> bool {
         });
         if let Err(cause) = &answer {
             let gpu = context.name().unwrap_or_else(|_| "the GPU".to_owned());
-            eprintln!("candle-adamax: no CUDA kernels on {gpu}, so candle's tensor operations are used: {cause}");
+            trace::no_kernels(&gpu, cause);
         }
         answer.is_ok()
     })
