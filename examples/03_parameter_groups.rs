@@ -32,14 +32,9 @@ fn main() -> Result<()> {
         ParamsAdamax { lr: 2e-3.into(), no_decay: vec!["bias".into()], ..Default::default() },
     )?;
     for group in optimizer.groups() {
-        let lr = match &group.lr {
-            GroupLr::Inherit => "the optimizer's lr".to_owned(),
-            GroupLr::Factor(factor) => format!("{factor} times the optimizer's lr"),
-            GroupLr::Own(lr) => format!("lr {lr}"),
-            _ => unreachable!("no other one is made here"),
-        };
+        let lr = optimizer.group_learning_rate(&group.name)?;
         let decays = if group.weight_decay.is_some() { "a decay of its own" } else { "the optimizer's decay" };
-        println!("group {:>8}: {lr}, {decays}", group.name);
+        println!("group {:>8}: lr {lr}, {decays}", group.name);
     }
 
     for step in 1..=400 {

@@ -51,7 +51,7 @@ pub enum ThresholdMode {
 /// let plateau = ReduceLrOnPlateau { patience: 1, ..Default::default() };
 /// let params = ParamsAdamax { lr: 0.5.into(), plateau: Some(plateau), ..Default::default() };
 /// let mut optimizer = Adamax::new(vec![], params)?;
-/// let reduced = [3.0, 2.0, 2.0, 2.1].map(|loss| optimizer.observe(loss).unwrap());
+/// let reduced = [3.0, 2.0, 2.0, 2.1].map(|loss| optimizer.observe_metric(loss).unwrap());
 /// assert_eq!(reduced, [false, false, false, true]);
 /// assert_eq!(optimizer.learning_rate(), 0.05);
 /// # Ok::<(), candle_core::Error>(())
