@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, Layout, Result, Tensor, bail};
 
-use super::cpu::rows;
+use super::cpu::{self, gather};
 use super::lend::{Elements, ElementsMut, Source, elements_of, lend};
 use super::lookup_ids::HostIds;
 use crate::element::Element;
@@ -26,7 +26,7 @@ macro_rules! with_storage {
 /// The rows `ids` of a table, one after another.
 pub(crate) fn gather(table: &Tensor, row_len: usize, ids: &[u32]) -> Result<CpuStorage> {
     let borrowed = Source::Tensor(table).borrow()?;
-    Ok(with_storage!(borrowed.elements()?, table => rows::gather(table, row_len, ids)))
+    Ok(with_storage!(borrowed.elements()?, table => gather::gather(table, row_len, ids)))
 }
 
 /// One row for each bag: the sum or mean of the bag's rows, each times its factor.
@@ -40,7 +40,7 @@ pub(crate) fn pool(
 ) -> Result<CpuStorage> {
     let borrowed = Source::Tensor(table).borrow()?;
     Ok(
-        with_storage!(borrowed.elements()?, table => rows::Pool { table, row_len, ids, starts, factors, mean }.pooled()?),
+        with_storage!(borrowed.elements()?, table => gather::Pool { table, row_len, ids, starts, factors, mean }.pooled()?),
     )
 }
 
@@ -48,7 +48,7 @@ pub(crate) fn pool(
 pub(crate) fn dot_rows(rows: &Tensor, grad: &Tensor, row_len: usize, lookup_ids: &HostIds) -> Result<CpuStorage> {
     fn dots<E: Element>(rows: &[E], grad: &[E], row_len: usize, lookup_ids: &HostIds) -> Vec<E> {
         let bags = (0..lookup_ids.ids().len()).map(|position| lookup_ids.contribution(position).0);
-        rows::dot_rows(rows, grad, row_len, bags)
+        gather::dot_rows(rows, grad, row_len, bags)
     }
     let (rows, grad) = (Source::Tensor(rows).borrow()?, Source::Tensor(grad).borrow()?);
     Ok(match (rows.elements()?, grad.elements()?) {
@@ -72,10 +72,10 @@ pub(crate) fn largest(
     }
     let elements = elements_of(storage, layout)?;
     let positions = match elements {
-        Elements::F64(values) => rows::largest(values, row_len, starts),
-        Elements::F32(values) => rows::largest(values, row_len, starts),
-        Elements::F16(values) => rows::largest(values, row_len, starts),
-        Elements::BF16(values) => rows::largest(values, row_len, starts),
+        Elements::F64(values) => gather::largest(values, row_len, starts),
+        Elements::F32(values) => gather::largest(values, row_len, starts),
+        Elements::F16(values) => gather::largest(values, row_len, starts),
+        Elements::BF16(values) => gather::largest(values, row_len, starts),
     };
     Ok((with_storage!(elements, values => pick(values, row_len, &positions)), positions))
 }
@@ -105,10 +105,10 @@ pub(crate) struct Limit {
 /// Scales gathered rows down to the L2 norm `max_norm`. Returns the ids of those that were above it, with their norms.
 pub(crate) fn limit(gathered: &mut CpuStorage, row_len: usize, ids: &[u32], max_norm: f64) -> Result<Vec<(u32, Norm)>> {
     Ok(match gathered {
-        CpuStorage::F64(values) => rows::limit(values, row_len, ids, max_norm),
-        CpuStorage::F32(values) => rows::limit(values, row_len, ids, max_norm),
-        CpuStorage::F16(values) => rows::limit(values, row_len, ids, max_norm),
-        CpuStorage::BF16(values) => rows::limit(values, row_len, ids, max_norm),
+        CpuStorage::F64(values) => gather::limit(values, row_len, ids, max_norm),
+        CpuStorage::F32(values) => gather::limit(values, row_len, ids, max_norm),
+        CpuStorage::F16(values) => gather::limit(values, row_len, ids, max_norm),
+        CpuStorage::BF16(values) => gather::limit(values, row_len, ids, max_norm),
         _ => bail!("expected rows of floating point"),
     })
 }
@@ -127,10 +127,10 @@ pub(crate) fn scale_down(table: &Tensor, row_len: usize, noted: &[(u32, Limit)])
     };
     let scaled = lend(table, |elements| {
         Ok(match elements {
-            ElementsMut::F64(table) => rows::scale_noted(table, row_len, noted, |_, _| {}),
-            ElementsMut::F32(table) => rows::scale_noted(table, row_len, noted, |_, _| {}),
-            ElementsMut::F16(table) => rows::scale_noted(table, row_len, noted, &mut note),
-            ElementsMut::BF16(table) => rows::scale_noted(table, row_len, noted, &mut note),
+            ElementsMut::F64(table) => gather::scale_noted(table, row_len, noted, |_, _| {}),
+            ElementsMut::F32(table) => gather::scale_noted(table, row_len, noted, |_, _| {}),
+            ElementsMut::F16(table) => gather::scale_noted(table, row_len, noted, &mut note),
+            ElementsMut::BF16(table) => gather::scale_noted(table, row_len, noted, &mut note),
         })
     })?;
     if !changed.is_empty() {
@@ -142,7 +142,7 @@ pub(crate) fn scale_down(table: &Tensor, row_len: usize, noted: &[(u32, Limit)])
 /// The checksums of the rows `ids`.
 pub(crate) fn checksums(table: &Tensor, row_len: usize, ids: &[u32]) -> Result<Vec<Checksum>> {
     let borrowed = Source::Tensor(table).borrow()?;
-    Ok(rows::checksums(borrowed.elements()?, row_len, ids))
+    Ok(cpu::checksums(borrowed.elements()?, row_len, ids))
 }
 
 /// Asks for large pages under a large table.

@@ -4,21 +4,25 @@
 //! Invariants: the work on an element does not depend on the piece it is in, so any number of threads gives the same
 //! bits; a thread holds the locks of one variable and its gradient at most.
 
+mod catch_up;
+mod chunk;
 mod convert;
+pub(crate) mod gather;
 mod isa;
 mod measure;
 mod passes;
-pub(crate) mod rows;
-mod span;
+mod rows;
 mod team;
+mod unit_op;
 
 use candle_core::Tensor;
 
+pub(crate) use catch_up::{CatchUpTask, Written, catch_up_rows, checksums};
 pub(crate) use isa::{Isa, Pass};
 pub(crate) use measure::measure;
 pub(crate) use passes::{Accumulate, Average, Update};
-pub(crate) use rows::{CatchUpTask, RowTask, Written, catch_up_rows, update_rows};
-pub(crate) use span::UpdateArgs;
+pub(crate) use rows::{RowTask, update_rows};
+pub(crate) use unit_op::UpdateArgs;
 
 use self::team::Team;
 use super::lend::{Borrowed, Elements, ElementsMut, Source, lend};

@@ -2,8 +2,9 @@
 
 use candle_core::bail;
 
+use super::chunk::{Lane, MasterMut, ParamChunk, narrow, split};
 use super::convert::Convert;
-use super::span::{DensePass, MasterMut, Span, UpdateArgs, narrow, split};
+use super::unit_op::{UpdateArgs, UpdateUnit};
 use super::{Elements, ElementsMut, Isa, Kind, Pass, Work};
 use crate::element::{Arithmetic, Element};
 use crate::rounding::{Half, Rounding, derive};
@@ -51,9 +52,11 @@ impl<'a> Kind<'a> for Update<'a> {
         'a: 'x,
     {
         match (lent, read) {
-            (Some(lent), Some(grads)) if lent.takes(grads) => {
-                Ok(Box::new(DensePass { span: Span::new(lent, self.state)?, update_args: self.update_args, grads }))
-            }
+            (Some(lent), Some(grads)) if lent.takes(grads) => Ok(Box::new(DensePass {
+                chunk: ParamChunk::new(lent, self.state)?,
+                update_args: self.update_args,
+                grads,
+            })),
             _ => bail!("no CPU kernel for this combination of dtypes"),
         }
     }
@@ -61,21 +64,56 @@ impl<'a> Kind<'a> for Update<'a> {
 
 impl<'x> Work<'x> for DensePass<'x> {
     fn cut(self: Box<Self>, piece: usize) -> Vec<Box<dyn Work<'x> + 'x>> {
-        let Self { mut span, update_args, grads } = *self;
-        let units = piece.div_ceil(span.unit).max(1);
-        let piece = units * span.unit;
+        let Self { mut chunk, update_args, grads } = *self;
+        let units = piece.div_ceil(chunk.unit).max(1);
+        let piece = units * chunk.unit;
         let mut pieces: Vec<Box<dyn Work<'x> + 'x>> = Vec::new();
         let mut start = 0;
-        while span.len() > 0 {
-            let (part, rest) = span.split_at(units);
-            pieces.push(Box::new(DensePass { span: part, update_args, grads: grads.part(start, piece) }));
-            (span, start) = (rest, start + piece);
+        while chunk.len() > 0 {
+            let (part, rest) = chunk.split_at(units);
+            pieces.push(Box::new(DensePass { chunk: part, update_args, grads: grads.part(start, piece) }));
+            (chunk, start) = (rest, start + piece);
         }
         pieces
     }
 
     fn run(self: Box<Self>, isa: Isa) {
         isa.run(*self);
+    }
+}
+
+/// A pass over consecutive units, with a gradient for each element.
+pub(super) struct DensePass<'x> {
+    pub(super) chunk: ParamChunk<'x>,
+    pub(super) update_args: UpdateArgs,
+    pub(super) grads: Elements<'x>,
+}
+
+impl super::Pass for DensePass<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        match self.grads {
+            Elements::F64(_) => self.update_all::<f64>(),
+            _ => self.update_all::<f32>(),
+        }
+    }
+}
+
+impl DensePass<'_> {
+    #[inline(always)]
+    fn update_all<A: Lane>(self) {
+        let Self { mut chunk, update_args, grads } = self;
+        let update_args = update_args.prepare::<A>();
+        let (n, unit) = (chunk.len(), chunk.unit);
+        let scratch = |is_needed| if is_needed { vec![A::ZERO; unit.min(n)] } else { Vec::new() };
+        let mut widened = scratch(matches!(grads, Elements::F16(_) | Elements::BF16(_)));
+        let mut scratch = scratch(chunk.is_narrow());
+        for k in 0..n.div_ceil(unit) {
+            let grads = A::widened(grads.part(k * unit, unit), &mut widened);
+            A::update(&mut chunk, &UpdateUnit { update_args: &update_args, grads }, k, &mut scratch);
+        }
     }
 }
 

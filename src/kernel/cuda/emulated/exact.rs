@@ -26,7 +26,7 @@ const PADDING: u32 = Mark::PADDING;
 const PADDINGS: [u32; 3] = [3, 39, 21];
 
 impl Owing {
-    fn new(keep: &Keep, row_len: usize, span: i32) -> Result<Self> {
+    fn new(keep: &Keep, row_len: usize, chunk: i32) -> Result<Self> {
         let (rows, encoding) = (40, Encoding::of(&hyper(keep)));
         let var = Var::from_tensor(&tensor(&[rows, row_len], 5, 2, keep.dtypes.0)?)?;
         let layout = Layout::of(&var, keep.state, true, keep.rowwise, encoding);
@@ -37,7 +37,7 @@ impl Owing {
             let base = update_args(keep, t, encoding);
             if [1, 2, 300, 500, 899].contains(&t) {
                 let touched: Vec<u32> = (0..rows as u32 - 3).filter(|row| (row + t as u32).is_multiple_of(3)).collect();
-                let grad = row_grad(&touched, row_len, &[tensor(&[9, row_len], t, span, keep.dtypes.1)?]);
+                let grad = row_grad(&touched, row_len, &[tensor(&[9, row_len], t, chunk, keep.dtypes.1)?]);
                 cpu::update_rows(vec![RowTask {
                     nth: 0,
                     var: &behind.var,
@@ -85,8 +85,8 @@ fn rows_pay_what_they_owe_with_the_bits_of_the_cpu() -> Result<()> {
     }
     for (nth, keep) in keeps.into_iter().enumerate() {
         // Of all magnitudes: for some elements the series does not suffice.
-        let (row_len, span) = ([24, 5, 64, 300][nth % 4], if nth % 2 == 0 { 3 } else { 12 });
-        let Owing { var, mut state, ledger, mut marks } = Owing::new(&keep, row_len, span)?;
+        let (row_len, chunk) = ([24, 5, 64, 300][nth % 4], if nth % 2 == 0 { 3 } else { 12 });
+        let Owing { var, mut state, ledger, mut marks } = Owing::new(&keep, row_len, chunk)?;
         let behind =
             Owing { var: var.clone(), state: ParamState::nothing(&state.moments.layout), ledger, marks: marks.clone() };
         let ledger = &behind.ledger;
@@ -134,7 +134,7 @@ fn rows_pay_what_they_owe_with_the_bits_of_the_cpu() -> Result<()> {
         launch(&kernel, blocks_of_units(n, row_len as u64) as usize, &args, nth % 2 == 0);
         for (i, (got, expected)) in devices.iter().zip(&arrays(&var, &state, 0)?).enumerate() {
             if let (Some((got, dtype)), Some((expected, _))) = (got, expected) {
-                assert!(numbers(got, *dtype) == numbers(expected, *dtype), "{keep:?}, array {i}, span {span}");
+                assert!(numbers(got, *dtype) == numbers(expected, *dtype), "{keep:?}, array {i}, chunk {chunk}");
             }
         }
         for (row, _) in catching_up {

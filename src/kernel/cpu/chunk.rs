@@ -1,7 +1,6 @@
-//! A stretch of a parameter with all that belongs to it, in whole units, and the update of one unit.
+//! A chunk of a parameter with all that belongs to it, in whole units, and how an operation runs on one of these.
 //!
-//! Nothing here computes: the formula is in `rule.rs`, the encodings in `codec.rs`. Parameters of 16 bits are widened a unit at a time,
-//! updated in f32 like any other, and narrowed.
+//! Parameters of 16 bits are widened a unit at a time, updated in f32 like any other, and narrowed.
 
 use std::ops::Range;
 
@@ -9,53 +8,17 @@ use candle_core::bail;
 
 use super::convert::Convert;
 use super::isa::prefetch;
+use super::unit_op::{CatchUpRow, CodedUnitOp, UnitOp, UpdateUnit};
 use super::{Elements, ElementsMut};
-use crate::codec::{self, Bf16, Codes, Encoding, F16, Format, Limits, Moment, Plain, Q8};
+use crate::codec::{Bf16, F16, Format, Plain, Q8};
 use crate::element::Arithmetic;
 use crate::kernel::rows::Summand;
-use crate::ledger::Missed;
 use crate::mark::Checksum;
 use crate::rounding::{Half, Randoms, Rounding, derive};
-use crate::rule::{self, Coefficients};
 use crate::state::{Buffer, Coded, Kept, Master, Norms, ParamState, Stored};
 
-/// What one update of one parameter is made with.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct UpdateArgs {
-    pub(crate) coefficients: Coefficients<f64>,
-    /// What the codes of the moments depend on.
-    pub(crate) encoding: Encoding,
-    /// By how much units shrink.
-    pub(crate) shrink: u64,
-    /// How f16 and bf16 parameters are rounded.
-    pub(crate) rounding: Rounding,
-    /// Of the random numbers: seed, variable and update.
-    pub(crate) key: u64,
-}
-
-/// [`UpdateArgs`] in the type of the arithmetic.
-#[derive(Clone, Copy)]
-pub(super) struct Prepared<A> {
-    coefficients: Coefficients<A>,
-    codes: Codes,
-    rounding: Rounding,
-    key: u64,
-}
-
-impl UpdateArgs {
-    /// In the type of the arithmetic.
-    pub(super) fn prepare<A: Arithmetic>(&self) -> Prepared<A> {
-        Prepared {
-            coefficients: self.coefficients.round(),
-            codes: Codes { limits: self.encoding.limits(), shrink: self.shrink },
-            rounding: self.rounding,
-            key: self.key,
-        }
-    }
-}
-
 /// Consecutive whole units of a parameter; the last unit of a parameter may be shorter.
-pub(crate) struct Span<'x> {
+pub(crate) struct ParamChunk<'x> {
     params: ElementsMut<'x>,
     moments: MomentsMut<'x>,
     master: Option<MasterMut<'x>>,
@@ -104,7 +67,7 @@ impl<'x> MasterMut<'x> {
     }
 }
 
-impl<'x> Span<'x> {
+impl<'x> ParamChunk<'x> {
     /// All of a parameter.
     pub(crate) fn new(params: ElementsMut<'x>, state: &'x mut ParamState) -> candle_core::Result<Self> {
         let layout = state.moments.layout;
@@ -293,147 +256,13 @@ impl<'x, F: Format> CodedMut<'x, F> {
     }
 }
 
-/// Something that is done to the elements of one unit.
-pub(super) trait Job<A: Arithmetic + bytemuck::Pod> {
-    /// How f16 and bf16 parameters are rounded after it.
-    fn rounding(&self) -> Rounding;
-
-    /// The key of the random numbers.
-    fn key(&self) -> u64;
-
-    /// Does the job if it is one of the parameters alone, whatever their moments are.
-    #[inline(always)]
-    fn is_of_params(&self, _: &mut [A]) -> bool {
-        false
-    }
-
-    /// Where moments are as they are.
-    fn full(&self, params: &mut [A], exp_avg: &mut [A], exp_inf: &mut [A]);
-
-    /// Where the elements share one u.
-    fn rowwise<M: Moment<A>>(&self, key: u32, params: &mut [A], state: (&mut [M::Code], &mut A));
-}
-
-/// A [`Job`] that encoded moments can be of, too.
-pub(super) trait CodedJob: Job<f32> {
-    fn coded<F: Format>(&self, key: u32, params: &mut [f32], state: (&mut [F::Code], &mut [F::Norm], &mut u32));
-}
-
-/// The update of one unit with its gradient.
-pub(super) struct UpdateUnit<'g, A> {
-    pub(super) update_args: &'g Prepared<A>,
-    pub(super) grads: &'g [A],
-}
-
-impl<A: Arithmetic + bytemuck::Pod> Job<A> for UpdateUnit<'_, A> {
-    #[inline(always)]
-    fn rounding(&self) -> Rounding {
-        self.update_args.rounding
-    }
-
-    #[inline(always)]
-    fn key(&self) -> u64 {
-        self.update_args.key
-    }
-
-    #[inline(always)]
-    fn full(&self, params: &mut [A], exp_avg: &mut [A], exp_inf: &mut [A]) {
-        self.update_args.coefficients.specialized(
-            #[inline(always)]
-            |c| {
-                let streams = params.iter_mut().zip(self.grads).zip(&mut *exp_avg).zip(&mut *exp_inf);
-                for (((w, g), m), u) in streams {
-                    (*w, *m, *u) = rule::update(c, *w, *g, *m, *u);
-                }
-            },
-        );
-    }
-
-    #[inline(always)]
-    fn rowwise<M: Moment<A>>(&self, key: u32, params: &mut [A], state: (&mut [M::Code], &mut A)) {
-        let Prepared { coefficients, codes, .. } = self.update_args;
-        codec::update_row::<A, M>(coefficients, &codes.limits, key, params, self.grads, state);
-    }
-}
-
-impl CodedJob for UpdateUnit<'_, f32> {
-    #[inline(always)]
-    fn coded<F: Format>(&self, key: u32, params: &mut [f32], state: (&mut [F::Code], &mut [F::Norm], &mut u32)) {
-        let Prepared { coefficients, codes, .. } = self.update_args;
-        codec::update_block::<F>(coefficients, codes, key, params, self.grads, state);
-    }
-}
-
-/// Applies the updates that one row has missed.
-pub(super) struct CatchUpRow<'l, A> {
-    pub(super) missed: Missed<'l, A>,
-    /// Whether its moments are known to be zero.
-    pub(super) is_empty: bool,
-    /// Whether it is a padding row, which stays as it is where its moments are zero.
-    pub(super) is_padding: bool,
-    pub(super) limits: Limits,
-    pub(super) rounding: Rounding,
-    pub(super) key: u64,
-}
-
-impl<A: Arithmetic + bytemuck::Pod> Job<A> for CatchUpRow<'_, A> {
-    #[inline(always)]
-    fn rounding(&self) -> Rounding {
-        self.rounding
-    }
-
-    #[inline(always)]
-    fn key(&self) -> u64 {
-        self.key
-    }
-
-    #[inline(always)]
-    fn is_of_params(&self, params: &mut [A]) -> bool {
-        if self.is_empty {
-            // Nothing but decay is left, and pages of moments that nobody has written are not asked for.
-            params.iter_mut().for_each(|w| *w = self.missed.decayed(*w));
-        }
-        self.is_empty
-    }
-
-    #[inline(always)]
-    fn full(&self, params: &mut [A], exp_avg: &mut [A], exp_inf: &mut [A]) {
-        let missed = &self.missed;
-        if self.is_padding && exp_avg.iter().chain(&*exp_inf).all(|x| *x == A::ZERO) {
-            return;
-        }
-        let is_series = exp_avg.iter().zip(&*exp_inf).all(|(m, u)| missed.is_series(*m, *u));
-        for ((w, m), u) in params.iter_mut().zip(exp_avg).zip(exp_inf) {
-            *w = if is_series { missed.weight(*w, *m, *u) } else { missed.weight_one_by_one(*w, *m, *u) };
-            (*m, *u) = missed.moments(*m, *u);
-        }
-    }
-
-    #[inline(always)]
-    fn rowwise<M: Moment<A>>(&self, key: u32, params: &mut [A], state: (&mut [M::Code], &mut A)) {
-        // With one norm for the row, it tells whether there has been a gradient.
-        if !(self.is_padding && *state.1 == A::ZERO) {
-            codec::catch_up_row::<A, M>(&self.missed, &self.limits, key, params, state);
-        }
-    }
-}
-
-impl CodedJob for CatchUpRow<'_, f32> {
-    #[inline(always)]
-    fn coded<F: Format>(&self, key: u32, params: &mut [f32], state: (&mut [F::Code], &mut [F::Norm], &mut u32)) {
-        if !(self.is_padding && codec::is_zero::<F>(state.0, state.1)) {
-            codec::catch_up_block::<F>(&self.missed, &self.limits, key, params, state);
-        }
-    }
-}
-
 /// A type of arithmetic in which units are worked on.
 pub(super) trait Lane: Summand + bytemuck::Pod {
-    /// Updates unit `k` of the span; `scratch` is as long as a unit.
-    fn update(span: &mut Span<'_>, job: &UpdateUnit<'_, Self>, k: usize, scratch: &mut [Self]);
+    /// Updates unit `k` of the chunk; `scratch` is as long as a unit.
+    fn update(chunk: &mut ParamChunk<'_>, op: &UpdateUnit<'_, Self>, k: usize, scratch: &mut [Self]);
 
-    /// Brings row `k` of the span up to date.
-    fn catch_up(span: &mut Span<'_>, job: &CatchUpRow<'_, Self>, k: usize, scratch: &mut [Self]);
+    /// Brings row `k` of the chunk up to date.
+    fn catch_up(chunk: &mut ParamChunk<'_>, op: &CatchUpRow<'_, Self>, k: usize, scratch: &mut [Self]);
 
     /// Gradients of this type, or widened into `scratch`.
     fn widened<'s>(grads: Elements<'s>, scratch: &'s mut [Self]) -> &'s [Self];
@@ -441,13 +270,13 @@ pub(super) trait Lane: Summand + bytemuck::Pod {
 
 impl Lane for f64 {
     #[inline(always)]
-    fn update(span: &mut Span<'_>, job: &UpdateUnit<'_, f64>, k: usize, _: &mut [f64]) {
-        span.run_f64(job, k);
+    fn update(chunk: &mut ParamChunk<'_>, op: &UpdateUnit<'_, f64>, k: usize, _: &mut [f64]) {
+        chunk.run_f64(op, k);
     }
 
     #[inline(always)]
-    fn catch_up(span: &mut Span<'_>, job: &CatchUpRow<'_, f64>, k: usize, _: &mut [f64]) {
-        span.run_f64(job, k);
+    fn catch_up(chunk: &mut ParamChunk<'_>, op: &CatchUpRow<'_, f64>, k: usize, _: &mut [f64]) {
+        chunk.run_f64(op, k);
     }
 
     #[inline(always)]
@@ -461,13 +290,13 @@ impl Lane for f64 {
 
 impl Lane for f32 {
     #[inline(always)]
-    fn update(span: &mut Span<'_>, job: &UpdateUnit<'_, f32>, k: usize, scratch: &mut [f32]) {
-        span.run_f32(job, k, scratch);
+    fn update(chunk: &mut ParamChunk<'_>, op: &UpdateUnit<'_, f32>, k: usize, scratch: &mut [f32]) {
+        chunk.run_f32(op, k, scratch);
     }
 
     #[inline(always)]
-    fn catch_up(span: &mut Span<'_>, job: &CatchUpRow<'_, f32>, k: usize, scratch: &mut [f32]) {
-        span.run_f32(job, k, scratch);
+    fn catch_up(chunk: &mut ParamChunk<'_>, op: &CatchUpRow<'_, f32>, k: usize, scratch: &mut [f32]) {
+        chunk.run_f32(op, k, scratch);
     }
 
     #[inline(always)]
@@ -487,22 +316,22 @@ impl Lane for f32 {
     }
 }
 
-impl Span<'_> {
+impl ParamChunk<'_> {
     #[inline(always)]
-    fn run_f64<J: Job<f64>>(&mut self, job: &J, k: usize) {
+    fn run_f64<J: UnitOp<f64>>(&mut self, op: &J, k: usize) {
         let range = self.range(k);
         if let (ElementsMut::F64(w), MomentsMut::F64(full)) = (&mut self.params, &mut self.moments) {
             let w = &mut w[range.clone()];
-            if !job.is_of_params(w) {
-                full.run(job, k, range, w);
+            if !op.is_of_params(w) {
+                full.run(op, k, range, w);
             }
         }
     }
 
     #[inline(always)]
-    fn run_f32<J: CodedJob>(&mut self, job: &J, k: usize, scratch: &mut [f32]) {
+    fn run_f32<J: CodedUnitOp>(&mut self, op: &J, k: usize, scratch: &mut [f32]) {
         let range = self.range(k);
-        let key = derive(job.key(), (self.first + k) as u64);
+        let key = derive(op.key(), (self.first + k) as u64);
         let (moment_key, param_key) = (key as u32, (key >> 32) as u32);
         // One call for all types of parameters, which the compiler can put into the loops for each instruction set.
         let w = match &mut self.params {
@@ -526,21 +355,21 @@ impl Span<'_> {
             ElementsMut::F64(_) => return,
         };
         match &mut self.moments {
-            _ if job.is_of_params(w) => {}
-            MomentsMut::F32(full) => full.run(job, k, range.clone(), w),
-            MomentsMut::BF16(coded) => coded.run(job, k, range.clone(), moment_key, w),
-            MomentsMut::F16(coded) => coded.run(job, k, range.clone(), moment_key, w),
-            MomentsMut::Q8(coded) => coded.run(job, k, range.clone(), moment_key, w),
+            _ if op.is_of_params(w) => {}
+            MomentsMut::F32(full) => full.run(op, k, range.clone(), w),
+            MomentsMut::BF16(coded) => coded.run(op, k, range.clone(), moment_key, w),
+            MomentsMut::F16(coded) => coded.run(op, k, range.clone(), moment_key, w),
+            MomentsMut::Q8(coded) => coded.run(op, k, range.clone(), moment_key, w),
             MomentsMut::F64(_) => {}
         }
         match &mut self.params {
             ElementsMut::BF16(w) => match &mut self.master {
                 Some(MasterMut::Residual(rest)) => split(scratch, &mut w[range.clone()], &mut rest[range]),
-                _ => narrow(scratch, &mut w[range], job.rounding(), param_key),
+                _ => narrow(scratch, &mut w[range], op.rounding(), param_key),
             },
             ElementsMut::F16(w) => match &mut self.master {
                 Some(MasterMut::Copy(copy)) => split(scratch, &mut w[range.clone()], &mut copy[range]),
-                _ => narrow(scratch, &mut w[range], job.rounding(), param_key),
+                _ => narrow(scratch, &mut w[range], op.rounding(), param_key),
             },
             ElementsMut::F32(_) | ElementsMut::F64(_) => {}
         }
@@ -549,25 +378,25 @@ impl Span<'_> {
 
 impl<A: Arithmetic + bytemuck::Pod> FullMut<'_, A> {
     #[inline(always)]
-    fn run<J: Job<A>>(&mut self, job: &J, k: usize, range: Range<usize>, w: &mut [A]) {
+    fn run<J: UnitOp<A>>(&mut self, op: &J, k: usize, range: Range<usize>, w: &mut [A]) {
         let exp_avg = &mut self.exp_avg[range.clone()];
         if self.rowwise {
-            job.rowwise::<Plain>(0, w, (exp_avg, &mut self.exp_inf[k]));
+            op.rowwise::<Plain>(0, w, (exp_avg, &mut self.exp_inf[k]));
         } else {
-            job.full(w, exp_avg, &mut self.exp_inf[range]);
+            op.full(w, exp_avg, &mut self.exp_inf[range]);
         }
     }
 }
 
 impl<F: Format> CodedMut<'_, F> {
     #[inline(always)]
-    fn run<J: CodedJob>(&mut self, job: &J, k: usize, range: Range<usize>, key: u32, w: &mut [f32]) {
+    fn run<J: CodedUnitOp>(&mut self, op: &J, k: usize, range: Range<usize>, key: u32, w: &mut [f32]) {
         let moments = &mut self.moments[range.clone()];
         match &mut self.norms {
             NormsMut::Each { codes, logs } => {
-                job.coded::<F>(key, w, (moments, &mut codes[range], &mut logs[k]));
+                op.coded::<F>(key, w, (moments, &mut codes[range], &mut logs[k]));
             }
-            NormsMut::Shared(norms) => job.rowwise::<F>(key, w, (moments, &mut norms[k])),
+            NormsMut::Shared(norms) => op.rowwise::<F>(key, w, (moments, &mut norms[k])),
         }
     }
 }
@@ -597,40 +426,5 @@ pub(super) fn narrow<H: Convert>(wide: &[f32], params: &mut [H], rounding: Round
 pub(super) fn split<H: Half>(wide: &[f32], params: &mut [H], rests: &mut [H::Residual]) {
     for ((w, param), rest) in wide.iter().zip(params).zip(rests) {
         (*param, *rest) = H::split(*w);
-    }
-}
-
-/// A pass over consecutive units, with a gradient for each element.
-pub(super) struct DensePass<'x> {
-    pub(super) span: Span<'x>,
-    pub(super) update_args: UpdateArgs,
-    pub(super) grads: Elements<'x>,
-}
-
-impl super::Pass for DensePass<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self) {
-        match self.grads {
-            Elements::F64(_) => self.update_all::<f64>(),
-            _ => self.update_all::<f32>(),
-        }
-    }
-}
-
-impl DensePass<'_> {
-    #[inline(always)]
-    fn update_all<A: Lane>(self) {
-        let Self { mut span, update_args, grads } = self;
-        let update_args = update_args.prepare::<A>();
-        let (n, unit) = (span.len(), span.unit);
-        let scratch = |is_needed| if is_needed { vec![A::ZERO; unit.min(n)] } else { Vec::new() };
-        let mut widened = scratch(matches!(grads, Elements::F16(_) | Elements::BF16(_)));
-        let mut scratch = scratch(span.is_narrow());
-        for k in 0..n.div_ceil(unit) {
-            let grads = A::widened(grads.part(k * unit, unit), &mut widened);
-            A::update(&mut span, &UpdateUnit { update_args: &update_args, grads }, k, &mut scratch);
-        }
     }
 }
