@@ -53,9 +53,10 @@ impl Adamax {
     pub fn load(&mut self, path: impl AsRef<Path>) -> Result<()> {
         self.require_names()?;
         let path = path.as_ref();
-        let snapshot = checkpoint::native::read(path, Some(&self.names().collect::<Vec<_>>()));
-        let loaded = snapshot.and_then(|snapshot| self.try_restore(&snapshot).map_err(|error| error.in_file(path)));
-        loaded.map_err(|error| self.own(error))
+        let names: Vec<_> = self.names().collect();
+        let snapshot = checkpoint::native::read(path, Some(&names), |outline| self.check(outline).map(drop));
+        let loaded = snapshot.and_then(|snapshot| self.try_restore(&snapshot));
+        loaded.map_err(|error| self.own(error.in_file(path)))
     }
 
     /// Makes sure that u and the counters are what they are here.
@@ -72,9 +73,9 @@ impl Adamax {
         convention("step_count", &self.params.step_count, &theirs.step_count)
     }
 
-    /// Takes all state from a snapshot. A variable that is not in it begins anew.
-    pub(super) fn try_restore(&mut self, snapshot: &Snapshot) -> Result<()> {
-        self.sync()?;
+    /// The settings that this optimizer has with a snapshot, whose tensors are found to have the shapes and dtypes that
+    /// they then need. It looks at no element, so outlines of tensors will do.
+    fn check(&self, snapshot: &Snapshot) -> Result<(ParamsAdamax, Vec<GroupSettings>, Vec<ResolvedGroup>)> {
         self.check_convention(&snapshot.params)?;
         let Snapshot { params, groups, counters, grad_scaler, plateau, vars } = snapshot;
         let mut params = params.clone();
@@ -88,10 +89,52 @@ impl Adamax {
         }
         let groups = self.merge_groups(groups)?;
         let resolved = self.resolve(&params, &groups, self.kernel)?;
+        let mut found = self.vars.iter().filter_map(|info| Some((info, vars.get(&info.name)?)));
+        found.try_for_each(|(info, var)| self.check_var(info, &resolved[info.group], counters, var))?;
+        Ok((params, groups, resolved))
+    }
+
+    fn check_var(
+        &self,
+        info: &VarInfo,
+        resolved: &ResolvedGroup,
+        counters: &Counters,
+        snapshot: &VarSnapshot,
+    ) -> Result<()> {
+        let VarInfo { name, group, var, .. } = info;
+        let group = &self.groups[*group].name;
+        if snapshot.group != *group {
+            return Err(Error::checkpoint(name, format!("a var of group `{group}`"), format!("`{}`", snapshot.group)));
+        }
+        let Counters { updates, pending, .. } = *counters;
+        if snapshot.step > updates {
+            let (entry, expected) = (format!("{name}.step"), format!("at most the {updates} updates of the optimizer"));
+            return Err(Error::checkpoint(entry, expected, snapshot.step));
+        }
+        check_moments(name, snapshot, var, &resolved.layout(var, snapshot.by_rows))?;
+        let has_master = Master::is_kept(var.dtype(), resolved.storage.rounding);
+        let of_master = has_master.then(|| (Master::dtype(var.dtype()), var.dims().to_vec()));
+        check_optional(name, "master", snapshot.master.as_ref(), of_master)?;
+        check_extras(info, snapshot)?;
+        match &snapshot.accumulated {
+            Some((_, calls)) if *calls > pending => {
+                let (entry, expected) =
+                    (format!("{name}.accumulated"), format!("gradients of at most {pending} calls"));
+                Err(Error::checkpoint(entry, expected, calls))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes all state from a snapshot. A variable that is not in it begins anew.
+    pub(super) fn try_restore(&mut self, snapshot: &Snapshot) -> Result<()> {
+        self.sync()?;
+        let (params, groups, resolved) = self.check(snapshot)?;
+        let Snapshot { counters, grad_scaler, plateau, vars, .. } = snapshot;
         let restored = self.vars.iter().map(|param| {
             let (info, group) = (&param.info, &resolved[param.group]);
             match vars.get(&info.name) {
-                Some(snapshot) => self.restore_var(param, group, counters, (&params, snapshot)),
+                Some(snapshot) => self.restore_var(param, group, &params, snapshot),
                 None => {
                     let (layout, rounding) = (group.layout(&info.var, false), group.storage.rounding);
                     let state = ParamState::zeros(&info.var, info.place, &layout, rounding)?;
@@ -160,33 +203,19 @@ impl Adamax {
         merged.collect()
     }
 
+    /// The state of a variable whose snapshot has been [checked](Self::check_var).
     fn restore_var(
         &self,
         param: &Param,
         resolved: &ResolvedGroup,
-        counters: &Counters,
-        (params, snapshot): (&ParamsAdamax, &VarSnapshot),
+        params: &ParamsAdamax,
+        snapshot: &VarSnapshot,
     ) -> Result<RestoredVar> {
         let info = &param.info;
-        let VarInfo { name, group, place, var, .. } = info;
-        let group = &self.groups[*group].name;
-        if snapshot.group != *group {
-            return Err(Error::checkpoint(name, format!("a var of group `{group}`"), format!("`{}`", snapshot.group)));
-        }
-        let buffer = |what: &'static str, tensor: &Tensor| -> Result<Buffer> {
-            check_tensor(name, what, tensor, (arithmetic(var.dtype()), var.dims().to_vec()))?;
-            Buffer::from_tensor(tensor, var, *place)
-        };
-        let Counters { updates, pending, .. } = *counters;
-        if snapshot.step > updates {
-            let (entry, expected) = (format!("{name}.step"), format!("at most the {updates} updates of the optimizer"));
-            return Err(Error::checkpoint(entry, expected, snapshot.step));
-        }
+        let VarInfo { name, place, var, .. } = info;
+        let buffer = |tensor: &Tensor| Buffer::from_tensor(tensor, var, *place);
         let layout = resolved.layout(var, snapshot.by_rows);
-        check_moments(name, snapshot, var, &layout)?;
-        let has_master = Master::is_kept(var.dtype(), resolved.storage.rounding);
-        let of_master = has_master.then(|| (Master::dtype(var.dtype()), var.dims().to_vec()));
-        check_optional(name, "master", snapshot.master.as_ref(), of_master)?;
+        check_values(name, snapshot)?;
         let tensors = MomentTensors {
             exp_avg: snapshot.exp_avg.clone(),
             exp_inf: snapshot.exp_inf.clone(),
@@ -202,16 +231,11 @@ impl Adamax {
             None => None,
             Some(missed) => Some(self.restore_missed(param, resolved, (params, &state, missed))?),
         };
-        let average = snapshot.ema.as_ref().map(|ema| buffer("ema", ema)).transpose()?;
+        let average = snapshot.ema.as_ref().map(buffer).transpose()?;
         let sum = match &snapshot.accumulated {
-            Some((_, calls)) if *calls > pending => {
-                let (entry, expected) =
-                    (format!("{name}.accumulated"), format!("gradients of at most {pending} calls"));
-                return Err(Error::checkpoint(entry, expected, calls));
-            }
             Some((sum, calls)) if *calls > 0 => {
                 let sum = match sum {
-                    AccumulatedGrad::Dense(sum) => Sum::Dense(buffer("accumulated", sum)?),
+                    AccumulatedGrad::Dense(sum) => Sum::Dense(buffer(sum)?),
                     AccumulatedGrad::Rows(sum) => Sum::Rows(self.restore_rows(info, sum)?),
                 };
                 GradSum { calls: *calls, sum: Some(sum) }
@@ -251,13 +275,8 @@ impl Adamax {
     }
 
     fn restore_rows(&self, info: &VarInfo, sum: &SparseGrad) -> Result<RowSum> {
-        let (dtype, got) = (info.var.dtype(), sum.values.dtype());
-        if got != arithmetic(dtype) {
-            let (name, expected) = (info.name.clone(), format!("{:?}", arithmetic(dtype)));
-            return Err(ErrorKind::DTypeMismatch { what: "accumulated", name, expected, got }.into());
-        }
         let rows = check_sparse(info, &self.vars, sum)?;
-        Ok(RowSum::new(rows.row_len, rows.summed(dtype)?))
+        Ok(RowSum::new(rows.row_len, rows.summed(info.var.dtype())?))
     }
 }
 
@@ -275,12 +294,35 @@ struct RestoredVar {
     average: Option<Buffer>,
 }
 
-/// Makes sure that moments are as this layout stores them, and such as an update can have made.
+/// Makes sure that moments are as this layout stores them.
 pub(super) fn check_moments(name: &str, snapshot: &VarSnapshot, var: &Tensor, layout: &Layout) -> Result<()> {
     let [of_exp_avg, of_exp_inf] = Moments::expected(var, layout);
     check_tensor(name, "exp_avg", &snapshot.exp_avg, of_exp_avg)?;
     check_tensor(name, "exp_inf", &snapshot.exp_inf, of_exp_inf)?;
-    check_optional(name, "scales", snapshot.scales.as_ref(), Moments::expected_scales(var, layout))?;
+    check_optional(name, "scales", snapshot.scales.as_ref(), Moments::expected_scales(var, layout))
+}
+
+/// Makes sure that an average, sums and missed updates have the shapes and dtypes of those of this variable, whatever
+/// its settings are.
+pub(super) fn check_extras(info: &VarInfo, snapshot: &VarSnapshot) -> Result<()> {
+    let (name, var) = (&info.name, &info.var);
+    let exact = arithmetic(var.dtype());
+    if let Some(ema) = &snapshot.ema {
+        check_tensor(name, "ema", ema, (exact, var.dims().to_vec()))?;
+    }
+    match &snapshot.accumulated {
+        Some((AccumulatedGrad::Dense(sum), _)) => check_tensor(name, "accumulated", sum, (exact, var.dims().to_vec()))?,
+        Some((AccumulatedGrad::Rows(SparseGrad { values, .. }), _)) if values.dtype() != exact => {
+            let (name, expected, got) = (name.clone(), format!("{exact:?}"), values.dtype());
+            return Err(ErrorKind::DTypeMismatch { what: "accumulated", name, expected, got }.into());
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+/// Makes sure that an update can have made such moments.
+pub(super) fn check_values(name: &str, snapshot: &VarSnapshot) -> Result<()> {
     check_scales(name, snapshot.scales.as_ref())?;
     // Bytes are codes, and each of them is one.
     if snapshot.exp_inf.dtype().is_float() {

@@ -91,7 +91,7 @@ impl Snapshot {
     /// A file that is missing, truncated or not such a checkpoint. Whether settings and counters are allowed, and tensors as
     /// an optimizer needs them, is checked by whoever takes the snapshot.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
-        native::read(path.as_ref(), None)
+        native::read(path.as_ref(), None, |_| Ok(()))
     }
 
     /// Writes the file that [`Adamax::save`](crate::Adamax::save) would have written, in the same way: it is complete or not
