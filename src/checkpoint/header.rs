@@ -77,3 +77,26 @@ impl<'de> Visitor<'de> for Entries<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_there_twice_is_named() {
+        let tensor = r#""w":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}"#;
+        let (text, other) = (r#""key":"""#, r#""other":"""#);
+        let texts = |texts: &str| format!(r#""__metadata__":{{{texts}}}"#);
+        let parse = |entries: &[&str]| Header::parse(format!("{{{}}}", entries.join(",")).as_bytes(), Some("key"));
+        let header = parse(&[tensor, &texts(&[text, other].join(","))]).unwrap();
+        assert_eq!((header.tensors.len(), header.text.as_deref()), (1, Some("")));
+        for (name, entries) in [
+            ("`w`", [tensor, tensor]),
+            ("`key`", [tensor, &texts(&[text, text].join(","))]),
+            ("`__metadata__`", [&texts(text), &texts(other)]),
+        ] {
+            let error = parse(&entries).err().unwrap().to_string();
+            assert!(error.contains(&format!("{name} is there twice")), "{error}");
+        }
+    }
+}

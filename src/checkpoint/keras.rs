@@ -119,7 +119,7 @@ pub(crate) fn read(
 ) -> Result<KerasState> {
     let file = TensorFile::open(path, None, Some(HeaderLimits::of(names.iter().copied())))?;
     // With or without the optimizer's name; the iteration tells whether, and which.
-    let of_optimizer = |key: &'_ str| {
+    let of_optimizer = |key: &str| {
         key.strip_suffix(ITERATION).filter(|name| name.is_empty() || name.ends_with('/')).map(str::to_owned)
     };
     let Some(prefix) = file.names().find_map(of_optimizer) else {

@@ -128,8 +128,13 @@ impl TensorFile {
     ) -> Result<S> {
         let mut outlines = Tensors { file: self, left: self.names().collect(), are_outlines: true };
         let outline = assemble(&mut outlines)?;
-        if let Some(surplus) = outlines.left.first() {
-            return Err(Error::checkpoint(*surplus, "no such tensor", "a surplus one"));
+        let mut surplus = outlines.left.iter().copied();
+        if let Some(name) = surplus.next() {
+            let got = match surplus.len() {
+                0 => "a surplus one".to_owned(),
+                _ => format!("a surplus one, and others: {}", listed(surplus)),
+            };
+            return Err(Error::checkpoint(name, "no such tensor", got));
         }
         check(&outline)?;
         assemble(&mut Tensors { file: self, left: self.names().collect(), are_outlines: false })
