@@ -137,6 +137,17 @@ pub(super) fn check_sparse<'g>(info: &VarInfo, vars: &Vars, grad: &'g SparseGrad
     RowGrad::coalesced(&[Checker { info, vars }.sparse(grad)?], row_len(&info.var))
 }
 
+/// The shape that the values of a gradient of some rows have, by the shape of its indices.
+pub(super) fn expected_values(info: &VarInfo, grad: &SparseGrad) -> Result<Vec<usize>> {
+    let VarInfo { name, var, .. } = info;
+    rows_of(name, var)?;
+    let (expected, got) = (vec![grad.indices.elem_count()], grad.indices.dims().to_vec());
+    if expected != got {
+        return Err(ErrorKind::ShapeMismatch { what: "indices", name: name.clone(), expected, got }.into());
+    }
+    Ok([&expected, &var.dims()[1..]].concat())
+}
+
 /// Checks the gradients of one variable.
 struct Checker<'p> {
     info: &'p VarInfo,
@@ -199,14 +210,7 @@ impl Checker<'_> {
     fn sparse<'g>(&self, grad: &'g SparseGrad) -> Result<LookupGrad<'g>> {
         let (SparseGrad { indices, values }, var) = (grad, &self.info.var);
         let rows = rows_of(&self.info.name, var)?;
-        if indices.rank() != 1 {
-            let (expected, got) = (vec![indices.elem_count()], indices.dims().to_vec());
-            return Err(
-                ErrorKind::ShapeMismatch { what: "indices", name: self.info.name.clone(), expected, got }.into()
-            );
-        }
-        let mut expected = var.dims().to_vec();
-        expected[0] = indices.elem_count();
+        let expected = expected_values(self.info, grad)?;
         if values.dims() != expected {
             let got = values.dims().to_vec();
             return Err(ErrorKind::ShapeMismatch { what: "values", name: self.info.name.clone(), expected, got }.into());

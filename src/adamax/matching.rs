@@ -7,11 +7,11 @@ use std::path::Path;
 use candle_core::DType;
 
 use super::Adamax;
-use super::restore::check_moments;
+use super::fit::{check_averages_and_sums, check_moments, check_values};
 use super::settings::ResolvedGroup;
 use super::vars::VarInfo;
 use crate::checkpoint::names::hint;
-use crate::checkpoint::{Snapshot, VarSnapshot};
+use crate::checkpoint::{Snapshot, VarSnapshot, native};
 use crate::error::{Error, Result, listed};
 use crate::params::SparseUpdate;
 use crate::state::{Master, MomentTensors, Moments, Place, arithmetic};
@@ -106,13 +106,15 @@ impl Adamax {
     pub fn load_matching(&mut self, path: impl AsRef<Path>) -> Result<Restored> {
         self.require_names()?;
         let path = path.as_ref();
-        let restored = Snapshot::read(path).and_then(|snapshot| self.try_restore_matching(&snapshot));
+        let snapshot = native::read(path, None, |outline| self.matching(outline).map(drop));
+        let restored = snapshot.and_then(|snapshot| self.try_restore_matching(&snapshot));
         restored.map_err(|error| self.own(error.in_file(path)))
     }
 
-    fn try_restore_matching(&mut self, snapshot: &Snapshot) -> Result<Restored> {
+    /// The variables that take their state from a snapshot, with that state and the settings that it was kept by.
+    fn matching<'s>(&self, snapshot: &'s Snapshot) -> Result<(Vec<Match<'_, 's>>, Restored)> {
         self.check_convention(&snapshot.params)?;
-        let (mut vars, mut report) = (BTreeMap::new(), Restored::default());
+        let (mut matches, mut report) = (Vec::new(), Restored::default());
         for info in self.vars.iter() {
             let name = &info.name;
             let Some(theirs) = snapshot.vars.get(name) else {
@@ -128,15 +130,14 @@ impl Adamax {
                 return Err(Error::checkpoint(format!("{name}.group"), expected, format!("`{}`", theirs.group)));
             };
             let there = ResolvedGroup::of(&snapshot.params, group)?;
-            let mut var = info.carried(theirs, &there, &self.resolved[info.group])?;
-            var.group.clone_from(&self.groups[info.group].name);
-            var.ema = var.ema.filter(|_| self.params.ema.is_some());
-            vars.insert(name.clone(), var);
+            check_moments(name, theirs, &info.var, &there.layout(&info.var, theirs.by_rows))?;
+            check_averages_and_sums(info, theirs)?;
+            matches.push(Match { info, theirs, there });
             report.restored.push(name.clone());
         }
         let is_known = |name: &&String| self.vars.position(name).is_ok();
         report.not_in_optimizer = snapshot.vars.keys().filter(|name| !is_known(name)).cloned().collect();
-        if let (true, Some(first), false) = (vars.is_empty(), self.vars.first(), snapshot.vars.is_empty()) {
+        if let (true, Some(first), false) = (matches.is_empty(), self.vars.first(), snapshot.vars.is_empty()) {
             let got = match report.mismatched.first() {
                 Some((name, reason)) => format!("none that fits; `{name}` has {reason}"),
                 None => {
@@ -146,12 +147,32 @@ impl Adamax {
             };
             return Err(Error::checkpoint(&first.name, "the state of this var, or of another one", got));
         }
+        Ok((matches, report))
+    }
+
+    fn try_restore_matching(&mut self, snapshot: &Snapshot) -> Result<Restored> {
+        let (matches, report) = self.matching(snapshot)?;
+        let vars = matches.into_iter().map(|Match { info, theirs, there }| {
+            let mut var = info.carried(theirs, &there, &self.resolved[info.group])?;
+            var.group.clone_from(&self.groups[info.group].name);
+            var.ema = var.ema.filter(|_| self.params.ema.is_some());
+            Ok((info.name.clone(), var))
+        });
+        let vars = vars.collect::<Result<BTreeMap<_, _>>>()?;
         let grad_scaler = self.params.loss_scale.carried(snapshot.params.loss_scale, snapshot.grad_scaler);
         let plateau = self.params.plateau.map(|_| snapshot.plateau.unwrap_or_default());
         let (params, groups) = (self.params.clone(), self.groups.clone());
         self.try_restore(&Snapshot { params, groups, counters: snapshot.counters, grad_scaler, plateau, vars })?;
         Ok(report)
     }
+}
+
+/// A variable and the state that it takes.
+struct Match<'v, 's> {
+    info: &'v VarInfo,
+    theirs: &'s VarSnapshot,
+    /// The settings of its group there.
+    there: ResolvedGroup,
 }
 
 impl VarInfo {
@@ -171,7 +192,7 @@ impl VarInfo {
     fn carried(&self, theirs: &VarSnapshot, there: &ResolvedGroup, here: &ResolvedGroup) -> Result<VarSnapshot> {
         let var = self.var.as_tensor();
         let (from, to) = (there.layout(var, theirs.by_rows), here.layout(var, theirs.by_rows));
-        check_moments(&self.name, theirs, var, &from)?;
+        check_values(&self.name, theirs)?;
         let is_exact = here.storage.sparse_update == SparseUpdate::Exact;
         if theirs.missed.is_some() && (from != to || there.hyper != here.hyper || !is_exact) {
             let entry = format!("{}.missed", self.name);

@@ -10,6 +10,7 @@ mod call;
 mod convert;
 mod display;
 mod exchange;
+mod fit;
 mod grads;
 mod inspect;
 mod matching;

@@ -9,14 +9,13 @@
 //!
 //! `examples/exchange/keras3.py` is the other side.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::Tensor;
 
-use super::header::Wanted;
 use super::plain::{PlainVar, count, of_scalar, scalar};
-use super::reading::{HeaderLimits, TensorFile};
+use super::reading::{HeaderLimits, TensorFile, Tensors};
 use super::{AtomicFile, write_tensors};
 use crate::error::{Error, Result};
 
@@ -24,7 +23,7 @@ const ITERATION: &str = "iteration";
 const LEARNING_RATE: &str = "learning_rate";
 
 /// What a variable has in a file.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy)]
 enum Part {
     Momentum,
     Norm,
@@ -33,8 +32,6 @@ enum Part {
 }
 
 impl Part {
-    const ALL: [Self; 4] = [Self::Momentum, Self::Norm, Self::Average, Self::Accumulator];
-
     fn key(self, name: &str) -> String {
         let part = match self {
             Self::Momentum => "momentum",
@@ -112,63 +109,64 @@ fn iteration(state: &KerasState) -> Result<Tensor> {
     of_scalar(as_iteration(state.iteration)?)
 }
 
-/// Reads the variables of variables of these names.
-pub(crate) fn read(path: &Path, names: &[&str], extras: Extras) -> Result<KerasState> {
-    let known = |name: &str| Part::ALL.map(|part| part.key(name));
-    let mut known: BTreeSet<String> =
-        names.iter().flat_map(|name| [known(name), known(&spelled(name))]).flatten().collect();
-    known.extend([ITERATION, LEARNING_RATE].map(str::to_owned));
-    // With or without the optimizer's name.
-    let is_tensor = |key: &str| known.contains(key) || key.split_once('/').is_some_and(|(_, key)| known.contains(key));
-    let wanted = Wanted { text: None, is_tensor: &is_tensor, limits: Some(HeaderLimits::of(names.iter().copied())) };
-    let mut file = TensorFile::open(path, &wanted)?;
-    file.no_surplus()?;
-    // The iteration tells whether, and which.
+/// Reads the variables of variables of these names. `check` sees them before the moments are read, with
+/// [outlines](TensorFile::assemble) for them.
+pub(crate) fn read(
+    path: &Path,
+    names: &[&str],
+    extras: Extras,
+    check: impl FnOnce(&KerasState) -> Result<()>,
+) -> Result<KerasState> {
+    let file = TensorFile::open(path, None, Some(HeaderLimits::of(names.iter().copied())))?;
+    // With or without the optimizer's name; the iteration tells whether, and which.
     let of_optimizer = |key: &str| {
         key.strip_suffix(ITERATION).filter(|name| name.is_empty() || name.ends_with('/')).map(str::to_owned)
     };
     let Some(prefix) = file.names().find_map(of_optimizer) else {
         return Err(Error::checkpoint(ITERATION, "a tensor", "none"));
     };
-    let key = format!("{prefix}{ITERATION}");
-    let iteration = count(&key, &file.take(&key)?)?;
-    let key = format!("{prefix}{LEARNING_RATE}");
-    let learning_rate = file.has(&key).then(|| scalar(&key, &file.take(&key)?)).transpose()?;
-    let mut vars = BTreeMap::new();
-    for &name in names {
-        let mut take = |part: Part| {
-            let (key, spelled) = (prefix.clone() + &part.key(name), prefix.clone() + &part.key(&spelled(name)));
-            file.take(if file.has(&key) || !file.has(&spelled) { &key } else { &spelled })
-        };
-        let var = PlainVar {
-            exp_avg: take(Part::Momentum)?,
-            exp_inf: take(Part::Norm)?,
-            step: 0,
-            ema: extras.averages.then(|| take(Part::Average)).transpose()?,
-            accumulated: extras.accumulators.then(|| Ok::<_, Error>((take(Part::Accumulator)?, 0))).transpose()?,
-        };
-        vars.insert(name.to_owned(), var);
-    }
-    file.finish()?;
-    Ok(KerasState { iteration, learning_rate, vars })
+    let key_of = |part: Part, name: &str| {
+        let (key, spelled) = (prefix.clone() + &part.key(name), prefix.clone() + &part.key(&spelled(name)));
+        if file.has(&key) || !file.has(&spelled) { key } else { spelled }
+    };
+    let assemble = |tensors: &mut Tensors<'_>| {
+        let key = format!("{prefix}{ITERATION}");
+        let iteration = count(&key, &tensors.take(&key)?)?;
+        let key = format!("{prefix}{LEARNING_RATE}");
+        let learning_rate = file.has(&key).then(|| scalar(&key, &tensors.take(&key)?)).transpose()?;
+        let vars = names.iter().map(|&name| {
+            let mut take = |part: Part| tensors.take(&key_of(part, name));
+            let var = PlainVar {
+                exp_avg: take(Part::Momentum)?,
+                exp_inf: take(Part::Norm)?,
+                step: 0,
+                ema: extras.averages.then(|| take(Part::Average)).transpose()?,
+                accumulated: extras.accumulators.then(|| Ok::<_, Error>((take(Part::Accumulator)?, 0))).transpose()?,
+            };
+            Ok((name.to_owned(), var))
+        });
+        let vars = vars.collect::<Result<_>>()?;
+        Ok(KerasState { iteration, learning_rate, vars })
+    };
+    file.assemble(assemble, check)
 }
 
-/// Reads the variables in the legacy order, where the variables of the model are in the order of `names`.
-pub(crate) fn read_legacy(path: &Path, names: &[&str]) -> Result<KerasState> {
-    let count_of_tensors = 1 + 2 * names.len();
-    let is_tensor = |key: &str| {
-        let position = key.parse().ok().filter(|position: &usize| position.to_string() == key);
-        position.is_some_and(|position| position < count_of_tensors)
+/// Reads the variables in the legacy order, where the variables of the model are in the order of `names`, as
+/// [`read`] does.
+pub(crate) fn read_legacy(
+    path: &Path,
+    names: &[&str],
+    check: impl FnOnce(&KerasState) -> Result<()>,
+) -> Result<KerasState> {
+    let file = TensorFile::open(path, None, Some(HeaderLimits::of(names.iter().copied())))?;
+    let assemble = |tensors: &mut Tensors<'_>| {
+        let mut take = |position: usize| tensors.take(&position.to_string());
+        let iteration = count("0", &take(0)?)?;
+        let vars = names.iter().enumerate().map(|(nth, &name)| {
+            let (exp_avg, exp_inf) = (take(1 + nth)?, take(1 + names.len() + nth)?);
+            Ok((name.to_owned(), PlainVar { exp_avg, exp_inf, step: 0, ema: None, accumulated: None }))
+        });
+        Ok(KerasState { iteration, learning_rate: None, vars: vars.collect::<Result<_>>()? })
     };
-    let wanted = Wanted { text: None, is_tensor: &is_tensor, limits: Some(HeaderLimits::of(names.iter().copied())) };
-    let mut file = TensorFile::open(path, &wanted)?;
-    let mut take = |position: usize| file.take(&position.to_string());
-    let iteration = count("0", &take(0)?)?;
-    let vars = names.iter().enumerate().map(|(nth, &name)| {
-        let (exp_avg, exp_inf) = (take(1 + nth)?, take(1 + names.len() + nth)?);
-        Ok((name.to_owned(), PlainVar { exp_avg, exp_inf, step: 0, ema: None, accumulated: None }))
-    });
-    let vars = vars.collect::<Result<_>>()?;
-    file.finish()?;
-    Ok(KerasState { iteration, learning_rate: None, vars })
+    file.assemble(assemble, check)
 }

@@ -13,7 +13,7 @@ pub(crate) mod torch;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use safetensors::SafeTensorError;
 use safetensors::tensor::{Metadata, TensorInfo, View};
 use serde::{Deserialize, Serialize};
@@ -91,7 +91,7 @@ impl Snapshot {
     /// A file that is missing, truncated or not such a checkpoint. Whether settings and counters are allowed, and tensors as
     /// an optimizer needs them, is checked by whoever takes the snapshot.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
-        native::read(path.as_ref(), None)
+        native::read(path.as_ref(), None, |_| Ok(()))
     }
 
     /// Writes the file that [`Adamax::save`](crate::Adamax::save) would have written, in the same way: it is complete or not
@@ -142,6 +142,15 @@ pub struct MissedUpdates {
     pub last_update: Tensor,
     /// The updates, `[n, 3]` of dtype F64: step size, decay of the weights, and shrinkage of the scales of codes.
     pub updates: Tensor,
+}
+
+impl MissedUpdates {
+    /// Whether the tensors can be those of a table of so many rows.
+    pub(crate) fn have_shapes(&self, rows: usize) -> bool {
+        let Self { last_update, updates } = self;
+        let of_rows = last_update.dtype() == DType::U32 && last_update.dims() == [rows];
+        of_rows && updates.dtype() == DType::F64 && matches!(updates.dims(), [_, 3])
+    }
 }
 
 /// A sum of gradients that waits for its update.

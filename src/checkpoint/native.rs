@@ -13,8 +13,7 @@ use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess,
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::header::Wanted;
-use super::reading::{HeaderLimits, TensorFile};
+use super::reading::{HeaderLimits, TensorFile, Tensors};
 use super::{AccumulatedGrad, AtomicFile, Counters, MissedUpdates, Snapshot, VarSnapshot, names, write_tensors};
 use crate::error::{Error, Result};
 use crate::gradient::SparseGrad;
@@ -25,19 +24,6 @@ use crate::schedule::Plateau;
 
 /// The key of the JSON text in the metadata.
 const METADATA: &str = "candle_adamax";
-/// What may stand after a variable's name in the name of a tensor.
-const TENSORS: [&str; 10] = [
-    "exp_avg",
-    "exp_inf",
-    "scales",
-    "master",
-    "ema",
-    "accumulated",
-    "accumulated.indices",
-    "accumulated.values",
-    "missed.last_update",
-    "missed.updates",
-];
 /// Raised when an older reader would misunderstand the file.
 const FORMAT_VERSION: u64 = 1;
 
@@ -135,20 +121,19 @@ pub(crate) fn check_settings(params: &ParamsAdamax, groups: &[GroupSettings]) ->
 }
 
 /// Reads what [`write()`] has written for variables of these names, which are in alphabetical order, or for any.
-pub(crate) fn read(path: &Path, names: Option<&[&str]>) -> Result<Snapshot> {
-    try_read(path, names).map_err(|error| error.in_file(path))
+///
+/// `check` sees the snapshot before any tensor is read, with [outlines](TensorFile::assemble) for tensors.
+pub(crate) fn read(
+    path: &Path,
+    names: Option<&[&str]>,
+    check: impl FnOnce(&Snapshot) -> Result<()>,
+) -> Result<Snapshot> {
+    try_read(path, names, check).map_err(|error| error.in_file(path))
 }
 
-fn try_read(path: &Path, names: Option<&[&str]>) -> Result<Snapshot> {
-    let is_var = |name: &str| names.is_none_or(|names| names.binary_search(&name).is_ok());
-    let is_tensor = |key: &str| {
-        TENSORS.iter().any(|what| {
-            let name = key.strip_suffix(what).and_then(|key| key.strip_suffix('.'));
-            name.is_some_and(is_var)
-        })
-    };
+fn try_read(path: &Path, names: Option<&[&str]>, check: impl FnOnce(&Snapshot) -> Result<()>) -> Result<Snapshot> {
     let limits = names.map(|names| HeaderLimits::of(names.iter().copied()));
-    let mut file = TensorFile::open(path, &Wanted { text: Some(METADATA), is_tensor: &is_tensor, limits })?;
+    let file = TensorFile::open(path, Some(METADATA), limits)?;
     let Some(json) = file.text() else {
         return Err(Error::checkpoint(METADATA, "metadata of a checkpoint of this crate", "none"));
     };
@@ -157,20 +142,38 @@ fn try_read(path: &Path, names: Option<&[&str]>) -> Result<Snapshot> {
         let theirs: Vec<_> = header.vars.keys().map(String::as_str).collect();
         names::check(names, &theirs, names::Source::File)?;
     }
-    let mut vars = BTreeMap::new();
-    for (name, header) in header.vars {
-        let VarHeader { group, step, scales, by_rows, master, ema, accumulated, accumulated_rows, missed } = header;
-        let mut take = |what: &str| file.take(&format!("{name}.{what}"));
-        let var = VarSnapshot {
-            group,
-            step,
+    file.assemble(|tensors| header.snapshot(tensors), check)
+}
+
+impl Header {
+    /// The snapshot, of which the header has everything but the tensors.
+    fn snapshot(&self, tensors: &mut Tensors<'_>) -> Result<Snapshot> {
+        let Self { params, groups, counters, grad_scaler, plateau, vars, .. } = self;
+        let vars = vars.iter().map(|(name, header)| Ok((name.clone(), header.snapshot(name, tensors)?)));
+        Ok(Snapshot {
+            params: params.clone(),
+            groups: groups.clone(),
+            counters: *counters,
+            grad_scaler: *grad_scaler,
+            plateau: *plateau,
+            vars: vars.collect::<Result<_>>()?,
+        })
+    }
+}
+
+impl VarHeader {
+    fn snapshot(&self, name: &str, tensors: &mut Tensors<'_>) -> Result<VarSnapshot> {
+        let mut take = |what: &str| tensors.take(&format!("{name}.{what}"));
+        Ok(VarSnapshot {
+            group: self.group.clone(),
+            step: self.step,
             exp_avg: take("exp_avg")?,
             exp_inf: take("exp_inf")?,
-            scales: scales.then(|| take("scales")).transpose()?,
-            by_rows,
-            master: master.then(|| take("master")).transpose()?,
-            ema: ema.then(|| take("ema")).transpose()?,
-            accumulated: match (accumulated, accumulated_rows) {
+            scales: self.scales.then(|| take("scales")).transpose()?,
+            by_rows: self.by_rows,
+            master: self.master.then(|| take("master")).transpose()?,
+            ema: self.ema.then(|| take("ema")).transpose()?,
+            accumulated: match (self.accumulated, self.accumulated_rows) {
                 (0, _) => None,
                 (calls, false) => Some((AccumulatedGrad::Dense(take("accumulated")?), calls)),
                 (calls, true) => {
@@ -179,18 +182,14 @@ fn try_read(path: &Path, names: Option<&[&str]>) -> Result<Snapshot> {
                     Some((AccumulatedGrad::Rows(SparseGrad { indices, values }), calls))
                 }
             },
-            missed: match missed {
+            missed: match self.missed {
                 false => None,
                 true => {
                     Some(MissedUpdates { last_update: take("missed.last_update")?, updates: take("missed.updates")? })
                 }
             },
-        };
-        vars.insert(name, var);
+        })
     }
-    file.finish()?;
-    let Header { params, groups, counters, grad_scaler, plateau, .. } = header;
-    Ok(Snapshot { params, groups, counters, grad_scaler, plateau, vars })
 }
 
 /// The JSON text of the metadata.

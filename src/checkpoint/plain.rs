@@ -20,10 +20,18 @@ pub(crate) struct PlainVar {
     pub(crate) accumulated: Option<(Tensor, u64)>,
 }
 
-/// A tensor of a file as one in the shape of the variable `var` and the type of its arithmetic.
-///
-/// Other frameworks keep the state of f16 and bf16 parameters in their dtype, or in f32. Both fit, and widening is exact.
-pub(crate) fn widened(name: &str, what: &'static str, tensor: &Tensor, var: &Tensor) -> Result<Tensor> {
+impl PlainVar {
+    /// Makes sure that the tensors are in the shape of the variable `var` and of one of its dtypes.
+    pub(crate) fn check(&self, name: &str, var: &Tensor) -> Result<()> {
+        check_tensor(name, "exp_avg", &self.exp_avg, var)?;
+        check_tensor(name, "exp_inf", &self.exp_inf, var)?;
+        self.ema.iter().try_for_each(|ema| check_tensor(name, "ema", ema, var))?;
+        self.accumulated.iter().try_for_each(|(sum, _)| check_tensor(name, "accumulated", sum, var))
+    }
+}
+
+/// Other frameworks keep the state of f16 and bf16 parameters in their dtype, or in f32. Both fit.
+fn check_tensor(name: &str, what: &'static str, tensor: &Tensor, var: &Tensor) -> Result<()> {
     let (expected, got) = (var.dims().to_vec(), tensor.dims().to_vec());
     if expected != got {
         return Err(ErrorKind::ShapeMismatch { what, name: name.to_owned(), expected, got }.into());
@@ -33,7 +41,7 @@ pub(crate) fn widened(name: &str, what: &'static str, tensor: &Tensor, var: &Ten
         let expected = if own == exact { format!("{own:?}") } else { format!("{own:?} or {exact:?}") };
         return Err(ErrorKind::DTypeMismatch { what, name: name.to_owned(), expected, got }.into());
     }
-    Ok(tensor.to_dtype(exact)?)
+    Ok(())
 }
 
 /// Makes sure that a norm is one: a maximum of magnitudes. (NaN is what a gradient that was NaN leaves.)

@@ -9,17 +9,14 @@ use std::path::Path;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
-use super::header::Wanted;
 use super::names::{differences, hint};
 use super::plain::{PlainVar, count, of_scalar};
-use super::reading::{HeaderLimits, TensorFile};
+use super::reading::{HeaderLimits, TensorFile, Tensors};
 use super::{AtomicFile, write_tensors};
 use crate::error::{Error, Result, listed};
 
 /// The key of the JSON text in the metadata.
 pub(crate) const PARAM_GROUPS: &str = "param_groups";
-/// What may stand after a parameter's name in the name of a tensor.
-const TENSORS: [&str; 3] = ["exp_avg", "exp_inf", "step"];
 /// Keys that PyTorch itself keeps in the groups and no optimizer reads: those of its schedulers (`LRScheduler`, `SWALR`,
 /// `OneCycleLR` and `CyclicLR`, which have state of their own) and the parameters' names.
 const KNOWN_OTHERS: [&str; 7] =
@@ -120,35 +117,30 @@ pub(crate) fn write(state: &TorchState, file: AtomicFile) -> Result<()> {
     write_tensors(file, tensors, Some((PARAM_GROUPS, to_json(&state.groups)?)))
 }
 
-/// Reads the state of parameters of these names, which are in alphabetical order, and of no others.
+/// Reads the state of parameters of these names, which are in alphabetical order, and of no others. `check` sees it before
+/// the moments are read, with [outlines](TensorFile::assemble) for them.
 ///
 /// Errors do not name the file yet: what its state does not fit is found later.
-pub(crate) fn read(path: &Path, names: &[&str], options: TorchOptions) -> Result<TorchState> {
-    let is_var = |name: &str| names.binary_search(&name).is_ok();
-    let is_tensor =
-        |key: &str| key.rsplit_once('.').is_some_and(|(name, what)| TENSORS.contains(&what) && is_var(name));
-    let wanted = Wanted {
-        text: Some(PARAM_GROUPS),
-        is_tensor: &is_tensor,
-        limits: Some(HeaderLimits::of(names.iter().copied())),
-    };
-    let mut file = TensorFile::open(path, &wanted)?;
+pub(crate) fn read(
+    path: &Path,
+    names: &[&str],
+    options: TorchOptions,
+    check: impl FnOnce(&TorchState) -> Result<()>,
+) -> Result<TorchState> {
+    let limits = HeaderLimits::of(names.iter().copied());
+    let file = TensorFile::open(path, Some(PARAM_GROUPS), Some(limits))?;
     let groups = parse_groups(file.text(), names, options)?;
-    file.no_surplus()?;
-    let mut vars = BTreeMap::new();
-    for &name in names {
-        let mut take = |what: &str| {
-            let key = format!("{name}.{what}");
-            let tensor = file.take(&key)?;
-            Ok::<_, Error>((key, tensor))
-        };
-        let (key, step) = take("step")?;
-        let step = count(&key, &step)?;
-        let ((_, exp_avg), (_, exp_inf)) = (take("exp_avg")?, take("exp_inf")?);
-        vars.insert(name.to_owned(), PlainVar { exp_avg, exp_inf, step, ema: None, accumulated: None });
-    }
-    file.finish()?;
-    Ok(TorchState { groups, vars })
+    let assemble = |tensors: &mut Tensors<'_>| {
+        let vars = names.iter().map(|&name| {
+            let step_key = format!("{name}.step");
+            let step = count(&step_key, &tensors.take(&step_key)?)?;
+            let mut take = |what: &str| tensors.take(&format!("{name}.{what}"));
+            let (exp_avg, exp_inf) = (take("exp_avg")?, take("exp_inf")?);
+            Ok((name.to_owned(), PlainVar { exp_avg, exp_inf, step, ema: None, accumulated: None }))
+        });
+        Ok(TorchState { groups: groups.clone(), vars: vars.collect::<Result<_>>()? })
+    };
+    file.assemble(assemble, check)
 }
 
 /// The groups, which have each of the names once and no other.

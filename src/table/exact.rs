@@ -14,7 +14,7 @@
 use std::ops::Deref;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 
-use candle_core::{DType, Device, Tensor, TensorId};
+use candle_core::{Device, Tensor, TensorId};
 
 use super::records::{self, lock};
 use crate::checkpoint::MissedUpdates;
@@ -379,13 +379,10 @@ pub(crate) struct RestoredLedger {
 }
 
 impl RestoredLedger {
-    /// `None` if no run can have made them for a variable with so many rows.
-    pub(crate) fn of(missed: &MissedUpdates, rows: usize, hyper: &Hyperparameters) -> Result<Option<Self>> {
+    /// `None` if no run can have made such updates, which [have the shapes](MissedUpdates::have_shapes) of some.
+    pub(crate) fn of(missed: &MissedUpdates, hyper: &Hyperparameters) -> Result<Option<Self>> {
         let MissedUpdates { last_update, updates } = missed;
-        if (last_update.dtype(), last_update.dims()) != (DType::U32, &[rows][..]) || updates.dtype() != DType::F64 {
-            return Ok(None);
-        }
-        let &[n, 3] = updates.dims() else { return Ok(None) };
+        let n = updates.dim(0)?;
         let updates: Vec<[f64; 3]> =
             updates.to_vec2::<f64>()?.iter().filter_map(|row| row[..].try_into().ok()).collect();
         let marks: Vec<Mark> = last_update.to_vec1::<u32>()?.into_iter().map(Mark::of_bits).collect();

@@ -11,3 +11,5 @@ mod files;
 #[cfg(target_os = "linux")]
 mod lookups;
 mod measure;
+#[cfg(target_os = "linux")]
+mod unread;

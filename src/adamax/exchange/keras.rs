@@ -99,7 +99,7 @@ impl Adamax {
     pub fn load_keras_legacy(&mut self, path: impl AsRef<Path>, order: &[impl AsRef<str>]) -> Result<()> {
         let path = path.as_ref();
         let loaded = self.legacy_order(order).and_then(|order| {
-            let read = keras::read_legacy(path, &order);
+            let read = keras::read_legacy(path, &order, |state| self.check_plain(&state.vars));
             read.and_then(|state| self.take_keras(state)).map_err(|error| error.in_file(path))
         });
         loaded.map_err(|error| self.own(error))
@@ -216,7 +216,8 @@ impl Adamax {
     fn try_load_keras(&mut self, path: &Path) -> Result<()> {
         let names: Vec<_> = self.names().collect();
         let accumulators = self.params.gradient_accumulation_steps > 1;
-        let state = keras::read(path, &names, Extras { averages: self.params.ema.is_some(), accumulators })?;
+        let extras = Extras { averages: self.params.ema.is_some(), accumulators };
+        let state = keras::read(path, &names, extras, |state| self.check_plain(&state.vars))?;
         self.take_keras(state)
     }
 

@@ -11,7 +11,7 @@ use super::Adamax;
 use super::settings::ResolvedGroup;
 use super::sums::Sum;
 use super::vars::{Param, VarInfo};
-use crate::checkpoint::plain::{PlainVar, check_norm, widened};
+use crate::checkpoint::plain::{PlainVar, check_norm};
 use crate::checkpoint::{Counters, Snapshot, VarSnapshot};
 use crate::codec::{Encoding, StateDType};
 use crate::error::{Error, Result};
@@ -21,7 +21,7 @@ use crate::kernel::RowGrad;
 use crate::params::ParamsAdamax;
 use crate::rule::EpsMode;
 use crate::schedule::Plateau;
-use crate::state::{Layout, Master, MomentTensors, Moments, Place};
+use crate::state::{Layout, Master, MomentTensors, Moments, Place, arithmetic};
 
 impl Adamax {
     /// The state of every variable with m and u as they are, decoded where they are encoded, and the counters. With
@@ -48,7 +48,13 @@ impl Adamax {
         Ok((counters, plain.collect::<Result<_>>()?))
     }
 
-    /// Takes state from elsewhere, with these settings, as [`restore`](Self::restore) does.
+    /// Makes sure that state from elsewhere has the shapes and dtypes of the variables.
+    fn check_plain(&self, vars: &BTreeMap<String, PlainVar>) -> Result<()> {
+        let mut found = self.vars.iter().filter_map(|info| Some((info, vars.get(&info.name)?)));
+        found.try_for_each(|(info, plain)| plain.check(&info.name, &info.var))
+    }
+
+    /// Takes [checked](Self::check_plain) state from elsewhere, with these settings, as [`restore`](Self::restore) does.
     fn restore_plain(
         &mut self,
         params: ParamsAdamax,
@@ -93,10 +99,11 @@ impl VarInfo {
     /// State from elsewhere as a snapshot has it for this variable.
     fn stored(&self, plain: &PlainVar, resolved: &ResolvedGroup, group: String) -> Result<VarSnapshot> {
         let (name, var) = (self.name.as_str(), self.var.as_tensor());
-        let widened = |what: &'static str, tensor: &Tensor| widened(name, what, tensor, var);
-        let exp_inf = widened("exp_inf", &plain.exp_inf)?;
+        // Exact.
+        let widened = |tensor: &Tensor| tensor.to_dtype(arithmetic(var.dtype()));
+        let exp_inf = widened(&plain.exp_inf)?;
         check_norm(&format!("{name}.exp_inf"), &exp_inf)?;
-        let tensors = MomentTensors { exp_avg: widened("exp_avg", &plain.exp_avg)?, exp_inf, scales: None };
+        let tensors = MomentTensors { exp_avg: widened(&plain.exp_avg)?, exp_inf, scales: None };
         let as_they_are = Layout::of(var, StateDType::F32, false, false, Encoding::of(&resolved.hyper));
         let layout = resolved.layout(var, false);
         let MomentTensors { exp_avg, exp_inf, scales } = if layout == as_they_are {
@@ -108,7 +115,7 @@ impl VarInfo {
         // The weights come from elsewhere, so that a master copy begins as they are.
         let master = Master::zeros(var, Place::Host, resolved.storage.rounding)?;
         let accumulated = plain.accumulated.as_ref().map(|(sum, calls)| {
-            let sum = widened("accumulated", sum)?;
+            let sum = widened(sum)?;
             Ok::<_, Error>((sum.into(), *calls))
         });
         Ok(VarSnapshot {
@@ -119,7 +126,7 @@ impl VarInfo {
             scales,
             by_rows: layout.by_rows,
             master: master.map(|master| master.to_tensor(var.shape())).transpose()?,
-            ema: plain.ema.as_ref().map(|ema| widened("ema", ema)).transpose()?,
+            ema: plain.ema.as_ref().map(widened).transpose()?,
             accumulated: accumulated.transpose()?,
             missed: None,
         })

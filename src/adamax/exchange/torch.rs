@@ -169,7 +169,8 @@ impl Adamax {
 
     fn try_load_torch(&mut self, path: &Path, options: TorchOptions) -> Result<()> {
         let names: Vec<_> = self.names().collect();
-        let TorchState { groups: theirs, vars } = torch::read(path, &names, options)?;
+        let TorchState { groups: theirs, vars } =
+            torch::read(path, &names, options, |state| self.check_plain(&state.vars))?;
         let mut steps = vars.iter().map(|(name, var)| (name, var.step));
         if let (StepCount::Shared, Some((first, step))) = (self.params.step_count, steps.next())
             && let Some((name, other)) = steps.find(|(_, other)| *other != step)
