@@ -42,21 +42,33 @@ struct Header {
     vars: BTreeMap<String, VarHeader>,
 }
 
+/// One variable. Tensors that it does not have are left out.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct VarHeader {
     group: String,
     step: u64,
+    #[serde(default, skip_serializing_if = "is_default")]
     scales: bool,
+    #[serde(default, skip_serializing_if = "is_default")]
     by_rows: bool,
+    #[serde(default, skip_serializing_if = "is_default")]
     master: bool,
+    #[serde(default, skip_serializing_if = "is_default")]
     ema: bool,
     /// Of how many calls the accumulated gradient is; there is none if 0.
+    #[serde(default, skip_serializing_if = "is_default")]
     accumulated: u64,
     /// Whether that is of some rows only.
+    #[serde(default, skip_serializing_if = "is_default")]
     accumulated_rows: bool,
     /// Whether its rows have missed updates.
+    #[serde(default, skip_serializing_if = "is_default")]
     missed: bool,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// Reads the format's version and nothing else, whatever that version's header looks like.
