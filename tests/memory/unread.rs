@@ -77,7 +77,7 @@ fn a_shape_is_refused_by_the_header() {
     ];
     let folder = Folder::new();
     for (way, (params, wrong, save, load)) in ways.into_iter().enumerate() {
-        let file = folder.file(&way.to_string());
+        let file = folder.file(way.to_string());
         save(&optimizer(1, params), &file).unwrap();
         grow(&file, wrong);
         assert!(file.metadata().unwrap().len() > 3 << 30);
