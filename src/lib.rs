@@ -115,6 +115,7 @@ mod error;
 mod gradient;
 mod group;
 pub mod guide;
+mod ids;
 mod kernel;
 mod ledger;
 mod maps;
