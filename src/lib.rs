@@ -70,37 +70,10 @@
 //! | `cuda` | off | updates variables on NVIDIA GPUs by kernels of this crate, compiled at run time; needs what candle's own feature `cuda` needs, and adds no public items |
 //! | `tracing` | off | a [tracing](https://docs.rs/tracing) span for each call of a step, `adamax.step` at the level `DEBUG`, with the fields `optimizer`, `call`, `lr`, `updated` and `skipped` (the last two are left empty where a GPU has yet to say); adds no public items |
 //!
-//! # How the source is laid out
+//! # How it works
 //!
-//! A module uses only modules further down:
-//!
-//! | module | what lives there |
-//! | --- | --- |
-//! | `guide` | pages of documentation, and no code |
-//! | `adamax` | the optimizer; `step` reads as the list of what it does |
-//! | `embedding` | layers on tables |
-//! | `table` | one weight with rows: its lookups, which gradients are theirs, and the updates that its rows have missed |
-//! | `checkpoint` | a snapshot of all state, and its way into a file and back; the files of PyTorch and Keras |
-//! | `gradient` | norms of gradients, and what clipping makes of them; gradients of rows, in their order |
-//! | `group`, `params` | settings, presets, what is allowed |
-//! | `schedule` | learning rates: pure functions of the count of calls, and one that follows a metric |
-//! | `kernel` | which kernel runs; the one for the CPU, the one of tensor operations |
-//! | `kernel::cuda` | the kernels of `cuda/`: what they are given, compiled and launched (feature `cuda`) |
-//! | `kernel::lend` | the only place that takes slices out of candle's tensors |
-//! | `kernel::rows`, `kernel::occurrences` | a gradient of some rows, and of what each is the sum; which rows lookups touch |
-//! | `kernel::plan` | sizes of tensors become equal pieces of work; pure |
-//! | `state` | all that is kept for one variable, in each encoding |
-//! | `trace` | a span for each call, or nothing |
-//! | `pages` | zeroed arrays that take memory where they are written |
-//! | `codec` | how moments are stored in 4 and 2 bytes; pure |
-//! | `mark` | what is known of one such row: when it was up to date, and a checksum of its weights; pure |
-//! | `ledger` | the updates that rows have missed, and the sum of their steps; pure |
-//! | `scaler` | the dynamic loss scale: what a call makes of it; pure |
-//! | `reduce`, `clip` | the one tree by which norms are summed, and what clipping makes of them; pure |
-//! | `rule` | **the formula**; pure |
-//! | `rounding` | stochastic rounding from a counter, masters; pure |
-//! | `element` | f64, f32, f16, bf16 and the type of their arithmetic; pure |
-//! | `check`, `error` | what is allowed, and what can go wrong |
+//! ARCHITECTURE.md in the sources has the order of a call, the invariants and the modules in layers; CONTRIBUTING.md says
+//! how to build, test and measure.
 
 #![deny(unsafe_code)]
 
@@ -115,6 +88,7 @@ mod error;
 mod gradient;
 mod group;
 pub mod guide;
+mod ids;
 mod kernel;
 mod ledger;
 mod maps;

@@ -10,7 +10,8 @@ use super::state::StateCell;
 use super::sums::Sum;
 use super::vars::{Param, VarInfo};
 use crate::error::{Error, ErrorKind, Result};
-use crate::gradient::sparse::{RowSum, row_len, rows_of};
+use crate::gradient::sparse::RowSum;
+use crate::ids::{row_len, rows_of};
 use crate::state::{Buffer, ParamState};
 use crate::table::limits;
 

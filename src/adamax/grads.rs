@@ -8,8 +8,9 @@ use candle_core::{DType, Device, Tensor};
 
 use super::vars::{Param, VarInfo, Vars};
 use crate::error::{ErrorKind, Result};
-use crate::gradient::sparse::{IdsOf, densify, nonzero, read_ids, row_len, rows_of};
+use crate::gradient::sparse::{densify, nonzero};
 use crate::gradient::{SparseGrad, TouchedRows};
+use crate::ids::{IdsOf, read_ids, row_len, rows_of};
 use crate::kernel::lend::storage_address;
 use crate::kernel::{HostIds, LookupGrad, LookupIds, RowGrad, RowValues, Source, all_on_one_gpu, total};
 use crate::state::{Buffer, Place, arithmetic};

@@ -9,7 +9,7 @@ use super::vars::Param;
 use super::{Adamax, StepReport};
 use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::TouchedRows;
-use crate::gradient::sparse::{IDS, read_ids, row_len, rows_of};
+use crate::ids::{IDS, read_ids, row_len, rows_of};
 use crate::maps::IdMap;
 use crate::table::{self, Lookups, Table};
 

@@ -120,7 +120,7 @@ impl Adamax {
         let shape = info.var.shape();
         let (MomentTensors { exp_avg, exp_inf, scales }, master, by_rows) = cell.read(|state| {
             let master = state.master.as_ref().map(|master| master.to_tensor(shape)).transpose()?;
-            Ok::<_, crate::Error>((state.moments.to_stored(shape)?, master, state.moments.layout.by_rows))
+            Ok::<_, crate::error::Error>((state.moments.to_stored(shape)?, master, state.moments.layout.by_rows))
         })?;
         let (group, step) = (self.groups[info.group].name.clone(), self.step_of(index));
         let (ema, accumulated) = (self.average(index)?, self.waiting(index)?);

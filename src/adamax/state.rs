@@ -11,7 +11,7 @@ use super::settings::ResolvedGroup;
 use super::vars::Param;
 use crate::checkpoint::MissedUpdates;
 use crate::error::Result;
-use crate::gradient::sparse::row_len;
+use crate::ids::row_len;
 use crate::kernel::{self, Touched, UpdateArgs, Written};
 use crate::mark::Checksum;
 use crate::params::SparseUpdate;

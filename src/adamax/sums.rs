@@ -6,7 +6,8 @@ use super::Adamax;
 use super::grads::{DenseGrad, Grad, Grads};
 use super::vars::{Param, Vars};
 use crate::error::Result;
-use crate::gradient::sparse::{RowSum, densify, row_len};
+use crate::gradient::sparse::{RowSum, densify};
+use crate::ids::row_len;
 use crate::kernel::{Accumulate, Backends, RowGrad, SummedRows, Task};
 use crate::state::Buffer;
 

@@ -117,7 +117,7 @@ pub(crate) fn limit(gathered: &mut CpuStorage, row_len: usize, ids: &[u32], max_
 ///
 /// Masters follow only the elements that have changed: a row at the limit, whose scaled elements round to their old values,
 /// would otherwise lose all steps that are smaller than its rounding.
-pub(crate) fn scale_down(table: &Tensor, row_len: usize, noted: &[(u32, Limit)]) -> crate::Result<Vec<u32>> {
+pub(crate) fn scale_down(table: &Tensor, row_len: usize, noted: &[(u32, Limit)]) -> crate::error::Result<Vec<u32>> {
     let is_followed = written::is_followed(table);
     let mut changed = Vec::new();
     let mut note = |row, column| {

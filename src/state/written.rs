@@ -11,7 +11,7 @@ use bytemuck::Zeroable;
 use candle_core::{Tensor, TensorId};
 
 use crate::error::Result;
-use crate::gradient::sparse::row_len;
+use crate::ids::row_len;
 use crate::maps::IdMap;
 
 /// Of all variables with masters; more than one where more than one optimizer has the variable.

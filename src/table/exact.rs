@@ -19,7 +19,7 @@ use candle_core::{Device, Tensor, TensorId};
 use super::records::{self, lock};
 use crate::checkpoint::MissedUpdates;
 use crate::error::{Error, ErrorKind, Result};
-use crate::gradient::sparse::row_len;
+use crate::ids::row_len;
 use crate::kernel::{self, CatchUpTask, GpuMarks, HostIds, Limit, LookupIds, RowGrad, Touched, UpdateArgs, Written};
 use crate::ledger::{FULL, Ledger};
 use crate::maps::IdMap;

@@ -58,7 +58,7 @@ impl PooledIds {
 }
 
 /// Looks rows up; the result has this shape. Rows above `max_norm` are scaled down in it.
-pub(super) fn rows(table: &Table, ids: Ids, shape: Vec<usize>, max_norm: Option<f64>) -> crate::Result<Tensor> {
+pub(super) fn rows(table: &Table, ids: Ids, shape: Vec<usize>, max_norm: Option<f64>) -> crate::error::Result<Tensor> {
     let n = ids.all.as_ref().map_or(ids.trained.len(), |all| all.ids().len());
     let anchor = anchor(table, &shape, n)?;
     let record = Record::new(table, &anchor, ids.trained);
@@ -77,7 +77,7 @@ pub(super) fn gather(table: &Table, ids: &[u32], max_norm: Option<f64>) -> Resul
 }
 
 /// Looks rows up and pools them: `[bags, row's dimensions..]`.
-pub(super) fn pool(table: &Table, pooled: Pooled) -> crate::Result<Tensor> {
+pub(super) fn pool(table: &Table, pooled: Pooled) -> crate::error::Result<Tensor> {
     let mut shape = vec![pooled.starts.len() - 1];
     shape.extend(&table.raw().dims()[1..]);
     let lookup_ids = Arc::new(if table.on_host() { listed(&pooled)? } else { on_gpu(table, &pooled)? });
@@ -100,7 +100,7 @@ pub(super) fn pool(table: &Table, pooled: Pooled) -> crate::Result<Tensor> {
 }
 
 /// The rows of a pooled lookup, one after another.
-fn copied_rows(table: &Table, lookup_ids: &LookupIds, max_norm: Option<f64>) -> crate::Result<Tensor> {
+fn copied_rows(table: &Table, lookup_ids: &LookupIds, max_norm: Option<f64>) -> crate::error::Result<Tensor> {
     let rows = match lookup_ids {
         LookupIds::Host(listed) => Storage::Cpu(gather(table, listed.ids(), max_norm)?),
         #[cfg(feature = "cuda")]
@@ -112,7 +112,7 @@ fn copied_rows(table: &Table, lookup_ids: &LookupIds, max_norm: Option<f64>) -> 
 }
 
 /// What a pooled lookup contributes to, in host memory.
-fn listed(pooled: &Pooled) -> crate::Result<LookupIds> {
+fn listed(pooled: &Pooled) -> crate::error::Result<LookupIds> {
     let Pooled { ids: PooledIds::Host(ids), starts, bags, mean, factors, .. } = pooled else {
         return Err(candle_core::Error::msg("expected ids in host memory").into());
     };
@@ -128,7 +128,7 @@ fn listed(pooled: &Pooled) -> crate::Result<LookupIds> {
 
 /// The same on the table's GPU.
 #[cfg(feature = "cuda")]
-fn on_gpu(table: &Table, pooled: &Pooled) -> crate::Result<LookupIds> {
+fn on_gpu(table: &Table, pooled: &Pooled) -> crate::error::Result<LookupIds> {
     let ids = match &pooled.ids {
         PooledIds::Host(ids) => GpuIds::listed_on(table.raw().device(), ids, None)?,
         PooledIds::Gpu(ids) => table.gpu_ids(ids, None)?,
@@ -139,7 +139,7 @@ fn on_gpu(table: &Table, pooled: &Pooled) -> crate::Result<LookupIds> {
 }
 
 #[cfg(not(feature = "cuda"))]
-fn on_gpu(_: &Table, _: &Pooled) -> crate::Result<LookupIds> {
+fn on_gpu(_: &Table, _: &Pooled) -> crate::error::Result<LookupIds> {
     Err(candle_core::Error::msg("this program is built without the feature `cuda`").into())
 }
 

@@ -19,7 +19,8 @@ use candle_core::backprop::GradStore;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::gradient::SparseGrad;
-use crate::gradient::sparse::{IDS, read_ids, row_len, rows_of, to_sparse};
+use crate::gradient::sparse::to_sparse;
+use crate::ids::{IDS, read_ids, row_len, rows_of};
 use crate::kernel::{self, GpuIds, HostIds, LookupIds, RowGrad, Unchecked, is_supported};
 use crate::state::{arithmetic, written};
 

@@ -13,7 +13,7 @@ use cudarc::driver::{CudaEvent, CudaStream, PinnedHostSlice};
 
 use super::abi::Address;
 use crate::error::{Error, Result};
-use crate::gradient::sparse::{IDS, read_ids};
+use crate::ids::{IDS, read_ids};
 
 /// The checks of a table's lookups of which nobody has heard yet.
 #[derive(Default)]

@@ -14,7 +14,7 @@ use super::plan::blocks;
 use super::source::Module;
 use super::staging::alloc_of;
 use crate::error::{Error, Result};
-use crate::gradient::sparse::{IDS, read_ids};
+use crate::ids::{IDS, read_ids};
 use crate::kernel::lend::gpu::Held;
 use crate::kernel::{HostIds, LookupIds, Touched};
 
