@@ -160,6 +160,19 @@ fn the_tables_list_every_module_and_file() {
     }
 }
 
+/// A call reads on one screen, and a reader need not guess what `true` means.
+#[test]
+fn the_optimizer_has_short_files_and_no_flags_as_parameters() {
+    for (file, text) in sources().iter().filter(|(file, _)| file.starts_with("adamax")) {
+        let lines = text.lines().count();
+        assert!(lines <= 300, "{} has {lines} lines", file.display());
+        for (number, line) in text.lines().enumerate().filter(|(_, line)| line.contains("fn ")) {
+            let parameters = line.split("->").next().unwrap();
+            assert!(!parameters.contains(": bool"), "{}:{}: {line}", file.display(), number + 1);
+        }
+    }
+}
+
 #[test]
 fn paths_from_the_root_are_found() {
     let text = "\

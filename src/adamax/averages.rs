@@ -46,7 +46,10 @@ impl Averages {
         for (index, fresh) in self.fresh {
             (adamax.vars[index].average, begins[index]) = (Some(fresh), true);
         }
-        adamax.move_averages(write, overwrite, |index, dtype| if begins[index] { 0.0 } else { exact(momentum, dtype) })
+        adamax.move_averages(
+            Write { key: write, overwrite },
+            |index, dtype| if begins[index] { 0.0 } else { exact(momentum, dtype) },
+        )
     }
 }
 
@@ -63,9 +66,8 @@ impl Adamax {
         }
     }
 
-    /// Moves averages towards their variables, of which they keep a share of `momentum`. Variables become their averages if
-    /// they are to be overwritten; `write` makes the random numbers of that write differ from those of all others.
-    fn move_averages(&mut self, write: u64, overwrite: bool, momentum: impl Fn(usize, DType) -> f64) -> Result<()> {
+    /// Moves averages towards their variables, of which they keep a share of `momentum`.
+    fn move_averages(&mut self, write: Write, momentum: impl Fn(usize, DType) -> f64) -> Result<()> {
         let Self { params, resolved, vars, backends, .. } = self;
         let mut moves = Vec::new();
         for (index, param) in vars.iter_mut().enumerate() {
@@ -77,13 +79,22 @@ impl Adamax {
         }
         let tasks = moves.iter_mut().map(|(index, info, average, state)| {
             let (momentum, rounding) = (momentum(*index, info.var.dtype()), resolved[info.group].storage.rounding);
-            let key = derive(derive(params.seed, info.key), write);
+            let Write { key, overwrite } = write;
+            let key = derive(derive(params.seed, info.key), key);
             let (place, master) = (info.place, state.master.as_mut());
             let kind = Average { momentum, overwrite, average, master, rounding, key };
             Task { place, nth: *index, lent: Some(info.var.as_tensor()), read: None, kind }
         });
         backends.average(tasks.collect())
     }
+}
+
+/// Whether variables become their averages.
+#[derive(Clone, Copy)]
+struct Write {
+    /// Makes the random numbers of this write differ from those of all others.
+    key: u64,
+    overwrite: bool,
 }
 
 /// Tell the keys of the random numbers of averages from those of updates, whose numbers are small.
@@ -119,7 +130,7 @@ impl Adamax {
             adamax.sync()?;
             let write = derive(FINALIZED, adamax.progress.counters.calls);
             // With momentum 1 the average stays, and the weight becomes it.
-            adamax.move_averages(write, true, |_, _| 1.0)
+            adamax.move_averages(Write { key: write, overwrite: true }, |_, _| 1.0)
         })
     }
 }

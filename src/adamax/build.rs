@@ -7,8 +7,8 @@ use candle_core::Var;
 use candle_nn::VarMap;
 
 use super::Adamax;
+use super::outcome::Report;
 use super::progress::Progress;
-use super::report::Report;
 use super::settings::ResolvedGroup;
 use super::vars::{Param, VarInfo, Vars};
 use crate::check;
@@ -20,7 +20,7 @@ use crate::maps::IdMap;
 use crate::params::ParamsAdamax;
 use crate::rounding::key_of;
 use crate::schedule::Plateau;
-use crate::state::ParamState;
+use crate::state::{ParamState, Units};
 
 impl Adamax {
     /// An optimizer with Keras's defaults but for the learning rate; variables have no names.
@@ -241,7 +241,7 @@ impl Adamax {
             storages.insert(address, name.clone());
             let place = self.kernel.place(&var);
             resolved.check(place)?;
-            let layout = resolved.layout(&var, false);
+            let layout = resolved.layout(&var, Units::Blocks);
             let state = ParamState::zeros(&var, place, &layout, resolved.storage.rounding)?;
             let (decays, key) = (self.params.decays(&name), key_of(&name));
             let info = VarInfo { name, unnamed, group, decays, key, place, var };

@@ -9,7 +9,7 @@ use crate::kernel::UpdateArgs;
 use crate::params::{ParamsAdamax, StepCount};
 use crate::rounding::derive;
 use crate::rule::Coefficients;
-use crate::state::ParamState;
+use crate::state::{ParamState, Units};
 
 /// Part of a call in the accumulation of gradients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,14 +89,14 @@ impl ArgsMaker<'_> {
         let of = (info.group, info.decays, t);
         let known = match self.last {
             Some((last, known)) if last == of => known,
-            _ => Coefficients::of_update(&group.hyper(info.decays), self.call.group_lrs[info.group], t),
+            _ => Coefficients::of_update(info.hyper(group), self.call.group_lrs[info.group], t),
         };
         self.last = Some((of, known));
         let coefficients =
             Coefficients { grad_scale: if params.maximize { -scale } else { scale }, clamp: params.clamp(), ..known };
         let layout = &state.moments.layout;
         let key = derive(derive(params.seed, info.key), step);
-        let shrink = shrinkage(group.neg_log2_beta2, step, layout.by_rows.then_some(key));
+        let shrink = shrinkage(group.neg_log2_beta2, step, (layout.units == Units::Rows).then_some(key));
         UpdateArgs { coefficients, encoding: layout.encoding, shrink, rounding: group.storage.rounding, key }
     }
 }

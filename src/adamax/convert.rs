@@ -64,7 +64,7 @@ impl Adamax {
             let group = &resolved[info.group];
             let stays_table = !cell.is_table() || group.storage.sparse_update == SparseUpdate::Exact;
             cell.read(|state| {
-                let layout = group.layout(&info.var, state.moments.layout.by_rows);
+                let layout = group.layout(&info.var, state.moments.layout.units);
                 let is_kept = Master::is_kept(info.var.dtype(), group.storage.rounding);
                 if layout == state.moments.layout && is_kept == state.master.is_some() && stays_table {
                     return Ok(None);
@@ -87,7 +87,7 @@ impl Adamax {
             match (state, &*cell) {
                 (Some(state), _) => *cell = StateCell::Own(state),
                 (None, StateCell::Table(table)) => {
-                    table.renew(&resolved[info.group].hyper(info.decays), derive(self.params.seed, info.key));
+                    table.renew(info.hyper(&resolved[info.group]), derive(self.params.seed, info.key));
                 }
                 (None, StateCell::Own(_)) => {}
             }

@@ -72,7 +72,7 @@ impl Adamax {
             let (entry, expected) = (format!("{name}.step"), format!("at most the {updates} updates of the optimizer"));
             return Err(Error::checkpoint(entry, expected, snapshot.step));
         }
-        check_moments(name, snapshot, var, &resolved.layout(var, snapshot.by_rows))?;
+        check_moments(name, snapshot, var, &resolved.layout(var, snapshot.units()))?;
         let has_master = Master::is_kept(var.dtype(), resolved.storage.rounding);
         let of_master = has_master.then(|| (Master::dtype(var.dtype()), var.dims().to_vec()));
         check_optional(name, "master", snapshot.master.as_ref(), of_master)?;

@@ -14,7 +14,7 @@ use crate::checkpoint::names::hint;
 use crate::checkpoint::{Snapshot, VarSnapshot, native};
 use crate::error::{Error, Result, listed};
 use crate::params::SparseUpdate;
-use crate::state::{Master, MomentTensors, Moments, Place, arithmetic};
+use crate::state::{Master, MomentTensors, Moments, Place, Units, arithmetic};
 
 /// The outcome of [`Adamax::restore_matching`] and [`Adamax::load_matching`]: names of variables, in alphabetical order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -130,7 +130,7 @@ impl Adamax {
                 return Err(Error::checkpoint(format!("{name}.group"), expected, format!("`{}`", theirs.group)));
             };
             let there = ResolvedGroup::of(&snapshot.params, group)?;
-            check_moments(name, theirs, &info.var, &there.layout(&info.var, theirs.by_rows))?;
+            check_moments(name, theirs, &info.var, &there.layout(&info.var, theirs.units()))?;
             check_averages_and_sums(info, theirs)?;
             matches.push(Match { info, theirs, there });
             report.restored.push(name.clone());
@@ -191,7 +191,7 @@ impl VarInfo {
     /// Converts state that is kept by the plan `there` to the plan `here`.
     fn carried(&self, theirs: &VarSnapshot, there: &ResolvedGroup, here: &ResolvedGroup) -> Result<VarSnapshot> {
         let var = self.var.as_tensor();
-        let (from, to) = (there.layout(var, theirs.by_rows), here.layout(var, theirs.by_rows));
+        let (from, to) = (there.layout(var, theirs.units()), here.layout(var, theirs.units()));
         check_values(&self.name, theirs)?;
         let is_exact = here.storage.sparse_update == SparseUpdate::Exact;
         if theirs.missed.is_some() && (from != to || there.hyper != here.hyper || !is_exact) {
@@ -205,7 +205,7 @@ impl VarInfo {
             let VarSnapshot { exp_avg, exp_inf, scales, .. } = theirs.clone();
             let moments = Moments::from_stored(&MomentTensors { exp_avg, exp_inf, scales }, var, Place::Host, &from)?;
             let MomentTensors { exp_avg, exp_inf, scales } = moments.converted(&to)?.to_stored(var.shape())?;
-            carried = VarSnapshot { exp_avg, exp_inf, scales, by_rows: to.by_rows, ..carried };
+            carried = VarSnapshot { exp_avg, exp_inf, scales, by_rows: to.units == Units::Rows, ..carried };
         }
         let own = Master::zeros(var, Place::Host, here.storage.rounding)?;
         carried.master = match (own, carried.master) {

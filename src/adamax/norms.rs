@@ -7,7 +7,7 @@ use candle_core::backprop::GradStore;
 
 use super::Adamax;
 use super::grads::{Found, Grads};
-use super::report::{Outcome, TotalNorm};
+use super::outcome::{Outcome, TotalNorm};
 use super::vars::{VarInfo, Vars};
 use crate::clip::Clip;
 use crate::error::Result;

@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor};
 
 use super::Adamax;
 use super::call::Turn;
-use super::report::{Outcome, TotalNorm};
+use super::outcome::{Outcome, TotalNorm};
 use crate::checkpoint::Counters;
 use crate::error::Result;
 use crate::scaler::{GradScalerState, LossScale};
@@ -32,11 +32,9 @@ impl InFlight {
         Self { vars }
     }
 
-    fn outcome(&self, is_skipped: bool) -> Outcome {
-        match is_skipped {
-            true => Outcome::Skipped,
-            false => Outcome::Updated { vars: self.vars.len(), norm: TotalNorm::OnDevice },
-        }
+    /// The outcome, if it is not skipped.
+    fn updated(&self) -> Outcome {
+        Outcome::Updated { vars: self.vars.len(), norm: TotalNorm::OnDevice }
     }
 }
 
@@ -80,11 +78,12 @@ impl Adamax {
     pub(super) fn sync(&mut self) -> Result<()> {
         let Some(in_flight) = &self.progress.in_flight else { return Ok(()) };
         // Asked first: an error leaves the call in flight.
-        let is_skipped = self.backends.was_skipped()?;
-        let outcome = in_flight.outcome(is_skipped);
-        if !is_skipped {
+        let outcome = if self.backends.was_skipped()? {
+            Outcome::Skipped
+        } else {
             in_flight.vars.iter().for_each(|&index| self.vars[index].state.lock().step += 1);
-        }
+            in_flight.updated()
+        };
         self.progress.in_flight = None;
         self.progress.record(Turn::Update, outcome, self.params.loss_scale);
         self.report.outcome = Some(outcome);
@@ -96,7 +95,8 @@ impl Adamax {
     pub(super) fn resolved(&self) -> Progress {
         let mut progress = self.progress.clone();
         if let Some(in_flight) = progress.in_flight.take() {
-            let outcome = in_flight.outcome(self.backends.was_skipped().unwrap_or(false));
+            let is_skipped = self.backends.was_skipped().unwrap_or(false);
+            let outcome = if is_skipped { Outcome::Skipped } else { in_flight.updated() };
             progress.record(Turn::Update, outcome, self.params.loss_scale);
         }
         progress

@@ -7,8 +7,8 @@ use candle_core::Tensor;
 use super::Adamax;
 use super::fit::{check_values, impossible_missed};
 use super::grads::check_sparse;
+use super::outcome::{History, Report};
 use super::progress::Progress;
-use super::report::{History, Report};
 use super::settings::ResolvedGroup;
 use super::state::StateCell;
 use super::sums::{GradSum, Sum};
@@ -19,7 +19,7 @@ use crate::gradient::SparseGrad;
 use crate::gradient::sparse::RowSum;
 use crate::params::ParamsAdamax;
 use crate::rounding::derive;
-use crate::state::{Buffer, Master, MomentTensors, Moments, ParamState};
+use crate::state::{Buffer, Master, MomentTensors, Moments, ParamState, Units};
 use crate::table::exact::{Owner, RestoredLedger};
 
 impl Adamax {
@@ -64,7 +64,7 @@ impl Adamax {
             match vars.get(&info.name) {
                 Some(snapshot) => self.restore_var(param, group, &params, snapshot),
                 None => {
-                    let (layout, rounding) = (group.layout(&info.var, false), group.storage.rounding);
+                    let (layout, rounding) = (group.layout(&info.var, Units::Blocks), group.storage.rounding);
                     let state = ParamState::zeros(&info.var, info.place, &layout, rounding)?;
                     Ok(RestoredVar { state, missed: None, sum: GradSum::default(), average: None })
                 }
@@ -112,7 +112,7 @@ impl Adamax {
         let info = &param.info;
         let VarInfo { name, place, var, .. } = info;
         let buffer = |tensor: &Tensor| Buffer::from_tensor(tensor, var, *place);
-        let layout = resolved.layout(var, snapshot.by_rows);
+        let layout = resolved.layout(var, snapshot.units());
         check_values(name, snapshot)?;
         let tensors = MomentTensors {
             exp_avg: snapshot.exp_avg.clone(),
@@ -152,12 +152,12 @@ impl Adamax {
         (params, state, missed): (&ParamsAdamax, &ParamState, &MissedUpdates),
     ) -> Result<RestoredTable> {
         let Param { info: VarInfo { name, var, key, .. }, state: cell, .. } = param;
-        let hyper = resolved.hyper(params.decays(name));
-        let Some(missed) = RestoredLedger::of(missed, &hyper)? else { return Err(impossible_missed(name)) };
+        let hyper = if params.decays(name) { &resolved.hyper } else { &resolved.spared };
+        let Some(missed) = RestoredLedger::of(missed, hyper)? else { return Err(impossible_missed(name)) };
         let owner = match cell {
             StateCell::Table(_) => None,
             StateCell::Own(_) => {
-                Some(Owner::new(var, state, &hyper, resolved.storage.rounding, derive(params.seed, *key))?)
+                Some(Owner::new(var, state, hyper, resolved.storage.rounding, derive(params.seed, *key))?)
             }
         };
         Ok(RestoredTable { missed, owner })

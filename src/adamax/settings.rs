@@ -10,11 +10,13 @@ use crate::kernel::Kernel;
 use crate::params::{ParamsAdamax, StateStorage};
 use crate::pattern;
 use crate::rule::{Hyperparameters, WeightDecay};
-use crate::state::{Layout, Place};
+use crate::state::{Layout, Place, Units};
 
 /// Settings of one group: the optimizer's, with what the group overrides.
 pub(super) struct ResolvedGroup {
     pub(super) hyper: Hyperparameters,
+    /// Those of a variable that is spared from decay.
+    pub(super) spared: Hyperparameters,
     pub(super) storage: StateStorage,
     /// `-log2(beta2)`.
     pub(super) neg_log2_beta2: f64,
@@ -23,19 +25,14 @@ pub(super) struct ResolvedGroup {
 impl ResolvedGroup {
     pub(super) fn of(params: &ParamsAdamax, group: &GroupSettings) -> Result<Self> {
         let hyper = group.hyperparameters(params);
-        Ok(Self { hyper, storage: group.storage(params)?, neg_log2_beta2: -hyper.beta2.log2() })
+        let spared = Hyperparameters { weight_decay: WeightDecay::None, ..hyper };
+        Ok(Self { hyper, spared, storage: group.storage(params)?, neg_log2_beta2: -hyper.beta2.log2() })
     }
 
     /// The layout of one variable's moments.
-    pub(super) fn layout(&self, var: &Tensor, by_rows: bool) -> Layout {
+    pub(super) fn layout(&self, var: &Tensor, units: Units) -> Layout {
         let StateStorage { state_dtype, rowwise_norm, .. } = self.storage;
-        Layout::of(var, state_dtype, by_rows, rowwise_norm, Encoding::of(&self.hyper))
-    }
-
-    /// The numbers of a variable that decays or not.
-    pub(super) fn hyper(&self, decays: bool) -> Hyperparameters {
-        let weight_decay = if decays { self.hyper.weight_decay } else { WeightDecay::None };
-        Hyperparameters { weight_decay, ..self.hyper }
+        Layout::of(var, state_dtype, units, rowwise_norm, Encoding::of(&self.hyper))
     }
 
     /// Whether the kernel of `place` can keep state in this way.

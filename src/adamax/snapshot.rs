@@ -12,7 +12,7 @@ use super::vars::Param;
 use crate::checkpoint::{self, AccumulatedGrad, AtomicFile, Snapshot, VarSnapshot};
 use crate::error::{ErrorKind, Result};
 use crate::gradient::sparse::to_sparse;
-use crate::state::{MomentTensors, ParamState};
+use crate::state::{MomentTensors, ParamState, Units};
 
 /// The state of one variable: copies, in host memory, in the shape of the variable; f64 for f64 variables, else f32.
 #[derive(Clone, Debug)]
@@ -120,7 +120,11 @@ impl Adamax {
         let shape = info.var.shape();
         let (MomentTensors { exp_avg, exp_inf, scales }, master, by_rows) = cell.read(|state| {
             let master = state.master.as_ref().map(|master| master.to_tensor(shape)).transpose()?;
-            Ok::<_, crate::error::Error>((state.moments.to_stored(shape)?, master, state.moments.layout.by_rows))
+            Ok::<_, crate::error::Error>((
+                state.moments.to_stored(shape)?,
+                master,
+                state.moments.layout.units == Units::Rows,
+            ))
         })?;
         let (group, step) = (self.groups[info.group].name.clone(), self.step_of(index));
         let (ema, accumulated) = (self.average(index)?, self.waiting(index)?);

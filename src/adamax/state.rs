@@ -16,7 +16,7 @@ use crate::kernel::{self, Touched, UpdateArgs, Written};
 use crate::mark::Checksum;
 use crate::params::SparseUpdate;
 use crate::rounding::derive;
-use crate::state::{Moments, ParamState};
+use crate::state::{Moments, ParamState, Units};
 use crate::table::exact::{ExactState, ExactTable, Owner};
 use crate::table::limits;
 
@@ -181,7 +181,7 @@ impl RowState {
     pub(super) fn prepare(param: &Param, group: &ResolvedGroup, seed: u64) -> Result<Option<Self>> {
         let Param { info, state: cell, .. } = param;
         let var = info.var.as_tensor();
-        let wanted = group.layout(var, true);
+        let wanted = group.layout(var, Units::Rows);
         let moments = cell.read(|state| match state.step {
             _ if state.moments.layout == wanted => Ok(None),
             // Nothing is there yet that could be converted.
@@ -190,8 +190,7 @@ impl RowState {
         })?;
         let owner = match (cell, group.storage.sparse_update) {
             (StateCell::Own(state), SparseUpdate::Exact) => {
-                let (hyper, rounding) = (group.hyper(info.decays), group.storage.rounding);
-                let (hyper, key) = (&hyper, derive(seed, info.key));
+                let (hyper, rounding, key) = (info.hyper(group), group.storage.rounding, derive(seed, info.key));
                 Some(Owner::new(var, state, hyper, rounding, key)?)
             }
             _ => None,

@@ -7,8 +7,8 @@ use super::averages::Averages;
 use super::call::{ArgsMaker, Call, Turn};
 use super::grads::{Grad, Grads};
 use super::norms::Norms;
+use super::outcome::Outcome;
 use super::progress::InFlight;
-use super::report::Outcome;
 use super::state::{RowState, StateGuard};
 use super::sums::{Addition, Sum};
 use super::vars::{Param, VarInfo, Vars};
@@ -107,7 +107,7 @@ impl Adamax {
                 }
             }
             let lr = call.group_lrs[info.group];
-            if Coefficients::of_update(&group.hyper(info.decays), lr, 1).decay >= 1.0 {
+            if Coefficients::of_update(info.hyper(group), lr, 1).decay >= 1.0 {
                 let expected = "less than 1 of the weight to decay in a step, for `sparse_update: Exact`";
                 return Err(Error::invalid("lr", expected, lr));
             }

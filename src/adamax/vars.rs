@@ -8,11 +8,13 @@ use std::ops::{Deref, DerefMut};
 
 use candle_core::{TensorId, Var};
 
-use super::report::History;
+use super::outcome::History;
+use super::settings::ResolvedGroup;
 use super::state::StateCell;
 use super::sums::GradSum;
 use crate::kernel::lend::storage_address;
 use crate::maps::IdMap;
+use crate::rule::Hyperparameters;
 use crate::state::{Buffer, ParamState, Place};
 
 /// Identity of one variable. A step never writes it.
@@ -32,6 +34,11 @@ pub(super) struct VarInfo {
 }
 
 impl VarInfo {
+    /// The numbers of its updates, of those of its group.
+    pub(super) fn hyper<'g>(&self, group: &'g ResolvedGroup) -> &'g Hyperparameters {
+        if self.decays { &group.hyper } else { &group.spared }
+    }
+
     /// Its name, or its number and shape if it was given without one.
     pub(super) fn label(&self) -> String {
         match self.unnamed {

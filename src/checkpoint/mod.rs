@@ -26,6 +26,7 @@ use crate::group::GroupSettings;
 use crate::params::ParamsAdamax;
 use crate::scaler::GradScalerState;
 use crate::schedule::Plateau;
+use crate::state::Units;
 
 /// The most bytes of a header that readers of safetensors files take.
 const LARGEST_HEADER: usize = 100_000_000;
@@ -131,6 +132,13 @@ pub struct VarSnapshot {
     /// The updates that its rows have missed, with [`SparseUpdate::Exact`](crate::SparseUpdate::Exact): moments, masters
     /// and weights are those before these updates.
     pub missed: Option<MissedUpdates>,
+}
+
+impl VarSnapshot {
+    /// The elements that share a scale.
+    pub(crate) fn units(&self) -> Units {
+        if self.by_rows { Units::Rows } else { Units::Blocks }
+    }
 }
 
 /// Updates that rows of a table have missed, since all of them were last up to date.

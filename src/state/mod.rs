@@ -15,7 +15,7 @@ use crate::pages::Pages;
 use crate::rounding::Rounding;
 
 pub(crate) use master::{Kept, Master};
-pub(crate) use moments::{Coded, Layout, Moments, Norms, Stored};
+pub(crate) use moments::{Coded, Layout, Moments, Norms, Stored, Units};
 pub(crate) use tensors::MomentTensors;
 
 /// A row of numbers that the crate keeps for a variable: a moment, an average, an accumulated gradient.

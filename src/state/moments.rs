@@ -8,6 +8,15 @@ use crate::codec::{self, BLOCK, Bf16, Encoding, F16, Format, Q8, StateDType};
 use crate::error::Result;
 use crate::pages::Pages;
 
+/// The elements that share a scale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Units {
+    /// 1,024 neighbors each.
+    Blocks,
+    /// Those of a row, because gradients of some rows have come.
+    Rows,
+}
+
 /// How the moments of a parameter are laid out in memory.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Layout {
@@ -16,7 +25,7 @@ pub(crate) struct Layout {
     /// How many elements share a unit, or a norm.
     pub(crate) unit: usize,
     /// Whether a unit is a row, because gradients of some rows have come.
-    pub(crate) by_rows: bool,
+    pub(crate) units: Units,
     /// Whether the elements of a row share one norm.
     pub(crate) rowwise: bool,
     pub(crate) encoding: Encoding,
@@ -24,17 +33,18 @@ pub(crate) struct Layout {
 
 impl Layout {
     /// The layout for `var`.
-    pub(crate) fn of(var: &Tensor, dtype: StateDType, by_rows: bool, rowwise: bool, encoding: Encoding) -> Self {
+    pub(crate) fn of(var: &Tensor, dtype: StateDType, units: Units, rowwise: bool, encoding: Encoding) -> Self {
         // The moments of f64 are f64.
         let dtype = if arithmetic(var.dtype()) == DType::F64 { StateDType::F32 } else { dtype };
         // Moments as they are have no units, and nothing depends on what only some codes depend on.
-        let by_rows = by_rows && dtype != StateDType::F32;
+        let units = if dtype == StateDType::F32 { Units::Blocks } else { units };
         let encoding = match dtype {
             StateDType::F32 => Encoding { eps_outside: 0.0, limit: f64::INFINITY },
             StateDType::BF16 | StateDType::F16 => Encoding { limit: f64::INFINITY, ..encoding },
             StateDType::Q8 => encoding,
         };
-        Self { dtype, unit: if by_rows || rowwise { row_unit(var) } else { BLOCK }, by_rows, rowwise, encoding }
+        let unit = if units == Units::Rows || rowwise { row_unit(var) } else { BLOCK };
+        Self { dtype, unit, units, rowwise, encoding }
     }
 }
 

@@ -22,7 +22,7 @@ use crate::kernel::RowGrad;
 use crate::params::ParamsAdamax;
 use crate::rule::EpsMode;
 use crate::schedule::Plateau;
-use crate::state::{Layout, Master, MomentTensors, Moments, Place, arithmetic};
+use crate::state::{Layout, Master, MomentTensors, Moments, Place, Units, arithmetic};
 
 impl Adamax {
     /// The state of every variable with m and u as they are, decoded where they are encoded, and the counters. With
@@ -105,8 +105,8 @@ impl VarInfo {
         let exp_inf = widened(&plain.exp_inf)?;
         check_norm(&format!("{name}.exp_inf"), &exp_inf)?;
         let tensors = MomentTensors { exp_avg: widened(&plain.exp_avg)?, exp_inf, scales: None };
-        let as_they_are = Layout::of(var, StateDType::F32, false, false, Encoding::of(&resolved.hyper));
-        let layout = resolved.layout(var, false);
+        let as_they_are = Layout::of(var, StateDType::F32, Units::Blocks, false, Encoding::of(&resolved.hyper));
+        let layout = resolved.layout(var, Units::Blocks);
         let MomentTensors { exp_avg, exp_inf, scales } = if layout == as_they_are {
             tensors
         } else {
@@ -125,7 +125,7 @@ impl VarInfo {
             exp_avg,
             exp_inf,
             scales,
-            by_rows: layout.by_rows,
+            by_rows: layout.units == Units::Rows,
             master: master.map(|master| master.to_tensor(var.shape())).transpose()?,
             ema: plain.ema.as_ref().map(widened).transpose()?,
             accumulated: accumulated.transpose()?,

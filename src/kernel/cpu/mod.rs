@@ -132,7 +132,7 @@ mod tests {
     use crate::codec::{Encoding, StateDType};
     use crate::rounding::Rounding;
     use crate::rule::{Coefficients, EpsMode, Hyperparameters, WeightDecay};
-    use crate::state::{Layout, ParamState};
+    use crate::state::{Layout, ParamState, Units};
 
     /// Values of all magnitudes, with zeros and denormals, and a NaN and an infinity near the end of long ones.
     fn wild(n: usize, seed: u64) -> Vec<f64> {
@@ -181,7 +181,7 @@ mod tests {
             let var = tensor(n, i as u64, param_dtype)?;
             // Rows of two, where they share a norm.
             let var = Var::from_tensor(&if rowwise && n % 2 == 0 { var.reshape((n / 2, 2))? } else { var })?;
-            let layout = Layout::of(&var, state, false, rowwise, encoding);
+            let layout = Layout::of(&var, state, Units::Blocks, rowwise, encoding);
             let state = ParamState::zeros(&var, Place::Host, &layout, rounding).map_err(candle_core::Error::from)?;
             vars.push((var, state));
         }

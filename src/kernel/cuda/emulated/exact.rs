@@ -9,10 +9,10 @@ use crate::kernel::cuda::source::catch_up_kernel;
 use crate::kernel::{CatchUpTask, RowTask, Written, cpu};
 use crate::ledger::Ledger;
 use crate::mark::Mark;
-use crate::state::{Layout, Place};
+use crate::state::{Layout, Place, Units};
 
 /// A table with rows that have missed updates, since only some were updated now and then.
-struct Owing {
+struct Behind {
     var: Var,
     state: ParamState,
     ledger: Ledger,
@@ -25,11 +25,11 @@ const PADDING: u32 = Mark::PADDING;
 /// Rows that are padding: trained in vain, never touched, and touched first in the last update but one.
 const PADDINGS: [u32; 3] = [3, 39, 21];
 
-impl Owing {
-    fn new(keep: &Keep, row_len: usize, chunk: i32) -> Result<Self> {
+impl Behind {
+    fn new(keep: &Keep, row_len: usize, span: i32) -> Result<Self> {
         let (rows, encoding) = (40, Encoding::of(&hyper(keep)));
         let var = Var::from_tensor(&tensor(&[rows, row_len], 5, 2, keep.dtypes.0)?)?;
-        let layout = Layout::of(&var, keep.state, true, keep.rowwise, encoding);
+        let layout = Layout::of(&var, keep.state, Units::Rows, keep.rowwise, encoding);
         let state = ParamState::zeros(&var, Place::Host, &layout, keep.rounding).map_err(candle_core::Error::from)?;
         let mut behind = Self { var, state, ledger: Ledger::new(&hyper(keep)), marks: vec![EMPTY; rows] };
         PADDINGS.into_iter().for_each(|row| behind.marks[row as usize] |= PADDING);
@@ -37,7 +37,7 @@ impl Owing {
             let base = update_args(keep, t, encoding);
             if [1, 2, 300, 500, 899].contains(&t) {
                 let touched: Vec<u32> = (0..rows as u32 - 3).filter(|row| (row + t as u32).is_multiple_of(3)).collect();
-                let grad = row_grad(&touched, row_len, &[tensor(&[9, row_len], t, chunk, keep.dtypes.1)?]);
+                let grad = row_grad(&touched, row_len, &[tensor(&[9, row_len], t, span, keep.dtypes.1)?]);
                 cpu::update_rows(vec![RowTask {
                     nth: 0,
                     var: &behind.var,
@@ -85,10 +85,14 @@ fn rows_pay_what_they_owe_with_the_bits_of_the_cpu() -> Result<()> {
     }
     for (nth, keep) in keeps.into_iter().enumerate() {
         // Of all magnitudes: for some elements the series does not suffice.
-        let (row_len, chunk) = ([24, 5, 64, 300][nth % 4], if nth % 2 == 0 { 3 } else { 12 });
-        let Owing { var, mut state, ledger, mut marks } = Owing::new(&keep, row_len, chunk)?;
-        let behind =
-            Owing { var: var.clone(), state: ParamState::nothing(&state.moments.layout), ledger, marks: marks.clone() };
+        let (row_len, span) = ([24, 5, 64, 300][nth % 4], if nth % 2 == 0 { 3 } else { 12 });
+        let Behind { var, mut state, ledger, mut marks } = Behind::new(&keep, row_len, span)?;
+        let behind = Behind {
+            var: var.clone(),
+            state: ParamState::nothing(&state.moments.layout),
+            ledger,
+            marks: marks.clone(),
+        };
         let ledger = &behind.ledger;
         let mut devices = arrays(&var, &state, 0)?;
         let is_all = nth % 3 == 0;
@@ -134,7 +138,7 @@ fn rows_pay_what_they_owe_with_the_bits_of_the_cpu() -> Result<()> {
         launch(&kernel, blocks_of_units(n, row_len as u64) as usize, &args, nth % 2 == 0);
         for (i, (got, expected)) in devices.iter().zip(&arrays(&var, &state, 0)?).enumerate() {
             if let (Some((got, dtype)), Some((expected, _))) = (got, expected) {
-                assert!(numbers(got, *dtype) == numbers(expected, *dtype), "{keep:?}, array {i}, chunk {chunk}");
+                assert!(numbers(got, *dtype) == numbers(expected, *dtype), "{keep:?}, array {i}, span {span}");
             }
         }
         for (row, _) in catching_up {

@@ -26,7 +26,7 @@ use crate::kernel::UpdateArgs;
 use crate::ledger::{Record, Terms};
 use crate::rounding::Rounding;
 use crate::rule::{Coefficients, EpsMode, Hyperparameters, WeightDecay};
-use crate::state::ParamState;
+use crate::state::{ParamState, Units};
 
 /// The library, compiled once for all tests.
 fn library() -> &'static Library {
@@ -139,16 +139,16 @@ fn numbers(memory: &Memory, dtype: DType) -> Vec<u64> {
     }
 }
 
-/// Values of all magnitudes, with zeros and denormals, and a NaN and an infinity near the end of long ones; `chunk` is the
+/// Values of all magnitudes, with zeros and denormals, and a NaN and an infinity near the end of long ones; `span` is the
 /// range of their exponents.
-fn wild(n: usize, seed: u64, chunk: i32) -> Vec<f64> {
+fn wild(n: usize, seed: u64, span: i32) -> Vec<f64> {
     let mut x = seed;
     let mut next = || {
         x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (x >> 33) as f64 / f64::from(1u32 << 31) - 0.5
     };
-    let mut values: Vec<f64> = (0..n).map(|i| next() * 10f64.powi(i as i32 % (2 * chunk + 1) - chunk)).collect();
-    if chunk > 10 {
+    let mut values: Vec<f64> = (0..n).map(|i| next() * 10f64.powi(i as i32 % (2 * span + 1) - span)).collect();
+    if span > 10 {
         for (i, special) in [0.0, -0.0, 1e-42, f64::NAN, f64::NEG_INFINITY].into_iter().enumerate() {
             if n > 10 * (i + 1) {
                 values[n - 3 * (i + 1)] = special;
@@ -158,8 +158,8 @@ fn wild(n: usize, seed: u64, chunk: i32) -> Vec<f64> {
     values
 }
 
-fn tensor(shape: &[usize], seed: u64, chunk: i32, dtype: DType) -> Result<Tensor> {
-    Tensor::from_vec(wild(shape.iter().product(), seed, chunk), shape, &Device::Cpu)?.to_dtype(dtype)
+fn tensor(shape: &[usize], seed: u64, span: i32, dtype: DType) -> Result<Tensor> {
+    Tensor::from_vec(wild(shape.iter().product(), seed, span), shape, &Device::Cpu)?.to_dtype(dtype)
 }
 
 /// How the parameters of a test are kept and updated.
@@ -171,10 +171,10 @@ struct Keep {
     clamp: f64,
     state: StateDType,
     rowwise: bool,
-    by_rows: bool,
+    units: Units,
     rounding: Rounding,
     /// Range of the exponents of all values.
-    chunk: i32,
+    span: i32,
     /// By how many elements parameters and gradients are off a multiple of 16 bytes.
     offset: usize,
     reversed: bool,
@@ -187,9 +187,9 @@ const PLAIN: Keep = Keep {
     clamp: f64::INFINITY,
     state: StateDType::F32,
     rowwise: false,
-    by_rows: false,
+    units: Units::Blocks,
     rounding: Rounding::Nearest,
-    chunk: 2,
+    span: 2,
     offset: 0,
     reversed: false,
 };

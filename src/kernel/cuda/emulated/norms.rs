@@ -108,8 +108,8 @@ fn check(grads: &[Tensor], norm: NormType, unscale: f64) -> Result<()> {
 fn norms_and_factors_have_the_bits_of_the_cpu() -> Result<()> {
     let sizes = [0, 1, 31, 32, 33, 1023, 1024, 1025, 40_000, 1_100_000];
     for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
-        for (chunk, sizes) in [(3, &sizes[..]), (41, &sizes[..8])] {
-            let grads = sizes.iter().map(|&n| tensor(&[n], n as u64, chunk, dtype)).collect::<Result<Vec<_>>>()?;
+        for (span, sizes) in [(3, &sizes[..]), (41, &sizes[..8])] {
+            let grads = sizes.iter().map(|&n| tensor(&[n], n as u64, span, dtype)).collect::<Result<Vec<_>>>()?;
             for norm in [NormType::L1, NormType::L2, NormType::Inf] {
                 check(&grads, norm, 1.0)?;
             }

@@ -7,7 +7,7 @@ use crate::kernel::cuda::abi::UpdateLaunchArgs;
 use crate::kernel::cuda::plan::{blocks_of_rows, chunks, units_of_chunk};
 use crate::kernel::rows::{Coalesced, Contribution};
 use crate::kernel::{RowGrad, RowTask, RowValues, cpu};
-use crate::state::{Layout, Place};
+use crate::state::{Layout, Place, Units};
 
 /// Touched rows of a table: their numbers, and of which contributions each gradient is the sum.
 pub(super) fn row_grad(rows: &[u32], row_len: usize, parts: &[Tensor]) -> RowGrad<'static> {
@@ -36,10 +36,10 @@ fn touched_rows_have_the_bits_of_the_cpu() -> Result<()> {
         (DType::F64, StateDType::F32, 33),
         (DType::F32, StateDType::F16, 300),
     ] {
-        let keep = Keep { dtypes: (dtype, crate::state::arithmetic(dtype)), state, by_rows: true, ..PLAIN };
+        let keep = Keep { dtypes: (dtype, crate::state::arithmetic(dtype)), state, units: Units::Rows, ..PLAIN };
         let encoding = Encoding::of(&hyper(&keep));
         let var = Var::from_tensor(&tensor(&[100, row_len], 5, 2, dtype)?)?;
-        let layout = Layout::of(&var, state, true, false, encoding);
+        let layout = Layout::of(&var, state, Units::Rows, false, encoding);
         let mut own =
             ParamState::zeros(&var, Place::Host, &layout, Rounding::Nearest).map_err(candle_core::Error::from)?;
         for t in 1..=3u64 {

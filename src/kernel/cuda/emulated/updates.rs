@@ -6,21 +6,21 @@ use super::*;
 use crate::kernel::cuda::abi::{Control, Pair, PairArgs, UpdateLaunchArgs};
 use crate::kernel::cuda::plan::{LEAVES, chunks, chunks_of_leaves, units_of_chunk};
 use crate::kernel::{Source, Task, Update, cpu};
-use crate::state::{Layout, Master, Place};
+use crate::state::{Layout, Master, Place, Units};
 
 /// Several updates of tensors of these shapes by both, compared after each.
 fn check(shapes: &[Vec<usize>], keep: Keep) -> Result<()> {
     let encoding = Encoding::of(&hyper(&keep));
     let mut vars = Vec::new();
     for (i, shape) in shapes.iter().enumerate() {
-        let var = Var::from_tensor(&tensor(shape, i as u64, keep.chunk, keep.dtypes.0)?)?;
-        let layout = Layout::of(&var, keep.state, keep.by_rows, keep.rowwise, encoding);
+        let var = Var::from_tensor(&tensor(shape, i as u64, keep.span, keep.dtypes.0)?)?;
+        let layout = Layout::of(&var, keep.state, keep.units, keep.rowwise, encoding);
         let state = ParamState::zeros(&var, Place::Host, &layout, keep.rounding).map_err(candle_core::Error::from)?;
         vars.push((var, state));
     }
     for t in 1..=4u64 {
         let grads =
-            shapes.iter().map(|shape| tensor(shape, 99 + t, keep.chunk, keep.dtypes.1)).collect::<Result<Vec<_>>>()?;
+            shapes.iter().map(|shape| tensor(shape, 99 + t, keep.span, keep.dtypes.1)).collect::<Result<Vec<_>>>()?;
         let update_args = update_args(&keep, t, encoding);
         let mut devices =
             vars.iter().map(|(var, state)| arrays(var, state, keep.offset)).collect::<Result<Vec<_>>>()?;
@@ -98,14 +98,14 @@ fn updates_have_the_bits_of_the_cpu() -> Result<()> {
     for dtypes in DTYPES {
         for state in STATES {
             let states = if dtypes.0 == DType::F64 && state != StateDType::F32 { continue } else { state };
-            for (chunk, decay) in [
+            for (span, decay) in [
                 (2, WeightDecay::None),
                 (2, WeightDecay::Decoupled(0.1)),
                 (2, WeightDecay::L2(0.1)),
                 (41, WeightDecay::None),
                 (41, WeightDecay::L2(0.1)),
             ] {
-                check(&flat_shapes(), Keep { dtypes, state: states, chunk, decay, ..PLAIN })?;
+                check(&flat_shapes(), Keep { dtypes, state: states, span, decay, ..PLAIN })?;
             }
         }
     }
@@ -115,8 +115,8 @@ fn updates_have_the_bits_of_the_cpu() -> Result<()> {
 #[test]
 fn epsilon_clamps_and_roundings_too() -> Result<()> {
     for (dtypes, state) in [(DTYPES[1], StateDType::F32), (DTYPES[3], StateDType::F16), (DTYPES[4], StateDType::Q8)] {
-        for chunk in [3, 41] {
-            let keep = Keep { dtypes, state, chunk, ..PLAIN };
+        for span in [3, 41] {
+            let keep = Keep { dtypes, state, span, ..PLAIN };
             check(&flat_shapes(), Keep { eps_mode: EpsMode::InsideMax, ..keep })?;
             check(&flat_shapes(), Keep { clamp: 0.25, ..keep })?;
             for rounding in [Rounding::Stochastic, Rounding::Master] {
@@ -133,8 +133,15 @@ fn rows_norms_of_rows_and_unaligned_starts_too() -> Result<()> {
     for dtypes in DTYPES {
         for state in STATES {
             let states = if dtypes.0 == DType::F64 && state != StateDType::F32 { continue } else { state };
-            for (rowwise, chunk) in [(false, 2), (true, 2), (true, 41)] {
-                let keep = Keep { dtypes, state: states, rowwise, by_rows: !rowwise, chunk, ..PLAIN };
+            for (rowwise, span) in [(false, 2), (true, 2), (true, 41)] {
+                let keep = Keep {
+                    dtypes,
+                    state: states,
+                    rowwise,
+                    units: if rowwise { Units::Blocks } else { Units::Rows },
+                    span,
+                    ..PLAIN
+                };
                 check(&row_shapes(), Keep { decay: WeightDecay::L2(0.1), ..keep })?;
                 check(&row_shapes(), Keep { offset: 3, ..keep })?;
                 check(&row_shapes(), Keep { reversed: true, ..keep })?;
