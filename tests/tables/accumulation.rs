@@ -259,7 +259,7 @@ fn snapshots_of_rows_that_do_not_fit_change_nothing() {
             with(ids(&[2, 9]), rows(2)),
             "id 9 at position [1] of the indices of `w` is out of range: the table has 9 rows, so ids are 0 to 8",
         ),
-        (with(ids(&[2, 4]), rows(3)), "values shape mismatch for `w`: expected [2, 2], got [3, 2]"),
+        (with(ids(&[2, 4]), rows(3)), "accumulated shape mismatch for `w`: expected [2, 2], got [3, 2]"),
         (
             with(ids(&[2]), tensor(&[1.0; 2], &[1, 2], DType::F64)),
             "accumulated dtype mismatch for `w`: expected F32, got F64",
