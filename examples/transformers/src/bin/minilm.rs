@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use candle_adamax::{Adamax, Optimizer, ParamsAdamax};
+use candle_adamax::{Adamax, ParamsAdamax};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Linear, Module, VarBuilder, VarMap, linear, loss};
 use candle_transformers::models::bert::{BertModel, Config};
