@@ -287,7 +287,7 @@ DEVICE void update_of_row(
 
 // === Catching up: src/codec/catch_up.rs ===
 
-// What all elements of a row that catches up have in common, where each has a norm of its own.
+// Numbers that all elements of a row that catches up share, where each has a norm of its own.
 template <typename F> struct PayBlock {
     Missed<float> missed;
     Limits limits;

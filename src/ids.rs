@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// What ids are, for errors about them: the `what` of the variable `of`, or of nobody if that is empty.
+/// Name of ids, for errors about them: the `what` of the variable `of`, or of nobody if that is empty.
 #[derive(Clone, Copy)]
 pub(crate) struct IdsOf<'n> {
     pub(crate) what: &'static str,

@@ -321,7 +321,7 @@ pub struct ParamsAdamax {
     /// Measure the L2 norm of all gradients at each update, for [`StepReport`](crate::StepReport), where no clip does
     /// so anyway; that reads all gradients once more. Default: false.
     pub measure_norm: bool,
-    /// What the loss is multiplied by, which gradients are divided by before anything else. Default:
+    /// Factor of the loss, by which gradients are divided before anything else. Default:
     /// [`LossScale::None`].
     pub loss_scale: LossScale,
     /// Keep a moving average of the weights. Default: none.

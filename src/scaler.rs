@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::check;
 use crate::error::{Error, Result};
 
-/// What the loss is multiplied by before the backward pass. Gradients are divided by it before anything else.
+/// Factor of the loss before the backward pass. Gradients are divided by it before anything else.
 ///
 /// ```
 /// use candle_adamax::{GradScaler, LossScale, ParamsAdamax};
@@ -43,7 +43,7 @@ impl LossScale {
         }
     }
 
-    /// What makes the scale follow the gradients.
+    /// Settings by which the scale follows the gradients.
     pub(crate) fn scaler(self) -> Option<GradScaler> {
         match self {
             Self::Dynamic(scaler) => Some(scaler),

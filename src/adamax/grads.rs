@@ -15,7 +15,7 @@ use crate::kernel::lend::storage_address;
 use crate::kernel::{HostIds, LookupGrad, LookupIds, RowGrad, RowValues, Source, all_on_one_gpu, total};
 use crate::state::{Buffer, Place, arithmetic};
 
-/// What a call has for one variable.
+/// Everything that a call has for one variable.
 #[derive(Default)]
 pub(super) struct Found<'g> {
     /// A gradient in its shape.
@@ -32,15 +32,15 @@ pub(super) struct Found<'g> {
 pub(super) enum Grad<'g> {
     /// In the variable's shape.
     Dense(DenseGrad<'g>),
-    /// Of some rows.
+    /// Gradient of some rows.
     Rows(Box<RowGrad<'g>>),
 }
 
 /// A gradient in the shape of its variable.
 pub(super) enum DenseGrad<'g> {
-    /// Of one call, contiguous.
+    /// Gradient of one call, contiguous.
     Call(Cow<'g, Tensor>),
-    /// Of several.
+    /// Sum of several calls.
     Sum(Buffer),
 }
 
@@ -251,7 +251,7 @@ impl Checker<'_> {
         })
     }
 
-    /// What holds for every tensor of gradients; contiguous.
+    /// Checks that hold for every tensor of gradients. Returns it contiguous.
     fn tensor<'g>(&self, what: &'static str, grad: Cow<'g, Tensor>) -> Result<Cow<'g, Tensor>> {
         let (var, name) = (&self.info.var, || self.info.name.clone());
         if grad.dtype() != var.dtype() && grad.dtype() != arithmetic(var.dtype()) {

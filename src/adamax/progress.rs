@@ -131,7 +131,7 @@ impl Adamax {
         self.resolved().counters
     }
 
-    /// What the next loss is to be multiplied by: what [`loss_scale`](crate::ParamsAdamax::loss_scale) has come to.
+    /// Factor of the next loss, as [`loss_scale`](crate::ParamsAdamax::loss_scale) sets it or has adapted it.
     ///
     /// Where a GPU has yet to say whether the last call was skipped, this waits for it.
     pub fn loss_scale(&self) -> f64 {

@@ -15,7 +15,7 @@ use crate::state::{Layout, Place, Units};
 /// Settings of one group: the optimizer's, with what the group overrides.
 pub(super) struct ResolvedGroup {
     pub(super) hyper: Hyperparameters,
-    /// Those of a variable that is spared from decay.
+    /// Numbers of a variable that is spared from decay.
     pub(super) spared: Hyperparameters,
     pub(super) storage: StateStorage,
     /// `-log2(beta2)`.

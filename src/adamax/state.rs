@@ -170,7 +170,7 @@ impl DerefMut for StateGuard<'_> {
     }
 }
 
-/// What a state becomes before gradients of rows: moments in blocks of rows, and a ledger if there is to be one.
+/// New parts of a state for gradients of rows: moments with scales by rows, and a ledger for `Exact`.
 pub(super) struct RowState {
     moments: Option<Moments>,
     owner: Option<Owner>,

@@ -15,7 +15,7 @@ use crate::state::Buffer;
 pub(super) enum Sum {
     /// In the shape of the variable.
     Dense(Buffer),
-    /// Of the rows that had any.
+    /// Sums of the rows that had any.
     Rows(RowSum),
 }
 

@@ -40,7 +40,7 @@ impl Kind {
 struct Trained(Vec<(usize, Kind)>);
 
 impl Trained {
-    /// Of an update with the gradients of `grads`, and with those that wait if it is not one of a single call.
+    /// The variables of an update with the gradients of `grads`, and with those that wait unless it is one of a single call.
     fn of(adamax: &Adamax, turn: Turn, grads: &Grads<'_>) -> Self {
         let mut own = grads.iter().map(|(index, grad)| (*index, Kind::of(grad))).peekable();
         if turn == Turn::Update {

@@ -12,7 +12,7 @@ use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, Vis
 /// The key of the texts in a header.
 const TEXTS: &str = "__metadata__";
 
-/// What is in a header.
+/// Contents of a header.
 #[derive(Default)]
 pub(super) struct Header {
     /// The text that was looked for.

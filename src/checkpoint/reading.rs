@@ -119,7 +119,7 @@ impl TensorFile {
         self.tensors.contains_key(name)
     }
 
-    /// What `assemble` makes of the tensors, of which it takes each once. It first makes the same of
+    /// Result of `assemble`, which takes each tensor once. It first makes the same of
     /// [outlines](Self::outline), and nothing is read unless `check` finds that these fit.
     pub(super) fn assemble<S>(
         &self,

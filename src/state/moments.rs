@@ -13,7 +13,7 @@ use crate::pages::Pages;
 pub(crate) enum Units {
     /// 1,024 neighbors each.
     Blocks,
-    /// Those of a row, because gradients of some rows have come.
+    /// All elements of a row, because gradients of some rows have come.
     Rows,
 }
 

@@ -205,7 +205,7 @@ impl Moments {
         [(dtype, var.dims().to_vec()), norm]
     }
 
-    /// The same of the tensor of scales, if there is one.
+    /// Dtype and shape of the tensor of scales, if there is one.
     pub(crate) fn expected_scales(var: &Tensor, layout: &Layout) -> Option<(DType, Vec<usize>)> {
         let has_scales = layout.dtype != StateDType::F32 && !layout.rowwise;
         has_scales.then(|| (DType::U32, vec![var.elem_count().div_ceil(layout.unit)]))

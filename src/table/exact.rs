@@ -38,12 +38,12 @@ pub(crate) struct ExactTable {
     inner: Mutex<ExactState>,
 }
 
-/// What the lock protects.
+/// State that the lock protects.
 pub(crate) struct ExactState {
     pub(crate) state: ParamState,
     ledger: Ledger,
     marks: Marks,
-    /// Of the rows that an update has touched last.
+    /// Checksums of the rows that an update has touched last.
     checksums: Vec<Checksum>,
     rounding: Rounding,
     key: u64,

@@ -32,7 +32,7 @@ impl Adamax {
     ///
     /// # Errors
     ///
-    /// What Keras cannot hold: another convention of [`eps_mode`](crate::ParamsAdamax::eps_mode), L2,
+    /// State that Keras cannot hold: another convention of [`eps_mode`](crate::ParamsAdamax::eps_mode), L2,
     /// [`maximize`](crate::ParamsAdamax::maximize), [`LossScale::Dynamic`] or a
     /// [`plateau`](crate::ParamsAdamax::plateau), variables whose own counters differ where those count, groups with numbers of
     /// their own, a number of calls that is not N for each update where a schedule counts them; variables without names;

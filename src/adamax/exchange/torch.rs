@@ -45,7 +45,7 @@ impl Adamax {
     ///
     /// # Errors
     ///
-    /// What PyTorch's state cannot hold: another convention of [`eps_mode`](crate::ParamsAdamax::eps_mode), decoupled
+    /// State that PyTorch cannot hold: another convention of [`eps_mode`](crate::ParamsAdamax::eps_mode), decoupled
     /// decay, moving averages, accumulated gradients that wait for their update, a count of more than 2^24 updates;
     /// variables without names; the system's errors.
     pub fn save_torch(&self, path: impl AsRef<Path>) -> Result<()> {

@@ -26,7 +26,7 @@ pub(crate) struct CatchUpTask<'a> {
     pub(crate) state: &'a mut ParamState,
 }
 
-/// What is done about rows whose weights have been written since they were up to date, other than by this crate.
+/// Treatment of rows whose weights others have written since the rows were up to date.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Written {
     /// Nothing is changed, and the first of them is named.

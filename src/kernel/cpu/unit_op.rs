@@ -9,17 +9,17 @@ use crate::ledger::Missed;
 use crate::rounding::Rounding;
 use crate::rule::{self, Coefficients};
 
-/// What one update of one parameter is made with.
+/// Arguments of one update of one parameter.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct UpdateArgs {
     pub(crate) coefficients: Coefficients<f64>,
-    /// What the codes of the moments depend on.
+    /// Numbers that the codes of the moments depend on.
     pub(crate) encoding: Encoding,
     /// By how much units shrink.
     pub(crate) shrink: u64,
     /// How f16 and bf16 parameters are rounded.
     pub(crate) rounding: Rounding,
-    /// Of the random numbers: seed, variable and update.
+    /// Key of the random numbers, from seed, variable and update.
     pub(crate) key: u64,
 }
 

@@ -66,7 +66,7 @@ pub(crate) struct Narrow {
     rest: [f32; 9],
 }
 
-/// What one update of one parameter is made with.
+/// Arguments of one update of one parameter.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct UpdateArgs {
@@ -363,7 +363,7 @@ pub(crate) struct LargestArgs {
     pub(crate) row_len: u64,
 }
 
-/// Of `catch_up_*`.
+/// Arguments of `catch_up_*`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct CatchUpArgs {
@@ -383,7 +383,7 @@ pub(crate) struct CatchUpArgs {
     pub(crate) rounding: u32,
     /// The last update.
     pub(crate) now: u32,
-    /// Of rows that have caught up.
+    /// Mark of rows that have caught up.
     pub(crate) mark: u32,
 }
 

@@ -182,7 +182,7 @@ impl GpuIds {
         &self.all
     }
 
-    /// The same, that are about to catch up.
+    /// Rows that are about to catch up.
     pub(crate) fn touched(&self) -> Touched<'static> {
         Touched::OnGpu(vec![self.all.clone()])
     }
